@@ -1,0 +1,29 @@
+//! The drive without a kernel, a network or a terminal.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`model`], [`path`] | ids, names, attributes, versions; addresses |
+//! | [`error`] | failures in POSIX terms |
+//! | [`index`] | rows of every location of every device, on an embedded store |
+//! | [`library`] | what must survive a lost index: members, own locations |
+//! | [`local`] | this device's own files, beneath a location's root |
+//! | [`indexer`] | scan, hash and watch of own locations |
+//! | [`content`] | hash trees, the content cache, the read plan |
+//! | [`changes`] | one ordered feed of what changed, for mounts and replication |
+//! | [`source`] | what this crate needs from a network: bytes of a version |
+//! | [`drive`] | the operations of a file system, for every kind of mount |
+//!
+//! Nothing here names `fuser`, `iroh` or `clap`: adapters translate.
+#![forbid(unsafe_code)]
+
+pub mod changes;
+pub mod content;
+pub mod drive;
+pub mod error;
+pub mod index;
+pub mod indexer;
+pub mod library;
+pub mod local;
+pub mod model;
+pub mod path;
+pub mod source;

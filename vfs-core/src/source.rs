@@ -1,0 +1,74 @@
+//! What this crate needs from a network: bytes of a version, from a holder.
+//!
+//! `sync` implements [`ContentSource`]; a source transports and never judges:
+//! which holder is asked, and whether the bytes are right, is decided here in
+//! `vfs-core` ([`crate::content`]).
+
+use crate::model::{ContentId, DeviceId, FileId, LocationId, Stamp};
+use bytes::Bytes;
+use std::future::Future;
+use std::ops::Range;
+use std::pin::Pin;
+
+/// A boxed future, so that the trait can be an object.
+pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// One version of a file at one holder.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Version {
+    /// Where the holder has it.
+    pub location: LocationId,
+    /// Which file of the location.
+    pub file: FileId,
+    /// The version of its bytes, as the owner's disk tells them apart.
+    pub stamp: Stamp,
+    /// The id of its bytes, once hashed.
+    pub content: Option<ContentId>,
+}
+
+/// Bytes of a range, with what proves them.
+#[derive(Clone, Debug)]
+pub struct Fetched {
+    /// Exactly the bytes of the range asked for.
+    pub bytes: Bytes,
+    /// Chaining values that lead from these bytes to the content id
+    /// ([`crate::content::manifest`]); empty when the content id was not asked for.
+    pub proof: Vec<[u8; 32]>,
+}
+
+/// Why a holder gave no bytes.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum FetchError {
+    /// It is offline, or did not answer within its deadline.
+    #[error("the device cannot be reached")]
+    Unreachable,
+    /// It no longer has this version.
+    #[error("the device no longer has this version")]
+    Stale,
+    /// It does not let this device read the location, or does not know the file.
+    #[error("the device refused")]
+    Refused,
+    /// It could not read its own disk, or broke the protocol.
+    #[error("the device failed: {0}")]
+    Failed(String),
+}
+
+/// Where bytes of other devices' files come from.
+pub trait ContentSource: Send + Sync + 'static {
+    /// Whether asking this device now may succeed; never waits.
+    fn is_reachable(&self, device: DeviceId) -> bool;
+
+    /// The bytes `range` of a version, from one device. `range` is aligned to
+    /// [`crate::content::manifest::GROUP_BYTES`] or ends at the end of the file, and is at
+    /// most [`MAX_FETCH_BYTES`] long. With `version.content` set the answer carries a proof.
+    /// Dropping the future cancels the request at the holder.
+    fn fetch<'a>(
+        &'a self,
+        device: DeviceId,
+        version: &'a Version,
+        range: Range<u64>,
+    ) -> BoxFuture<'a, Result<Fetched, FetchError>>;
+}
+
+/// The longest range of one request, in bytes.
+pub const MAX_FETCH_BYTES: u64 = 1 << 20;
