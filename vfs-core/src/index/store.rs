@@ -1,0 +1,175 @@
+//! The seam below the index: ordered byte keys, consistent snapshots, atomic batches.
+//!
+//! The index needs nothing else of a database, so a store is one file that
+//! implements [`Store`] and passes the suite in `suite.rs`. Keys and values mean
+//! nothing here; [`super::key`] and [`super::row`] give them their meaning.
+
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// The version of the rows' format; a store with a higher one is refused.
+pub const FORMAT: u32 = 1;
+
+/// A set of ordered keys of its own.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum Table {
+    /// The format's version, counters, the state of each location.
+    Meta,
+    /// The locations.
+    Locations,
+    /// (location, parent, name): the rows.
+    Entries,
+    /// (location, file, parent, name): the names of a file.
+    Nodes,
+    /// (location, sequence number): what changed, each name once.
+    Log,
+    /// (location, parent, name) of what is gone: its place in the log.
+    Tombstones,
+    /// (location, inode on the owner's disk): the file.
+    Disk,
+    /// (content, location, file): who has these bytes.
+    Content,
+    /// (location, newest first, file): what waits for hashing.
+    Unhashed,
+    /// (location, file): what lost its last name.
+    Orphans,
+}
+
+impl Table {
+    /// Every table, in the order of their numbers.
+    pub const ALL: [Self; 10] = [
+        Self::Meta,
+        Self::Locations,
+        Self::Entries,
+        Self::Nodes,
+        Self::Log,
+        Self::Tombstones,
+        Self::Disk,
+        Self::Content,
+        Self::Unhashed,
+        Self::Orphans,
+    ];
+}
+
+/// When a commit must have reached the disk.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Durability {
+    /// Before it returns; so has every relaxed commit before it.
+    Durable,
+    /// With the next durable one. A crash loses it whole or not at all.
+    Relaxed,
+}
+
+/// Changes of one atomic commit; a later change of a key replaces an earlier one.
+#[derive(Debug, Default)]
+pub struct Batch {
+    tables: [BTreeMap<Vec<u8>, Option<Vec<u8>>>; Table::ALL.len()],
+}
+
+impl Batch {
+    /// Sets the value of a key.
+    pub fn put(&mut self, table: Table, key: impl Into<Vec<u8>>, value: impl Into<Vec<u8>>) {
+        self.tables[table as usize].insert(key.into(), Some(value.into()));
+    }
+
+    /// Removes a key, present or not.
+    pub fn delete(&mut self, table: Table, key: impl Into<Vec<u8>>) {
+        self.tables[table as usize].insert(key.into(), None);
+    }
+
+    /// The changes of one table, in the order of keys; `None` is a removal.
+    pub fn changes(&self, table: Table) -> &BTreeMap<Vec<u8>, Option<Vec<u8>>> {
+        &self.tables[table as usize]
+    }
+
+    /// How many keys it changes.
+    pub fn len(&self) -> usize {
+        self.tables.iter().map(BTreeMap::len).sum()
+    }
+
+    /// Whether it changes nothing.
+    pub fn is_empty(&self) -> bool {
+        self.tables.iter().all(BTreeMap::is_empty)
+    }
+}
+
+/// Called with each key and value of a scan, until it breaks.
+pub type Visit<'a> = &'a mut dyn FnMut(&[u8], &[u8]) -> ControlFlow<()>;
+
+/// An open store.
+pub trait Store: Send + Sync {
+    /// A consistent state: no commit after this call is seen. Never waits for a writer.
+    fn snapshot(&self) -> Result<Box<dyn Snapshot + '_>, StoreError>;
+
+    /// All changes of the batch or none, also across a crash.
+    fn commit(&self, batch: Batch, durability: Durability) -> Result<(), StoreError>;
+
+    /// Bytes on the disk.
+    fn size_bytes(&self) -> u64;
+}
+
+/// One consistent state of a store.
+pub trait Snapshot: Send {
+    /// The value of a key.
+    fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError>;
+
+    /// Visits the keys in `from..to` (without `to`: to the table's end) in byte order.
+    fn scan(
+        &self,
+        table: Table,
+        from: &[u8],
+        to: Option<&[u8]>,
+        visit: Visit<'_>,
+    ) -> Result<(), StoreError>;
+}
+
+/// Why a store failed.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The disk failed or is full.
+    #[error("the index at {path}: {source}")]
+    Io {
+        /// The store's file or folder.
+        path: PathBuf,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// What was read is not what was written.
+    #[error("the index at {path} is damaged: {reason}")]
+    Corrupt {
+        /// The store's file or folder.
+        path: PathBuf,
+        /// What was found.
+        reason: String,
+    },
+    /// A newer program wrote it.
+    #[error("the index has format {found}; this program knows {FORMAT} and older")]
+    NewerFormat {
+        /// Its format.
+        found: u32,
+    },
+    /// Another process, or this one, has it open.
+    #[error("the index at {path} is in use")]
+    InUse {
+        /// The store's file or folder.
+        path: PathBuf,
+    },
+}
+
+/// What [`open_store`] found.
+pub struct OpenedStore {
+    /// The store, ready.
+    pub store: Arc<dyn Store>,
+    /// Where a damaged store was moved to; the one open now began empty.
+    pub set_aside: Option<PathBuf>,
+}
+
+/// Opens or creates the store of this build in `dir`. A damaged one is set aside
+/// as `<file>.corrupt-<unix time>` and an empty one takes its place.
+pub fn open_store(dir: &Path) -> Result<OpenedStore, StoreError> {
+    let _ = dir;
+    unimplemented!()
+}
