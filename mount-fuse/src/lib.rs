@@ -1,1 +1,32 @@
+//! The drive as a mounted file system, on Linux's FUSE.
+//!
+//! A thin translation: it turns the kernel's requests into calls of
+//! [`vfs_core::drive::Drive`] and its changes into invalidations, and decides
+//! nothing that another kind of mount would have to decide as well.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | `session` | making, watching, taking away and mending one mount |
+//! | `attach` | `mount(2)`, `umount2(2)` and `fusermount3` |
+//! | `mounts` | what is mounted where and who uses it, from `/proc` |
+//! | `negotiate` | what this mount and this kernel agreed on |
+//! | `adapter` | each request as one call of the drive |
+//! | `io_mode` | passthrough or cached, per open inode |
+//! | `convert` | attributes, times, errors and flags |
+//! | `invalidate`, `notify` | changes, told to the kernel |
+#![forbid(unsafe_code)]
 
+mod adapter;
+mod attach;
+mod convert;
+mod error;
+mod invalidate;
+mod io_mode;
+mod mounts;
+mod negotiate;
+mod notify;
+mod session;
+
+pub use error::MountError;
+pub use mounts::{DeviceNo, Holder, MountInfo, mounts};
+pub use session::{Mount, MountOptions, Passthrough, is_dead, mend, mount};

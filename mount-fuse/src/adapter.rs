@@ -1,0 +1,693 @@
+//! The kernel's requests as calls of the drive: translate, call once, reply.
+//!
+//! No request waits for a network here. The only operation of the drive that
+//! may is `read`; it is first tried at once ([`Drive::try_read`]) and then goes
+//! on as a task of the runtime, which replies itself, so that the few threads
+//! that serve the kernel stay free for everything else.
+//!
+//! **Interruption.** `fuser` 0.18 does not pass `INTERRUPT` on, so a request
+//! that has reached the daemon is over only when it is answered. Programs that
+//! wait for bytes can be killed nonetheless, because remote files are read
+//! through the page cache (never `FOPEN_DIRECT_IO`): the program then does not
+//! wait for the request but, killably, for the page that the request fills.
+//! A program that opened a file with `O_DIRECT` itself waits for the drive's
+//! own deadline. Everything else is answered without waiting.
+//!
+//! **Panics.** A bug that panics in one request is traced and answered with
+//! `EIO`; the thread goes on with the next one. A panic in a read's task is
+//! caught by the runtime, and its reply answers `EIO` when it is dropped.
+
+use crate::convert;
+use crate::io_mode::{IoMode, IoModes};
+use crate::negotiate::Negotiated;
+use fuser::{
+    AccessFlags, BackingId, BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem,
+    FopenFlags, Generation, INodeNo, KernelConfig, LockOwner, ReplyAttr, ReplyCreate, ReplyData,
+    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs,
+    ReplyWrite, ReplyXattr, Request, WriteFlags,
+};
+use std::ffi::OsStr;
+use std::io;
+use std::ops::ControlFlow;
+use std::os::unix::ffi::OsStrExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+use tokio::runtime::Handle;
+use vfs_core::drive::{
+    Caller, Detail, DirItem, Drive, Found, HandleId, InodeNo, Io, OpenFlags, Opened, SetAttr,
+};
+use vfs_core::error::{FsError, FsResult, Kind};
+
+/// A directory whose missing names may be remembered at least this long has its changes
+/// announced, so its listing may be remembered too. This device's own directories change
+/// behind the drive's back and are listed anew each time.
+const LISTING_CACHED_FROM: Duration = Duration::from_secs(60);
+
+/// What `fuser` calls.
+pub(crate) struct Adapter {
+    drive: Arc<Drive>,
+    runtime: Handle,
+    negotiated: Arc<Negotiated>,
+    modes: IoModes<BackingId>,
+}
+
+/// The call's result as the kernel wants it; a panic is `EIO`.
+fn run<T>(operation: &'static str, call: impl FnOnce() -> FsResult<T>) -> Result<T, Errno> {
+    match catch_unwind(AssertUnwindSafe(call)) {
+        Ok(result) => result.map_err(|error| convert::errno(operation, &error)),
+        Err(_) => {
+            tracing::error!(operation, "a request panicked");
+            Err(Errno::EIO)
+        }
+    }
+}
+
+fn ino(ino: INodeNo) -> InodeNo {
+    InodeNo(ino.0)
+}
+
+fn handle(handle: FileHandle) -> HandleId {
+    HandleId(handle.0)
+}
+
+fn caller(request: &Request) -> Caller {
+    Caller { uid: request.uid(), gid: request.gid(), pid: request.pid() }
+}
+
+fn invalid(attempted: &'static str) -> FsError {
+    FsError::new(Kind::Invalid, attempted)
+}
+
+impl Adapter {
+    pub(crate) fn new(drive: Arc<Drive>, runtime: Handle, negotiated: Arc<Negotiated>) -> Self {
+        Self { drive, runtime, negotiated, modes: IoModes::default() }
+    }
+
+    fn reply_entry(&self, reply: ReplyEntry, found: Result<Found, Errno>) {
+        match found {
+            Ok(found) => {
+                let valid = self.negotiated.valid_for(found.valid_for);
+                reply.entry(&valid, &convert::attr(&found), Generation(found.generation));
+            }
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn reply_attr(&self, reply: ReplyAttr, found: Result<Found, Errno>) {
+        match found {
+            Ok(found) => {
+                let valid = self.negotiated.valid_for(found.valid_for);
+                reply.attr(&valid, &convert::attr(&found));
+            }
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    /// The mode of one more handle; `register` asks the kernel for a backing id.
+    fn io_mode(
+        &self,
+        ino: InodeNo,
+        opened: &Opened,
+        register: impl FnOnce(&std::fs::File) -> io::Result<BackingId>,
+    ) -> IoMode<BackingId> {
+        self.modes.open(ino.0, || match &opened.io {
+            Io::Backing(file) if self.negotiated.may_pass_through() => {
+                register(file).inspect_err(|error| self.negotiated.refused_passthrough(error)).ok()
+            }
+            _ => None,
+        })
+    }
+
+    /// With `HANDLE_KILLPRIV_V2` set-id bits are the daemon's to take off a file that changes.
+    /// The daemon's own write has that effect, unless it is privileged: then they go here, when
+    /// a caller who is not root opens the file for writing or sets its size. Taking them off at
+    /// the open, not at the first write, covers the writes that the kernel passes through.
+    fn strip_set_id_bits(&self, caller: &Caller, ino: InodeNo) -> FsResult<()> {
+        const SET_UID: u16 = 0o4000;
+        const SET_GID: u16 = 0o2000;
+        const GROUP_EXECUTE: u16 = 0o0010;
+        if caller.uid == 0 || !self.negotiated.strips_set_id_bits() {
+            return Ok(());
+        }
+        let perm = self.drive.getattr(ino, None)?.attr.perm;
+        // Set-gid without group-execute means mandatory locking, no privilege.
+        let gone = match perm & (SET_GID | GROUP_EXECUTE) {
+            both if both == SET_GID | GROUP_EXECUTE => SET_UID | SET_GID,
+            _ => SET_UID,
+        };
+        if perm & gone != 0 {
+            let set = SetAttr { perm: Some(perm & !gone), ..SetAttr::default() };
+            self.drive.setattr(caller, ino, None, set)?;
+        }
+        Ok(())
+    }
+
+    fn open_file(&self, caller: &Caller, ino: InodeNo, flags: OpenFlags) -> FsResult<Opened> {
+        let opened = self.drive.open(ino, flags)?;
+        if flags.may_change()
+            && let Err(error) = self.strip_set_id_bits(caller, ino)
+        {
+            self.drive.release(opened.handle);
+            return Err(error);
+        }
+        Ok(opened)
+    }
+}
+
+/// FLUSH, a request at each `close`, is for those who have something to report then: not for
+/// readers, and not where the kernel writes by itself.
+fn cached_flags(opened: &Opened, flags: OpenFlags) -> FopenFlags {
+    let mut fopen = FopenFlags::empty();
+    fopen.set(FopenFlags::FOPEN_KEEP_CACHE, matches!(opened.io, Io::Calls { keep_cache: true }));
+    fopen.set(FopenFlags::FOPEN_NOFLUSH, !flags.may_change());
+    fopen
+}
+
+/// Never with `FOPEN_KEEP_CACHE`, which the kernel answers with `EIO`.
+const PASSTHROUGH_FLAGS: FopenFlags = FopenFlags::FOPEN_NOFLUSH;
+
+fn reply_empty(reply: ReplyEmpty, result: Result<(), Errno>) {
+    match result {
+        Ok(()) => reply.ok(),
+        Err(errno) => reply.error(errno),
+    }
+}
+
+fn reply_xattr(reply: ReplyXattr, buffer_bytes: u32, value: Result<Vec<u8>, Errno>) {
+    match value {
+        Err(errno) => reply.error(errno),
+        Ok(value) if buffer_bytes == 0 => match u32::try_from(value.len()) {
+            Ok(size) => reply.size(size),
+            Err(_) => reply.error(Errno::E2BIG),
+        },
+        Ok(value) if value.len() > buffer_bytes as usize => reply.error(Errno::ERANGE),
+        Ok(value) => reply.data(&value),
+    }
+}
+
+impl Filesystem for Adapter {
+    fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        self.negotiated.init(config)
+    }
+
+    fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let parent = ino(parent);
+        let found = run("lookup", || match self.drive.lookup(parent, name.as_bytes()) {
+            Err(error) if error.kind() == Kind::NotFound => Ok(None),
+            result => result.map(Some),
+        });
+        match found.transpose() {
+            Some(found) => self.reply_entry(reply, found),
+            None => {
+                let valid = self.negotiated.valid_for(self.drive.negative_valid_for(parent));
+                reply.entry(&valid, &convert::negative(), Generation(0));
+            }
+        }
+    }
+
+    fn forget(&self, _: &Request, node: INodeNo, lookups: u64) {
+        let _ = run("forget", || {
+            self.drive.forget(ino(node), lookups);
+            Ok(())
+        });
+    }
+
+    fn getattr(&self, _: &Request, node: INodeNo, fh: Option<FileHandle>, reply: ReplyAttr) {
+        let found = run("getattr", || self.drive.getattr(ino(node), fh.map(handle)));
+        self.reply_attr(reply, found);
+    }
+
+    fn setattr(
+        &self,
+        request: &Request,
+        node: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        atime: Option<fuser::TimeOrNow>,
+        mtime: Option<fuser::TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        fh: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        let set = SetAttr {
+            perm: mode.map(convert::perm),
+            uid,
+            gid,
+            size,
+            atime: atime.map(convert::time_or_now),
+            mtime: mtime.map(convert::time_or_now),
+        };
+        let caller = caller(request);
+        let found = run("setattr", || {
+            if set.size.is_some() && set.perm.is_none() {
+                self.strip_set_id_bits(&caller, ino(node))?;
+            }
+            self.drive.setattr(&caller, ino(node), fh.map(handle), set)
+        });
+        self.reply_attr(reply, found);
+    }
+
+    fn readlink(&self, _: &Request, node: INodeNo, reply: ReplyData) {
+        match run("readlink", || self.drive.readlink(ino(node))) {
+            Ok(target) => reply.data(&target),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn mknod(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        _umask: u32,
+        rdev: u32,
+        reply: ReplyEntry,
+    ) {
+        let caller = caller(request);
+        let found = run("mknod", || {
+            let file_type = convert::type_of_mode(mode).ok_or_else(|| invalid("mknod"))?;
+            let (perm, rdev) = (convert::perm(mode), convert::stat_rdev(rdev));
+            self.drive.mknod(&caller, ino(parent), name.as_bytes(), file_type, perm, rdev)
+        });
+        self.reply_entry(reply, found);
+    }
+
+    fn mkdir(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        _umask: u32,
+        reply: ReplyEntry,
+    ) {
+        let caller = caller(request);
+        let found = run("mkdir", || {
+            self.drive.mkdir(&caller, ino(parent), name.as_bytes(), convert::perm(mode))
+        });
+        self.reply_entry(reply, found);
+    }
+
+    fn unlink(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        reply_empty(reply, run("unlink", || self.drive.unlink(ino(parent), name.as_bytes())));
+    }
+
+    fn rmdir(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        reply_empty(reply, run("rmdir", || self.drive.rmdir(ino(parent), name.as_bytes())));
+    }
+
+    fn symlink(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        target: &Path,
+        reply: ReplyEntry,
+    ) {
+        let target = target.as_os_str().as_bytes();
+        let found = run("symlink", || {
+            self.drive.symlink(&caller(request), ino(parent), name.as_bytes(), target)
+        });
+        self.reply_entry(reply, found);
+    }
+
+    fn rename(
+        &self,
+        _: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        new_parent: INodeNo,
+        new_name: &OsStr,
+        flags: fuser::RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        let result = run("rename", || {
+            let flags = convert::rename_flags(flags).ok_or_else(|| invalid("rename"))?;
+            let (name, new_name) = (name.as_bytes(), new_name.as_bytes());
+            self.drive.rename(ino(parent), name, ino(new_parent), new_name, flags)
+        });
+        reply_empty(reply, result);
+    }
+
+    fn link(
+        &self,
+        _: &Request,
+        node: INodeNo,
+        new_parent: INodeNo,
+        new_name: &OsStr,
+        reply: ReplyEntry,
+    ) {
+        let found =
+            run("link", || self.drive.link(ino(node), ino(new_parent), new_name.as_bytes()));
+        self.reply_entry(reply, found);
+    }
+
+    fn open(&self, request: &Request, node: INodeNo, flags: fuser::OpenFlags, reply: ReplyOpen) {
+        let flags = convert::open_flags(flags.0);
+        let node = ino(node);
+        let opened = match run("open", || self.open_file(&caller(request), node, flags)) {
+            Ok(opened) => opened,
+            Err(errno) => return reply.error(errno),
+        };
+        let fh = FileHandle(opened.handle.0);
+        match self.io_mode(node, &opened, |file| reply.open_backing(file)) {
+            IoMode::Passthrough(id) => reply.opened_passthrough(fh, PASSTHROUGH_FLAGS, &id),
+            IoMode::Cached => reply.opened(fh, cached_flags(&opened, flags)),
+        }
+    }
+
+    fn create(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        _umask: u32,
+        flags: i32,
+        reply: ReplyCreate,
+    ) {
+        let flags = convert::open_flags(flags);
+        let created = run("create", || {
+            let (caller, perm) = (caller(request), convert::perm(mode));
+            self.drive.create(&caller, ino(parent), name.as_bytes(), perm, flags)
+        });
+        let (found, opened) = match created {
+            Ok(created) => created,
+            Err(errno) => return reply.error(errno),
+        };
+        let valid = self.negotiated.valid_for(found.valid_for);
+        let attr = convert::attr(&found);
+        let generation = Generation(found.generation);
+        let fh = FileHandle(opened.handle.0);
+        match self.io_mode(found.ino, &opened, |file| reply.open_backing(file)) {
+            IoMode::Passthrough(id) => {
+                reply.created_passthrough(&valid, &attr, generation, fh, PASSTHROUGH_FLAGS, &id);
+            }
+            IoMode::Cached => {
+                reply.created(&valid, &attr, generation, fh, cached_flags(&opened, flags));
+            }
+        }
+    }
+
+    fn read(
+        &self,
+        _: &Request,
+        _node: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: fuser::OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        let (fh, len) = (handle(fh), size as usize);
+        match run("read", || self.drive.try_read(fh, offset, len).transpose()) {
+            Ok(Some(bytes)) => reply.data(&bytes),
+            Err(errno) => reply.error(errno),
+            Ok(None) => {
+                let drive = Arc::clone(&self.drive);
+                self.runtime.spawn(async move {
+                    match drive.read(fh, offset, len).await {
+                        Ok(bytes) => reply.data(&bytes),
+                        Err(error) => reply.error(convert::errno("read", &error)),
+                    }
+                });
+            }
+        }
+    }
+
+    fn write(
+        &self,
+        request: &Request,
+        node: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        data: &[u8],
+        write_flags: WriteFlags,
+        _flags: fuser::OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let written = run("write", || {
+            if write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID) {
+                self.strip_set_id_bits(&caller(request), ino(node))?;
+            }
+            self.drive.write(handle(fh), offset, data)
+        });
+        match written {
+            // No longer than `data`, which is at most MAX_WRITE_BYTES.
+            Ok(written) => reply.written(written as u32),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn flush(&self, _: &Request, _: INodeNo, fh: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        reply_empty(reply, run("flush", || self.drive.flush(handle(fh))));
+    }
+
+    fn release(
+        &self,
+        _: &Request,
+        node: INodeNo,
+        fh: FileHandle,
+        _flags: fuser::OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.modes.close(node.0);
+        let released = run("release", || {
+            self.drive.release(handle(fh));
+            Ok(())
+        });
+        reply_empty(reply, released);
+    }
+
+    fn fsync(&self, _: &Request, _: INodeNo, fh: FileHandle, data_only: bool, reply: ReplyEmpty) {
+        reply_empty(reply, run("fsync", || self.drive.fsync(handle(fh), data_only)));
+    }
+
+    fn opendir(&self, _: &Request, node: INodeNo, _: fuser::OpenFlags, reply: ReplyOpen) {
+        match run("opendir", || self.drive.opendir(ino(node))) {
+            Ok(opened) => {
+                let mut flags = FopenFlags::empty();
+                if self.drive.negative_valid_for(ino(node)) >= LISTING_CACHED_FROM {
+                    flags = FopenFlags::FOPEN_CACHE_DIR | FopenFlags::FOPEN_KEEP_CACHE;
+                }
+                reply.opened(FileHandle(opened.0), flags);
+            }
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn readdir(
+        &self,
+        _: &Request,
+        _node: INodeNo,
+        fh: FileHandle,
+        cookie: u64,
+        mut reply: ReplyDirectory,
+    ) {
+        let mut add = |item: DirItem<'_>| {
+            let (name, kind) = (OsStr::from_bytes(item.name), convert::file_type(item.file_type));
+            stop_if(reply.add(INodeNo(item.ino.0), item.next_cookie, kind, name))
+        };
+        let listed =
+            run("readdir", || self.drive.readdir(handle(fh), cookie, Detail::Names, &mut add));
+        match listed {
+            Ok(()) => reply.ok(),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn readdirplus(
+        &self,
+        _: &Request,
+        _node: INodeNo,
+        fh: FileHandle,
+        cookie: u64,
+        mut reply: ReplyDirectoryPlus,
+    ) {
+        let mut add = |item: DirItem<'_>| {
+            let (valid, attr, generation) = match item.found {
+                Some(found) => (
+                    self.negotiated.valid_for(found.valid_for),
+                    convert::attr(&found),
+                    Generation(found.generation),
+                ),
+                // `.` and `..`, of which the kernel takes only number and type.
+                None => (Duration::ZERO, convert::bare(item.ino, item.file_type), Generation(0)),
+            };
+            let name = OsStr::from_bytes(item.name);
+            let ino = INodeNo(item.ino.0);
+            stop_if(reply.add(ino, item.next_cookie, name, &valid, &attr, generation))
+        };
+        let listed = run("readdirplus", || {
+            self.drive.readdir(handle(fh), cookie, Detail::Attributes, &mut add)
+        });
+        match listed {
+            Ok(()) => reply.ok(),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn releasedir(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        fh: FileHandle,
+        _: fuser::OpenFlags,
+        reply: ReplyEmpty,
+    ) {
+        let released = run("releasedir", || {
+            self.drive.releasedir(handle(fh));
+            Ok(())
+        });
+        reply_empty(reply, released);
+    }
+
+    fn fsyncdir(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        fh: FileHandle,
+        data_only: bool,
+        reply: ReplyEmpty,
+    ) {
+        reply_empty(reply, run("fsyncdir", || self.drive.fsyncdir(handle(fh), data_only)));
+    }
+
+    fn statfs(&self, _: &Request, node: INodeNo, reply: ReplyStatfs) {
+        match run("statfs", || self.drive.statfs(ino(node))) {
+            Ok(s) => reply.statfs(
+                s.blocks,
+                s.blocks_free,
+                s.blocks_available,
+                s.files,
+                s.files_free,
+                s.block_bytes,
+                s.name_max,
+                s.block_bytes,
+            ),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn setxattr(
+        &self,
+        _: &Request,
+        node: INodeNo,
+        name: &OsStr,
+        value: &[u8],
+        flags: i32,
+        _position: u32,
+        reply: ReplyEmpty,
+    ) {
+        let result = run("setxattr", || {
+            let mode = convert::xattr_mode(flags).ok_or_else(|| invalid("setxattr"))?;
+            self.drive.setxattr(ino(node), name.as_bytes(), value, mode)
+        });
+        reply_empty(reply, result);
+    }
+
+    fn getxattr(&self, _: &Request, node: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        let value = run("getxattr", || self.drive.getxattr(ino(node), name.as_bytes()));
+        reply_xattr(reply, size, value);
+    }
+
+    fn listxattr(&self, _: &Request, node: INodeNo, size: u32, reply: ReplyXattr) {
+        reply_xattr(reply, size, run("listxattr", || self.drive.listxattr(ino(node))));
+    }
+
+    fn removexattr(&self, _: &Request, node: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let removed = run("removexattr", || self.drive.removexattr(ino(node), name.as_bytes()));
+        reply_empty(reply, removed);
+    }
+
+    /// The kernel checks permissions itself (`default_permissions`) and does not ask.
+    fn access(&self, _: &Request, _: INodeNo, _: AccessFlags, reply: ReplyEmpty) {
+        reply.ok();
+    }
+
+    fn fallocate(
+        &self,
+        request: &Request,
+        node: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        let result = run("fallocate", || {
+            let mode = convert::fallocate_mode(mode)
+                .ok_or_else(|| FsError::new(Kind::NotSupported, "fallocate"))?;
+            self.strip_set_id_bits(&caller(request), ino(node))?;
+            self.drive.fallocate(handle(fh), offset, length, mode)
+        });
+        reply_empty(reply, result);
+    }
+
+    fn lseek(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        fh: FileHandle,
+        offset: i64,
+        whence: i32,
+        reply: ReplyLseek,
+    ) {
+        let found = run("lseek", || {
+            let whence = convert::whence(whence).ok_or_else(|| invalid("lseek"))?;
+            let from = u64::try_from(offset)
+                .map_err(|_| FsError::new(Kind::NoSuchAddress, "lseek before the file"))?;
+            let found = self.drive.seek(handle(fh), from, whence)?;
+            i64::try_from(found).map_err(|_| FsError::new(Kind::Overflow, "lseek"))
+        });
+        match found {
+            Ok(offset) => reply.offset(offset),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn copy_file_range(
+        &self,
+        _: &Request,
+        _from_node: INodeNo,
+        from: FileHandle,
+        from_offset: u64,
+        _to_node: INodeNo,
+        to: FileHandle,
+        to_offset: u64,
+        len: u64,
+        _flags: CopyFileRangeFlags,
+        reply: ReplyWrite,
+    ) {
+        // The reply has 32 bits, and a copy that takes long cannot be interrupted.
+        const LONGEST_BYTES: u64 = 64 << 20;
+        let copied = run("copy_file_range", || {
+            let len = len.min(LONGEST_BYTES);
+            self.drive.copy_range(handle(from), from_offset, handle(to), to_offset, len)
+        });
+        match copied {
+            Ok(copied) => reply.written(copied as u32),
+            Err(errno) => reply.error(errno),
+        }
+    }
+}
+
+fn stop_if(full: bool) -> ControlFlow<()> {
+    match full {
+        true => ControlFlow::Break(()),
+        false => ControlFlow::Continue(()),
+    }
+}
