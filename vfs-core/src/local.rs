@@ -73,6 +73,8 @@ impl Identity {
 pub struct Listing {
     /// The directory's own attributes, from before the reading.
     pub own: Attr,
+    /// The directory's own inode number, as rows carry it.
+    pub own_ino: u64,
     /// Its entries, in the order of their inode numbers.
     pub entries: Vec<Observed>,
 }
@@ -106,7 +108,7 @@ impl Root {
 
     /// The directory, open for reading its entries.
     pub fn open_dir(&self, path: &[Name]) -> FsResult<OwnedFd> {
-        self.resolve(path, OFlags::RDONLY | OFlags::DIRECTORY)
+        self.resolve_without_atime(path, OFlags::RDONLY | OFlags::DIRECTORY)
     }
 
     /// All entries of a directory, special files included.
@@ -132,14 +134,13 @@ impl Root {
         // First a handle that opens nothing: `open` of a device may act on it.
         let handle = self.resolve(path, OFlags::PATH)?;
         require_regular(&stat_of(handle.as_fd())?)?;
-        let file = self.resolve_without_atime(path)?;
+        let file = self.resolve_without_atime(path, OFlags::RDONLY | OFlags::NONBLOCK)?;
         require_regular(&stat_of(file.as_fd())?)?;
         Ok(File::from(file))
     }
 
     /// Reading must not change the owner's access times, where the rights suffice for that.
-    fn resolve_without_atime(&self, path: &[Name]) -> FsResult<OwnedFd> {
-        let flags = OFlags::RDONLY | OFlags::NONBLOCK;
+    fn resolve_without_atime(&self, path: &[Name], flags: OFlags) -> FsResult<OwnedFd> {
         match self.resolve(path, flags | OFlags::NOATIME) {
             Err(e) if e.kind() == Kind::NotPermitted => self.resolve(path, flags),
             opened => opened,
@@ -271,7 +272,7 @@ pub fn list_dir(dir: BorrowedFd<'_>) -> FsResult<Listing> {
             Err(e) => return Err(e),
         }
     }
-    Ok(Listing { own: attr_of(&own), entries })
+    Ok(Listing { own: attr_of(&own), own_ino: ino_of(&own), entries })
 }
 
 /// An entry as `getdents64` gives it.

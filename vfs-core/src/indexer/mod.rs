@@ -1,12 +1,38 @@
 //! Scan, watch and hash of this device's own locations.
+//!
+//! | module | what it does |
+//! |---|---|
+//! | `scan` | directories of the disk to rows, breadth first and on demand |
+//! | `watch`, `follow` | the kernel's events, and what they make us look at |
+//! | `hash` | content ids and manifests, behind everything else |
+//! | `tend` | folders that come and go, rescans, what has to be tried again |
+//! | `place` | what is known of one location while this runs |
+//!
+//! The disk is the truth and the index follows it: nothing is taken from an
+//! event, a queue or an error but where to look. A row is deleted only when its
+//! directory was read and the name was not there, in the folder that was indexed.
+//! All state that must survive a stop is the index's.
+
+mod follow;
+mod hash;
+mod place;
+mod scan;
+mod tend;
+mod watch;
 
 use crate::content::Manifests;
-use crate::error::FsResult;
+use crate::error::{FsError, FsResult, Kind};
 use crate::index::Index;
 use crate::local::Root;
 use crate::model::{FileId, LocationNo};
-use std::sync::Arc;
-use std::time::Duration;
+use follow::Hints;
+use place::{Place, lock};
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use watch::Watcher;
 
 /// How much the indexer may take of the machine, and how patient it is.
 #[derive(Clone, Debug)]
@@ -77,46 +103,265 @@ pub struct Progress {
 }
 
 /// Keeps the rows of this device's locations equal to its disks.
-pub struct Indexer {}
+pub struct Indexer {
+    core: Arc<Core>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+/// What the threads share.
+struct Core {
+    index: Index,
+    manifests: Arc<Manifests>,
+    config: IndexerConfig,
+    /// `None` when the system refuses one: everything is then seen by rescans only.
+    watcher: Option<Watcher>,
+    places: RwLock<BTreeMap<LocationNo, Arc<Place>>>,
+    hints: Mutex<Hints>,
+    scan_work: Work,
+    hash_work: Work,
+    hint_work: Work,
+    tend_work: Work,
+    tend_now: AtomicBool,
+    stopping: AtomicBool,
+    /// Which location is served first, so that a large one does not starve the others.
+    turn: AtomicUsize,
+}
+
+/// Where threads wait for something to do.
+#[derive(Default)]
+struct Work {
+    /// Held while looking for work and while announcing it, so that none is overlooked.
+    looking: Mutex<()>,
+    announced: Condvar,
+}
+
+impl Work {
+    fn notify(&self) {
+        let _looking = lock(&self.looking);
+        self.announced.notify_all();
+    }
+
+    /// The next work; `None` at the stop. `find` may say when to look again although
+    /// nothing was announced.
+    fn wait<T>(
+        &self,
+        core: &Core,
+        find: impl Fn(&Core, &mut Option<Instant>) -> Option<T>,
+    ) -> Option<T> {
+        let mut looking = lock(&self.looking);
+        while !core.is_stopping() {
+            let mut due = None;
+            if let Some(found) = find(core, &mut due) {
+                return Some(found);
+            }
+            let pause =
+                due.map_or(LONGEST_PAUSE, |at| at.saturating_duration_since(Instant::now()));
+            let woken = self.announced.wait_timeout(looking, pause.min(LONGEST_PAUSE));
+            looking = woken.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        None
+    }
+}
+
+/// Threads look around at least this often; it bounds the harm of a clock that jumps.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
 impl Indexer {
     /// Starts the threads; no location is looked at before [`Self::watch`].
-    pub fn start(_index: Index, _manifests: Arc<Manifests>, _config: IndexerConfig) -> Arc<Self> {
-        unimplemented!()
+    pub fn start(index: Index, manifests: Arc<Manifests>, config: IndexerConfig) -> Arc<Self> {
+        let watcher =
+            Watcher::new().inspect_err(|e| tracing::warn!("changes cannot be watched: {e}")).ok();
+        let core = Arc::new(Core {
+            index,
+            manifests,
+            config,
+            watcher,
+            places: RwLock::default(),
+            hints: Mutex::default(),
+            scan_work: Work::default(),
+            hash_work: Work::default(),
+            hint_work: Work::default(),
+            tend_work: Work::default(),
+            tend_now: AtomicBool::new(false),
+            stopping: AtomicBool::new(false),
+            turn: AtomicUsize::new(0),
+        });
+        let threads = core.spawn_all();
+        Arc::new(Self { core, threads: Mutex::new(threads) })
     }
 
     /// Scans, watches and hashes the location from now on; returns at once.
-    pub fn watch(&self, _location: LocationNo) {
-        unimplemented!()
+    ///
+    /// A location that the index does not have, or that is another device's, is ignored.
+    pub fn watch(&self, location: LocationNo) {
+        let found = self.core.index.location(location);
+        let Some(path) = found.and_then(|found| found.root.clone()) else { return };
+        let place = Arc::new(Place::new(location, path, self.core.config.clone()));
+        let mut places = self.core.places.write().unwrap_or_else(PoisonError::into_inner);
+        places.entry(location).or_insert(place);
+        drop(places);
+        self.core.tend_soon();
     }
 
     /// Leaves the location alone from now on; its rows stay.
-    pub fn forget(&self, _location: LocationNo) {
-        unimplemented!()
+    pub fn forget(&self, location: LocationNo) {
+        let mut places = self.core.places.write().unwrap_or_else(PoisonError::into_inner);
+        let Some(place) = places.remove(&location) else { return };
+        drop(places);
+        place.forgotten.store(true, Ordering::Release);
+        self.core.go_offline(&place, "the location was removed".to_owned());
     }
 
     /// Scans every directory of the location again.
-    pub fn rescan(&self, _location: LocationNo) {
-        unimplemented!()
+    pub fn rescan(&self, location: LocationNo) {
+        if let Some(place) = self.core.place(location) {
+            if self.core.open(&place, true).is_ok() {
+                self.core.begin_pass(&place);
+            }
+        }
     }
 
     /// Scans a directory on this thread, unless it was scanned since the start.
-    pub fn scan_now(&self, _location: LocationNo, _dir: FileId) -> FsResult<()> {
-        unimplemented!()
+    pub fn scan_now(&self, location: LocationNo, dir: FileId) -> FsResult<()> {
+        let place = self.core.known_place(location)?;
+        self.core.open(&place, false)?;
+        self.core.scan_asked(&place, dir)
     }
 
     /// The location's folder; `NotFound` when it is offline.
-    pub fn root(&self, _location: LocationNo) -> FsResult<Arc<Root>> {
-        unimplemented!()
+    pub fn root(&self, location: LocationNo) -> FsResult<Arc<Root>> {
+        self.core.open(&*self.core.known_place(location)?, false)
     }
 
     /// How far the location has come; offline when it is not watched.
-    pub fn progress(&self, _location: LocationNo) -> Progress {
-        unimplemented!()
+    pub fn progress(&self, location: LocationNo) -> Progress {
+        self.core.progress(location)
     }
 
     /// Ends and joins all threads; what is unfinished goes on after the next start.
     pub fn stop(&self) {
-        unimplemented!()
+        self.core.stopping.store(true, Ordering::SeqCst);
+        for work in
+            [&self.core.scan_work, &self.core.hash_work, &self.core.hint_work, &self.core.tend_work]
+        {
+            work.notify();
+        }
+        if let Some(watcher) = &self.core.watcher {
+            watcher.wake();
+        }
+        for thread in std::mem::take(&mut *lock(&self.threads)) {
+            if thread.join().is_err() {
+                tracing::error!("a thread of the indexer had panicked");
+            }
+        }
+    }
+}
+
+impl Drop for Indexer {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl Core {
+    fn spawn_all(self: &Arc<Self>) -> Vec<JoinHandle<()>> {
+        let mut threads = Vec::new();
+        for _ in 0..self.config.scan_threads.max(1) {
+            threads.extend(self.spawn("sd-scan", SCAN_NICE, Self::scan_loop));
+        }
+        for _ in 0..self.config.hash_threads {
+            threads.extend(self.spawn("sd-hash", HASH_NICE, Self::hash_loop));
+        }
+        threads.extend(self.spawn("sd-follow", 0, Self::follow_loop));
+        threads.extend(self.spawn("sd-tend", 0, Self::tend_loop));
+        if self.watcher.is_some() {
+            threads.extend(self.spawn("sd-events", 0, |core| {
+                core.watcher.iter().for_each(|watcher| core.event_loop(watcher));
+            }));
+        }
+        threads
+    }
+
+    fn spawn(self: &Arc<Self>, name: &str, nice: i32, run: fn(&Self)) -> Option<JoinHandle<()>> {
+        let core = self.clone();
+        let work = move || {
+            lower_priority(nice);
+            run(&core);
+        };
+        std::thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(work)
+            .inspect_err(|e| tracing::error!("thread {name} could not be started: {e}"))
+            .ok()
+    }
+
+    fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Relaxed)
+    }
+
+    fn places(&self) -> Vec<Arc<Place>> {
+        self.places.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
+    /// All locations, each time beginning with another one.
+    fn places_in_turn(&self) -> Vec<Arc<Place>> {
+        let mut places = self.places();
+        if !places.is_empty() {
+            let turn = self.turn.fetch_add(1, Ordering::Relaxed) % places.len();
+            places.rotate_left(turn);
+        }
+        places
+    }
+
+    fn place(&self, no: LocationNo) -> Option<Arc<Place>> {
+        self.places.read().unwrap_or_else(PoisonError::into_inner).get(&no).cloned()
+    }
+
+    fn known_place(&self, no: LocationNo) -> FsResult<Arc<Place>> {
+        self.place(no).ok_or_else(|| FsError::new(Kind::NotFound, "the location is not watched"))
+    }
+
+    fn progress(&self, no: LocationNo) -> Progress {
+        let counts = self.index.counts(no);
+        let files_to_hash = counts.files.saturating_sub(counts.hashed_files);
+        let Some(place) = self.place(no) else {
+            return Progress {
+                state: State::Offline("the location is not watched".to_owned()),
+                indexed: false,
+                directories_waiting: 0,
+                files_to_hash,
+                files_hashed_now: 0,
+                bytes_hashed_now: 0,
+                watch: Watch::Watching,
+            };
+        };
+        let idle_or_hashing = || match lock(&place.hash).is_busy(files_to_hash > 0) {
+            true => State::Hashing,
+            false => State::Idle,
+        };
+        Progress {
+            state: place.state().unwrap_or_else(idle_or_hashing),
+            indexed: place.indexed.load(Ordering::Acquire),
+            directories_waiting: lock(&place.scan).waiting() as u64,
+            files_to_hash,
+            files_hashed_now: place.files_hashed.load(Ordering::Relaxed),
+            bytes_hashed_now: place.bytes_hashed.load(Ordering::Relaxed),
+            watch: lock(&place.degraded).reason().map_or(Watch::Watching, Watch::Degraded),
+        }
+    }
+}
+
+/// Scanning yields to programs that someone waits for, hashing to everything.
+const SCAN_NICE: i32 = 10;
+const HASH_NICE: i32 = 19;
+
+/// Lowers the priority of this thread for the processor and, with it, for the disk:
+/// Linux derives the I/O priority from the nice value (`ioprio_set(2)`), here the
+/// lowest best-effort levels.
+fn lower_priority(nice: i32) {
+    if nice > 0
+        && let Err(e) = rustix::process::nice(nice)
+    {
+        tracing::debug!("the priority stays: {e}");
     }
 }

@@ -1,0 +1,244 @@
+//! Following changes: from the kernel's hints to rows of the index.
+//!
+//! One thread only reads events and notes where to look, so that the kernel's
+//! queue stays short; another looks and tells the index. A burst is waited for
+//! a few milliseconds and looked at once; a file that is written without pause
+//! is looked at a few times a second. What appeared is applied before what
+//! disappeared, so that a rename never leaves a file without a name between.
+
+use super::Core;
+use super::place::{Job, Place, lock};
+use super::scan::is_gone;
+use super::watch::{Hint, Watcher};
+use crate::error::{FsResult, Kind};
+use crate::local::observe_at;
+use crate::model::{FileId, LocationNo, Name};
+use std::collections::{HashMap, HashSet};
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+/// A burst is over after this long without another event.
+const QUIET: Duration = Duration::from_millis(5);
+/// The longest that a burst is waited for.
+const BURST: Duration = Duration::from_millis(40);
+/// The least time between two looks at a directory in which only bytes change.
+const CONTENTS_EVERY: Duration = Duration::from_millis(100);
+/// How soon to try again when a scan has the directory.
+const BUSY: Duration = Duration::from_millis(10);
+/// From so many names on, the whole directory is listed instead: one commit.
+const NAMES_TO_LIST: usize = 512;
+/// From so many directories on, everything is scanned instead, to keep memory bounded.
+const DIRECTORIES_TO_SCAN: usize = 100_000;
+
+/// Where to look, directory by directory.
+#[derive(Default)]
+pub(super) struct Hints {
+    waiting: HashMap<(LocationNo, FileId), Changes>,
+    /// When directories were looked at, for [`CONTENTS_EVERY`].
+    looked: HashMap<(LocationNo, FileId), Instant>,
+}
+
+/// What to look at in one directory.
+struct Changes {
+    first: Instant,
+    due: Instant,
+    names: HashSet<Name>,
+    /// List it whole.
+    whole: bool,
+    /// Its own row.
+    own: bool,
+}
+
+impl Hints {
+    fn note(&mut self, key: (LocationNo, FileId), name: Option<Name>, urgent: bool, own: bool) {
+        let now = Instant::now();
+        let rest = self.looked.get(&key).map_or(now, |at| *at + CONTENTS_EVERY);
+        let changes = self.waiting.entry(key).or_insert_with(|| Changes::new(now));
+        let soon = (now + QUIET).min(changes.first + BURST);
+        changes.due = match (urgent, changes.is_noted()) {
+            (true, _) => soon,
+            (false, false) => soon.max(rest),
+            (false, true) => changes.due,
+        };
+        changes.own |= own;
+        if !changes.whole {
+            changes.names.extend(name);
+            if changes.names.len() > NAMES_TO_LIST {
+                changes.whole = true;
+                changes.names = HashSet::new();
+            }
+        }
+    }
+
+    fn put_back(&mut self, key: (LocationNo, FileId), mut changes: Changes) {
+        changes.due = Instant::now() + BUSY;
+        match self.waiting.get_mut(&key) {
+            Some(newer) => {
+                newer.names.extend(changes.names);
+                newer.whole |= changes.whole;
+                newer.own |= changes.own;
+            }
+            None => {
+                self.waiting.insert(key, changes);
+            }
+        }
+    }
+
+    /// What is due, with everything that will be in a moment: the halves of a
+    /// rename are events of two directories.
+    fn take(&mut self, due: &mut Option<Instant>) -> Option<Batch> {
+        let now = Instant::now();
+        *due = self.waiting.values().map(|changes| changes.due).min();
+        if due.is_none_or(|at| at > now) {
+            return None;
+        }
+        self.looked.retain(|_, at| *at + CONTENTS_EVERY > now);
+        let batch: Batch =
+            self.waiting.extract_if(|_, changes| changes.due <= now + BURST).collect();
+        self.looked.extend(batch.iter().map(|(key, _)| (*key, now)));
+        Some(batch)
+    }
+}
+
+type Batch = Vec<((LocationNo, FileId), Changes)>;
+
+impl Changes {
+    fn new(now: Instant) -> Self {
+        Self { first: now, due: now, names: HashSet::new(), whole: false, own: false }
+    }
+
+    fn is_noted(&self) -> bool {
+        self.whole || self.own || !self.names.is_empty()
+    }
+}
+
+impl Core {
+    /// The thread that reads events, until the stop.
+    pub(super) fn event_loop(&self, watcher: &Watcher) {
+        while !self.is_stopping() {
+            let mut noted = false;
+            let read = watcher.wait(&mut |hint| {
+                self.note(hint);
+                noted = true;
+            });
+            if let Err(e) = read {
+                tracing::error!("events cannot be read any more: {e}");
+                self.events_lost(&format!("events cannot be read: {e}"));
+                return;
+            }
+            if noted {
+                self.hint_work.notify();
+            }
+        }
+    }
+
+    fn note(&self, hint: Hint) {
+        let mut hints = lock(&self.hints);
+        match hint {
+            Hint::Names(no, dir, name) => hints.note((no, dir), Some(name), true, true),
+            Hint::Contents(no, dir, name) => hints.note((no, dir), Some(name), false, false),
+            Hint::Directory(no, dir) => {
+                hints.note((no, dir), None, false, true);
+                if dir == FileId::ROOT {
+                    self.tend_soon();
+                }
+            }
+            Hint::Overflow => {
+                drop(hints);
+                return self.events_lost("the kernel dropped events, too many came at once");
+            }
+        }
+        if hints.waiting.len() > DIRECTORIES_TO_SCAN {
+            hints.waiting.clear();
+            drop(hints);
+            self.events_lost("too many directories changed at once");
+        }
+    }
+
+    fn events_lost(&self, why: &str) {
+        for place in self.places() {
+            lock(&place.degraded).lost_events = Some(format!("{why}; scanning everything again"));
+            if place.root().is_ok() {
+                self.begin_pass(&place);
+            }
+        }
+    }
+
+    /// The thread that looks, until the stop.
+    pub(super) fn follow_loop(&self) {
+        let take = |core: &Self, due: &mut Option<Instant>| lock(&core.hints).take(due);
+        while let Some(batch) = self.hint_work.wait(self, take) {
+            self.apply(batch);
+        }
+    }
+
+    fn apply(&self, batch: Batch) {
+        let mut gone = Vec::new();
+        let mut own = Vec::new();
+        for ((no, dir), changes) in batch {
+            let Some(place) = self.place(no) else { continue };
+            let Some(order) = place.try_order(dir) else {
+                lock(&self.hints).put_back((no, dir), changes);
+                continue;
+            };
+            if changes.own {
+                own.push((place.clone(), dir));
+            }
+            if changes.whole {
+                drop(order);
+                self.list_again(&place, dir);
+            } else if let Err(e) = self.look(&place, dir, changes.names, &mut gone) {
+                self.look_failed(&place, dir, &e);
+            }
+        }
+        for (no, dir, name) in gone {
+            let Some(place) = self.place(no) else { continue };
+            if let Err(e) = self.refresh(&place, dir, &name) {
+                self.look_failed(&place, dir, &e);
+            }
+        }
+        for (place, dir) in own {
+            if let Err(e) = self.refresh_own(&place, dir) {
+                self.look_failed(&place, dir, &e);
+            }
+        }
+    }
+
+    /// Looks at names of a directory, whose order the caller has; those without
+    /// anything are left for later.
+    fn look(
+        &self,
+        place: &Place,
+        dir: FileId,
+        names: HashSet<Name>,
+        gone: &mut Vec<(LocationNo, FileId, Name)>,
+    ) -> FsResult<()> {
+        if names.is_empty() {
+            return Ok(());
+        }
+        let open = self.open_handle(place, &*place.root()?, dir)?;
+        for name in names {
+            match observe_at(open.as_fd(), &name) {
+                Ok(found) => self.appeared(place, dir, &name, found)?,
+                Err(e) if e.kind() == Kind::NotFound => gone.push((place.no, dir, name)),
+                Err(e) => self.look_failed(place, dir, &e),
+            }
+        }
+        Ok(())
+    }
+
+    fn list_again(&self, place: &Place, dir: FileId) {
+        lock(&place.scanned).remove(dir);
+        lock(&place.scan).push_urgent(Job::once(dir));
+        self.scan_work.notify();
+    }
+
+    /// What could not be looked at keeps its row; a directory that is gone has no
+    /// row to keep, and any other failure is mended by listing it again later.
+    fn look_failed(&self, place: &Place, dir: FileId, e: &crate::error::FsError) {
+        if !is_gone(e) {
+            tracing::debug!(location = place.no.0, dir = dir.0, "not looked at: {e}");
+            lock(&place.unread).insert(dir);
+        }
+    }
+}

@@ -1,0 +1,254 @@
+//! Hashing: content ids and manifests of files, behind everything else.
+//!
+//! The queue is the index's and durable; this module keeps only what it must not
+//! try again yet. A file is hashed when it was left alone for a while, and the
+//! result counts only if its stamp is the same before and after. The manifest is
+//! stored before the index says that the file is hashed, so a content id in the
+//! index always has one.
+
+use super::Core;
+use super::place::{Place, lock};
+use super::scan::is_gone;
+use crate::content::Manifest;
+use crate::error::{FsError, FsResult, Kind};
+use crate::local::stamp_of;
+use crate::model::{FileId, FileType, Stamp, Time};
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+/// Files taken from the index at once.
+const FETCH: usize = 1024;
+/// The least time between two looks for newer files, while there is work.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+/// How soon to look again when the index failed.
+const LOOK_AFTER_FAILURE: Duration = Duration::from_secs(10);
+/// The longest wait for a file that changes again and again.
+const LONGEST_WAIT: Duration = Duration::from_secs(600);
+/// A file that changes while it is hashed waits this many times as long as the hashing took.
+const WAIT_FACTOR: u32 = 4;
+
+/// Which files of a location to hash next, and which not yet.
+pub(super) struct HashQueue {
+    ready: VecDeque<FileId>,
+    running: HashSet<FileId>,
+    waiting: HashMap<FileId, Wait>,
+    /// The index may have files that are not known here.
+    look: bool,
+    looked: Option<Instant>,
+}
+
+impl Default for HashQueue {
+    fn default() -> Self {
+        Self {
+            ready: VecDeque::new(),
+            running: HashSet::new(),
+            waiting: HashMap::new(),
+            look: true,
+            looked: None,
+        }
+    }
+}
+
+/// A file that is not tried again before a time.
+struct Wait {
+    until: Instant,
+    tries: u32,
+    /// It could not be read: only a change of it, or a long time, will help.
+    stuck: bool,
+}
+
+/// What became of an attempt.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Outcome {
+    Done,
+    /// It was written to a moment ago, or the index has not seen its last change yet.
+    Unsettled(Duration),
+    /// It changed while it was hashed, which took so long.
+    Changed(Duration),
+    Unreadable,
+}
+
+impl HashQueue {
+    /// The index may have new files to hash. `forget`: also try the unreadable ones again.
+    pub fn look_again(&mut self, forget: bool) {
+        self.look = true;
+        if forget {
+            self.waiting.retain(|_, wait| !wait.stuck);
+        }
+    }
+
+    /// A file changed.
+    pub fn changed(&mut self, file: FileId) {
+        self.look = true;
+        if self.waiting.get(&file).is_some_and(|wait| wait.stuck) {
+            self.waiting.remove(&file);
+        }
+    }
+
+    /// Whether there is something to do soon, given whether the index has unhashed files.
+    pub fn is_busy(&self, unhashed: bool) -> bool {
+        !self.running.is_empty()
+            || !self.ready.is_empty()
+            || (unhashed && self.look)
+            || self.waiting.values().any(|wait| !wait.stuck)
+    }
+
+    fn wants_look(&self, now: Instant) -> bool {
+        let rested = self.looked.is_none_or(|at| now >= at + LOOK_EVERY);
+        let due = || self.waiting.values().any(|wait| wait.until <= now);
+        if self.ready.is_empty() { self.look && rested || due() } else { self.look && rested }
+    }
+
+    /// When to come back, if nothing is ready.
+    fn due(&self) -> Option<Instant> {
+        let rested = self.looked.filter(|_| self.look).map(|at| at + LOOK_EVERY);
+        self.waiting.values().map(|wait| wait.until).chain(rested).min()
+    }
+
+    /// How many to ask for, so that those that wait do not hide the others.
+    fn fetch_limit(&self) -> usize {
+        FETCH.max(self.waiting.len()) + self.waiting.len() + self.running.len()
+    }
+
+    fn refill(&mut self, files: Vec<FileId>, limit: usize, now: Instant) {
+        self.look = files.len() >= limit;
+        self.looked = Some(now);
+        if files.len() < limit {
+            // What is not in the index's queue any more was deleted.
+            let known: HashSet<_> = files.iter().copied().collect();
+            self.waiting.retain(|file, _| known.contains(file));
+        }
+        let waits = |file: &FileId| self.waiting.get(file).is_some_and(|wait| wait.until > now);
+        self.ready = files
+            .into_iter()
+            .filter(|file| !waits(file) && !self.running.contains(file))
+            .take(FETCH)
+            .collect();
+    }
+
+    fn take(&mut self) -> Option<FileId> {
+        let file = self.ready.pop_front()?;
+        self.running.insert(file);
+        Some(file)
+    }
+
+    fn end(&mut self, file: FileId, outcome: Outcome, settle: Duration) {
+        self.running.remove(&file);
+        let tries = self.waiting.get(&file).map_or(0, |wait| wait.tries);
+        let (wait, tries, stuck) = match outcome {
+            Outcome::Done => {
+                self.waiting.remove(&file);
+                return;
+            }
+            Outcome::Unsettled(wait) => (wait, tries, false),
+            Outcome::Changed(took) => {
+                let doubled = settle.saturating_mul(1 << tries.min(20));
+                (doubled.max(took.saturating_mul(WAIT_FACTOR)), tries + 1, false)
+            }
+            Outcome::Unreadable => (LONGEST_WAIT, tries, true),
+        };
+        let until = Instant::now() + wait.min(LONGEST_WAIT);
+        self.waiting.insert(file, Wait { until, tries, stuck });
+    }
+}
+
+impl Core {
+    /// One thread of the pool, until the stop.
+    pub(super) fn hash_loop(&self) {
+        while let Some((place, file)) = self.hash_work.wait(self, Self::next_file) {
+            let outcome = self.hash(&place, file).unwrap_or_else(|e| {
+                tracing::debug!(location = place.no.0, file = file.0, "not hashed: {e}");
+                // It may be below a directory that is just being renamed.
+                if is_gone(&e) { Outcome::Changed(Duration::ZERO) } else { Outcome::Unreadable }
+            });
+            lock(&place.hash).end(file, outcome, place.config.settle);
+        }
+    }
+
+    /// The next file, or else when to look again.
+    fn next_file(&self, due: &mut Option<Instant>) -> Option<(Arc<Place>, FileId)> {
+        let now = Instant::now();
+        self.places_in_turn().into_iter().find_map(|place| {
+            if !place.indexed.load(Ordering::Acquire) || place.root().is_err() {
+                return None;
+            }
+            let mut queue = lock(&place.hash);
+            if queue.wants_look(now) {
+                let limit = queue.fetch_limit();
+                match self.index.next_unhashed(place.no, limit) {
+                    Ok(files) => queue.refill(files, limit, now),
+                    Err(e) => {
+                        tracing::warn!(location = place.no.0, "no files to hash: {e}");
+                        queue.looked = Some(now + LOOK_AFTER_FAILURE);
+                    }
+                }
+            }
+            let file = queue.take();
+            if file.is_none() {
+                *due = [*due, queue.due()].into_iter().flatten().min();
+            }
+            drop(queue);
+            Some((place, file?))
+        })
+    }
+
+    fn hash(&self, place: &Place, file: FileId) -> FsResult<Outcome> {
+        let began = Instant::now();
+        let (path, known) = self.locate(place.no, file)?;
+        if known.attr.file_type != FileType::File {
+            return Ok(Outcome::Unreadable);
+        }
+        let open = match place.root()?.open_for_reading(&path) {
+            Err(e) if e.kind() == Kind::NotFound => return self.hash_stale(place, file, began),
+            opened => opened?,
+        };
+        let before = stamp_of(&open)?;
+        if before != known.stamp() {
+            return self.hash_stale(place, file, began);
+        }
+        if let Some(wait) = unsettled(&before, place.config.settle) {
+            return Ok(Outcome::Unsettled(wait));
+        }
+        let hashed = Manifest::of_file(&open, before.size, &self.stopping);
+        let hashed = hashed.map_err(|e| FsError::os("hash a file", e))?;
+        let Some((content, manifest)) = hashed else {
+            return self.hash_stale(place, file, began);
+        };
+        if stamp_of(&open)? != before {
+            return self.hash_stale(place, file, began);
+        }
+        self.manifests.put(&manifest).map_err(|e| FsError::os("store a manifest", e))?;
+        if !self.index.set_content(place.no, file, &before, content)? {
+            return self.hash_stale(place, file, began);
+        }
+        place.bytes_hashed.fetch_add(before.size, Ordering::Relaxed);
+        place.files_hashed.fetch_add(1, Ordering::Relaxed);
+        Ok(Outcome::Done)
+    }
+
+    /// The file is not what the index says: brings its row up to date, and waits.
+    fn hash_stale(&self, place: &Place, file: FileId, began: Instant) -> FsResult<Outcome> {
+        if !self.is_stopping() {
+            self.refresh_own(place, file)?;
+        }
+        Ok(Outcome::Changed(began.elapsed()))
+    }
+}
+
+/// How long the file must still be left alone.
+///
+/// The change time is the kernel's own clock, which a program cannot set. It
+/// advances in ticks: a write within the tick of the last one leaves no trace
+/// in the stamp, and after a settled tick none can.
+fn unsettled(stamp: &Stamp, settle: Duration) -> Option<Duration> {
+    let nanos = |t: Time| i128::from(t.secs) * 1_000_000_000 + i128::from(t.nanos);
+    let age = nanos(Time::now()) - nanos(stamp.ctime);
+    let settle_nanos = settle.as_nanos() as i128;
+    // A time in the future, after the clock was set back, says nothing.
+    if !(0..settle_nanos).contains(&age) {
+        return None;
+    }
+    u64::try_from(settle_nanos - age).ok().map(Duration::from_nanos)
+}

@@ -1,0 +1,357 @@
+//! What the indexer knows of one location while it runs.
+//!
+//! Nothing here survives a stop: rows and the queue of files to hash are the
+//! index's. Sets of directories are bitmaps over file ids, which the index
+//! gives in order, so that millions of directories cost a few hundred KiB.
+//!
+//! Locks: `opening` is held while the folder is looked for, which may take long
+//! on a dead disk; `order` while a directory is looked at. All others are held
+//! for a moment, alone, except `scan`, under which a pass begins and resets them.
+
+use super::hash::HashQueue;
+use super::{IndexerConfig, State};
+use crate::error::{FsError, FsResult, Kind};
+use crate::index::{Index, Observed};
+use crate::local::Root;
+use crate::model::{Entry, FileId, LocationNo};
+use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::{Duration, Instant};
+
+/// Locks that order the changes of one directory; two directories rarely share one.
+const STRIPES: usize = 64;
+
+/// One location.
+pub(super) struct Place {
+    pub no: LocationNo,
+    pub path: PathBuf,
+    pub config: IndexerConfig,
+    opening: Mutex<()>,
+    disk: Mutex<Disk>,
+    retry_at: Mutex<Option<Instant>>,
+    pub scan: Mutex<ScanQueue>,
+    pub scanned: Mutex<Scanned>,
+    /// Directories that could not be read; their rows stay, and they are tried again.
+    pub unread: Mutex<HashSet<FileId>>,
+    /// Directories that lost their name; if they get one again, what changed below
+    /// them meanwhile was not seen.
+    pub lost: Mutex<HashSet<FileId>>,
+    pub sweep_at: Mutex<Option<Instant>>,
+    pub degraded: Mutex<Degraded>,
+    pub hash: Mutex<HashQueue>,
+    pub indexed: AtomicBool,
+    pub forgotten: AtomicBool,
+    pub bytes_hashed: AtomicU64,
+    pub files_hashed: AtomicU64,
+    order: [Mutex<()>; STRIPES],
+}
+
+/// Whether the folder is there.
+enum Disk {
+    /// Not looked at yet.
+    Unknown,
+    Online(Arc<Root>),
+    Offline(String),
+}
+
+/// Directories that wait to be scanned.
+#[derive(Default)]
+pub(super) struct ScanQueue {
+    /// Breadth first, so that the top can be browsed first.
+    jobs: VecDeque<Job>,
+    /// New directories, which someone is likely to look at.
+    urgent: VecDeque<Job>,
+    pub running: usize,
+    /// A whole scan is going on: the end of the queue is its end.
+    pub pass: Option<Instant>,
+    /// Another one was asked for meanwhile.
+    pub again: bool,
+}
+
+impl ScanQueue {
+    pub fn push(&mut self, job: Job) {
+        self.jobs.push_back(job);
+    }
+
+    pub fn push_urgent(&mut self, job: Job) {
+        self.urgent.push_back(job);
+    }
+
+    pub fn pop(&mut self) -> Option<Job> {
+        self.urgent.pop_front().or_else(|| self.jobs.pop_front())
+    }
+
+    pub fn waiting(&self) -> usize {
+        self.jobs.len() + self.urgent.len() + self.running
+    }
+
+    pub fn clear(&mut self) {
+        self.jobs = VecDeque::new();
+        self.urgent = VecDeque::new();
+        self.pass = None;
+        self.again = false;
+    }
+}
+
+/// A directory to scan, in eight bytes: a file id and, above it, one flag.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Job(u64);
+
+impl Job {
+    const DEEP: u64 = 1 << 63;
+
+    /// Scans the directory if it was not, and then those below it that were not.
+    pub fn once(dir: FileId) -> Self {
+        Self(dir.0)
+    }
+
+    /// Scans the directory and everything below it, scanned or not.
+    pub fn deep(dir: FileId) -> Self {
+        Self(dir.0 | Self::DEEP)
+    }
+
+    pub fn dir(self) -> FileId {
+        FileId(self.0 & !Self::DEEP)
+    }
+
+    pub fn is_deep(self) -> bool {
+        self.0 & Self::DEEP != 0
+    }
+
+    /// The same kind of job for another directory.
+    pub fn for_subdirectory(self, dir: FileId) -> Self {
+        Self(dir.0 | self.0 & Self::DEEP)
+    }
+}
+
+/// The directories scanned since the last whole scan began.
+#[derive(Default)]
+pub(super) struct Scanned {
+    chunks: BTreeMap<u64, [u64; 8]>,
+    epoch: u64,
+}
+
+impl Scanned {
+    /// Begins anew; what was begun before does not count any more.
+    pub fn restart(&mut self) {
+        self.chunks.clear();
+        self.epoch += 1;
+    }
+
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    pub fn contains(&self, dir: FileId) -> bool {
+        let (chunk, word, bit) = Self::position(dir);
+        self.chunks.get(&chunk).is_some_and(|words| words[word] & bit != 0)
+    }
+
+    /// Notes a scan that began in `epoch`.
+    pub fn insert(&mut self, dir: FileId, epoch: u64) {
+        if epoch == self.epoch {
+            let (chunk, word, bit) = Self::position(dir);
+            self.chunks.entry(chunk).or_default()[word] |= bit;
+        }
+    }
+
+    pub fn remove(&mut self, dir: FileId) {
+        let (chunk, word, bit) = Self::position(dir);
+        if let Some(words) = self.chunks.get_mut(&chunk) {
+            words[word] &= !bit;
+        }
+    }
+
+    fn position(dir: FileId) -> (u64, usize, u64) {
+        (dir.0 / 512, (dir.0 / 64 % 8) as usize, 1 << (dir.0 % 64))
+    }
+}
+
+/// Why changes may go unseen, and until when.
+#[derive(Default)]
+pub(super) struct Degraded {
+    /// Events were lost; a whole scan that began later mends it.
+    pub lost_events: Option<String>,
+    /// Directories without a watch, and why the last of them has none.
+    pub unwatched: Option<(u64, String)>,
+    /// When to scan everything again, while there are such directories.
+    pub rescan_at: Option<Instant>,
+}
+
+impl Degraded {
+    pub fn begin_pass(&mut self) {
+        self.unwatched = None;
+        self.rescan_at = None;
+    }
+
+    /// `again`: something was lost since the pass began. `next`: when to begin one
+    /// by itself, if some directories have no watch.
+    pub fn end_pass(&mut self, again: bool, next: Instant) {
+        if !again {
+            self.lost_events = None;
+        }
+        self.rescan_at = self.unwatched.as_ref().map(|_| next);
+    }
+
+    pub fn add_unwatched(&mut self, why: String) {
+        let count = self.unwatched.as_ref().map_or(0, |(n, _)| *n);
+        self.unwatched = Some((count + 1, why));
+        // Also when no pass is going on: the directory came later.
+        self.rescan_at.get_or_insert_with(|| Instant::now() + Duration::from_secs(60));
+    }
+
+    pub fn reason(&self) -> Option<String> {
+        let unwatched = self
+            .unwatched
+            .as_ref()
+            .map(|(n, why)| format!("{n} directories are not watched: {why}"));
+        self.lost_events.clone().or(unwatched)
+    }
+}
+
+/// Locks although a thread panicked with the lock: each update of these states is whole in itself.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Place {
+    pub fn new(no: LocationNo, path: PathBuf, config: IndexerConfig) -> Self {
+        Self {
+            no,
+            path,
+            config,
+            opening: Mutex::new(()),
+            disk: Mutex::new(Disk::Unknown),
+            retry_at: Mutex::default(),
+            scan: Mutex::default(),
+            scanned: Mutex::default(),
+            unread: Mutex::default(),
+            lost: Mutex::default(),
+            sweep_at: Mutex::default(),
+            degraded: Mutex::default(),
+            hash: Mutex::default(),
+            indexed: AtomicBool::new(false),
+            forgotten: AtomicBool::new(false),
+            bytes_hashed: AtomicU64::new(0),
+            files_hashed: AtomicU64::new(0),
+            order: std::array::from_fn(|_| Mutex::new(())),
+        }
+    }
+
+    /// Held from looking at a directory until the index has what was seen, so that
+    /// an older look never overwrites a newer one.
+    pub fn order(&self, dir: FileId) -> MutexGuard<'_, ()> {
+        lock(self.stripe(dir))
+    }
+
+    /// As [`Self::order`], but `None` when someone else looks at the directory.
+    pub fn try_order(&self, dir: FileId) -> Option<MutexGuard<'_, ()>> {
+        match self.stripe(dir).try_lock() {
+            Ok(guard) => Some(guard),
+            Err(TryLockError::Poisoned(e)) => Some(e.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    fn stripe(&self, dir: FileId) -> &Mutex<()> {
+        &self.order[(dir.0 % STRIPES as u64) as usize]
+    }
+
+    /// The folder, if it is known to be there.
+    pub fn root(&self) -> FsResult<Arc<Root>> {
+        match &*lock(&self.disk) {
+            Disk::Online(root) => Ok(root.clone()),
+            Disk::Unknown => Err(FsError::new(Kind::NotFound, "the location was not opened yet")),
+            Disk::Offline(why) => Err(FsError::new(Kind::NotFound, why.clone())),
+        }
+    }
+
+    /// The folder, looked for when it was not yet, or `again` when it was gone;
+    /// true when it was found just now.
+    pub fn open(&self, index: &Index, again: bool) -> FsResult<(Arc<Root>, bool)> {
+        if let Some(known) = self.known(again) {
+            return known;
+        }
+        let _opening = lock(&self.opening);
+        // Someone else may have looked meanwhile.
+        if let Some(known) = self.known(again) {
+            return known;
+        }
+        let found = self.find(index).map(Arc::new);
+        *lock(&self.disk) = match &found {
+            Ok(root) => Disk::Online(root.clone()),
+            Err(e) => Disk::Offline(e.to_string()),
+        };
+        let offline = |e| FsError::caused(Kind::NotFound, "the location is offline", e);
+        found.map(|root| (root, true)).map_err(offline)
+    }
+
+    fn known(&self, again: bool) -> Option<FsResult<(Arc<Root>, bool)>> {
+        match &*lock(&self.disk) {
+            Disk::Online(root) => Some(Ok((root.clone(), false))),
+            Disk::Offline(why) if !again => Some(Err(FsError::new(Kind::NotFound, why.clone()))),
+            _ => None,
+        }
+    }
+
+    fn find(&self, index: &Index) -> FsResult<Root> {
+        let root = Root::open(&self.path)?;
+        // Fails where the folder cannot be listed: no access, or a disk that is gone.
+        root.open_dir(&[])?;
+        let observed = root.observe_root()?;
+        let known = index.view()?.node(self.no, FileId::ROOT)?;
+        if known.is_some_and(|node| !is_same_folder(&node.entry, &observed)) {
+            let what = format!(
+                "{} is another folder than the one that was indexed; is its disk mounted?",
+                self.path.display()
+            );
+            return Err(FsError::new(Kind::NotFound, what));
+        }
+        index.observe_root(self.no, &observed)?;
+        Ok(root)
+    }
+
+    /// Notes that the folder is gone.
+    pub fn set_offline(&self, why: String) {
+        *lock(&self.disk) = Disk::Offline(why);
+    }
+
+    /// Whether it is time to try again what could not be read.
+    pub fn retry_due(&self, now: Instant, every: Duration) -> bool {
+        let mut at = lock(&self.retry_at);
+        let is_due = at.is_some_and(|at| at <= now);
+        if is_due || at.is_none() {
+            *at = Some(now + every);
+        }
+        is_due
+    }
+
+    /// What keeps the place from being idle, hashing aside.
+    pub fn state(&self) -> Option<State> {
+        if let Disk::Offline(why) = &*lock(&self.disk) {
+            return Some(State::Offline(why.clone()));
+        }
+        let queue = lock(&self.scan);
+        let scanning = queue.waiting() > 0 || queue.pass.is_some();
+        (scanning || !self.indexed.load(std::sync::atomic::Ordering::Acquire))
+            .then_some(State::Scanning)
+    }
+
+    /// Asks for the rows below lost directories to be dropped, once renames had time to end.
+    pub fn sweep_after(&self, delay: Duration) {
+        *lock(&self.sweep_at) = Some(Instant::now() + delay);
+    }
+}
+
+/// Whether the folder found is the one that was indexed.
+///
+/// The time of birth tells it best: roots of file systems share inode numbers,
+/// and FAT invents new ones at every mount.
+fn is_same_folder(known: &Entry, found: &Observed) -> bool {
+    match (known.attr.btime, found.attr.btime) {
+        (Some(known), Some(found)) => known == found,
+        _ => known.disk_ino == found.disk_ino,
+    }
+}

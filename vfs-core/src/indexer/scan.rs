@@ -1,0 +1,340 @@
+//! Scanning: from directories on the disk to rows of the index.
+//!
+//! A whole scan (a *pass*) goes breadth first from the location's folder on the
+//! pool's threads; a directory that someone asks for is scanned at once on the
+//! asker's. Each directory is watched *before* it is listed, and its changes are
+//! ordered by [`Place::order`], so that no change falls between the two.
+//!
+//! A directory that cannot be read keeps its rows and is tried again later.
+
+use super::Core;
+use super::place::{Job, Place, lock};
+use crate::error::{FsError, FsResult, Kind};
+use crate::index::Observed;
+use crate::local::{Listing, Root, ino_of, list_dir, observe_at, stat_of};
+use crate::model::{Entry, FileId, FileType, LocationNo, Name};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+/// Rows dropped in one commit when a lost subtree is swept.
+const SWEEP_ROWS: usize = 1000;
+
+/// A pass that cannot be relied on for watching is repeated, but takes at most
+/// this part of the time.
+const RESCAN_SHARE: u32 = 10;
+
+impl Core {
+    /// One thread of the pool, until the stop.
+    pub(super) fn scan_loop(&self) {
+        while let Some((place, job)) = self.scan_work.wait(self, |core, _| core.next_job()) {
+            self.run_job(&place, job);
+            self.end_job(&place);
+        }
+    }
+
+    fn next_job(&self) -> Option<(Arc<Place>, Job)> {
+        self.places_in_turn().into_iter().find_map(|place| {
+            let mut queue = lock(&place.scan);
+            let job = queue.pop()?;
+            queue.running += 1;
+            drop(queue);
+            Some((place, job))
+        })
+    }
+
+    /// The last job of a pass ends the pass.
+    fn end_job(&self, place: &Place) {
+        let ended = {
+            let mut queue = lock(&place.scan);
+            if queue.waiting() == 1 { queue.pass.take() } else { None }
+        };
+        if let Some(began) = ended {
+            self.end_pass(place, began);
+        }
+        lock(&place.scan).running -= 1;
+    }
+
+    /// Scans the whole location from its folder down; when a pass is going on, after it.
+    pub(super) fn begin_pass(&self, place: &Place) {
+        let mut queue = lock(&place.scan);
+        if queue.pass.is_some() {
+            queue.again = true;
+            return;
+        }
+        queue.pass = Some(Instant::now());
+        queue.again = false;
+        lock(&place.scanned).restart();
+        lock(&place.degraded).begin_pass();
+        lock(&place.unread).clear();
+        queue.push(Job::once(FileId::ROOT));
+        drop(queue);
+        self.scan_work.notify();
+    }
+
+    fn end_pass(&self, place: &Place, began: Instant) {
+        self.sweep(place);
+        if let Err(e) = self.index.flush() {
+            tracing::warn!(location = place.no.0, "the index could not be written: {e}");
+        }
+        let again = lock(&place.scan).again;
+        let pause = place.config.rescan_after.max(began.elapsed() * RESCAN_SHARE);
+        lock(&place.degraded).end_pass(again, Instant::now() + pause);
+        lock(&place.hash).look_again(true);
+        if !place.indexed.swap(true, Ordering::AcqRel) {
+            tracing::info!(location = place.no.0, took = ?began.elapsed(), "scanned");
+        }
+        self.hash_work.notify();
+        if again {
+            self.begin_pass(place);
+        }
+    }
+
+    /// Drops the rows below directories that lost their name and did not get one again.
+    pub(super) fn sweep(&self, place: &Place) {
+        *lock(&place.sweep_at) = None;
+        lock(&place.lost).clear();
+        loop {
+            match self.index.sweep_orphans(SWEEP_ROWS) {
+                Ok(0) => break,
+                Ok(_) if self.is_stopping() => break,
+                Ok(_) => {}
+                Err(e) => {
+                    tracing::warn!("rows of deleted directories could not be dropped: {e}");
+                    break;
+                }
+            }
+        }
+        self.prune_watches(place);
+    }
+
+    /// Ends the watches of directories that were moved out of the location.
+    fn prune_watches(&self, place: &Place) {
+        let Some(watcher) = &self.watcher else { return };
+        let gone = |dir: &FileId| matches!(self.locate(place.no, *dir), Err(e) if is_gone(&e));
+        let gone: std::collections::HashSet<_> =
+            watcher.directories(place.no).into_iter().filter(gone).collect();
+        if !gone.is_empty() {
+            watcher.retain(place.no, |dir| !gone.contains(&dir));
+        }
+    }
+
+    fn run_job(&self, place: &Place, job: Job) {
+        if self.is_stopping() || place.forgotten.load(Ordering::Acquire) {
+            return;
+        }
+        match self.scan(place, job) {
+            Ok(subdirectories) => self.enqueue(place, job, subdirectories),
+            Err(e) => self.scan_failed(place, job.dir(), &e),
+        }
+    }
+
+    /// Scans a directory for someone who waits for it, on their thread.
+    pub(super) fn scan_asked(&self, place: &Place, dir: FileId) -> FsResult<()> {
+        let job = Job::once(dir);
+        let scanned = self.scan(place, job).inspect_err(|e| self.scan_failed(place, dir, e));
+        self.enqueue(place, job, scanned?);
+        Ok(())
+    }
+
+    fn enqueue(&self, place: &Place, job: Job, mut subdirectories: Vec<FileId>) {
+        if !job.is_deep() {
+            let scanned = lock(&place.scanned);
+            subdirectories.retain(|dir| !scanned.contains(*dir));
+        }
+        if subdirectories.is_empty() || place.root().is_err() {
+            return;
+        }
+        let mut queue = lock(&place.scan);
+        for dir in subdirectories {
+            queue.push(job.for_subdirectory(dir));
+        }
+        drop(queue);
+        self.scan_work.notify();
+    }
+
+    fn scan_failed(&self, place: &Place, dir: FileId, e: &FsError) {
+        if dir == FileId::ROOT {
+            self.go_offline(place, e.to_string());
+        } else if !is_gone(e) {
+            tracing::debug!(location = place.no.0, dir = dir.0, "not scanned: {e}");
+            lock(&place.unread).insert(dir);
+            // Whoever asks for it gets the rows there are, not another failing scan.
+            let mut scanned = lock(&place.scanned);
+            let epoch = scanned.epoch();
+            scanned.insert(dir, epoch);
+        }
+    }
+
+    /// Scans one directory, unless the job is already done; its subdirectories.
+    pub(super) fn scan(&self, place: &Place, job: Job) -> FsResult<Vec<FileId>> {
+        let dir = job.dir();
+        let is_done = || !job.is_deep() && lock(&place.scanned).contains(dir);
+        if is_done() {
+            return Ok(Vec::new());
+        }
+        let epoch = lock(&place.scanned).epoch();
+        let root = place.root()?;
+        let Some((open, known)) = self.open_known(place, &root, dir)? else {
+            // Something is mounted over it: what is below is not the location's.
+            lock(&place.scanned).insert(dir, epoch);
+            return Ok(Vec::new());
+        };
+        self.watch_directory(place, dir, &open);
+        let order = place.order(dir);
+        if is_done() {
+            return Ok(Vec::new());
+        }
+        let Listing { own, entries, .. } = list_dir(open.as_fd())?;
+        let subdirectories = self.index.observe_directory(place.no, dir, entries)?;
+        lock(&place.scanned).insert(dir, epoch);
+        lock(&place.unread).remove(&dir);
+        drop(order);
+        lock(&place.hash).look_again(false);
+        if own != known.attr {
+            self.refresh_own(place, dir)?;
+        }
+        Ok(subdirectories.into_iter().map(|(_, id)| id).collect())
+    }
+
+    /// Opens a directory and makes sure that it is the one that the index means;
+    /// `None` when something is mounted over it.
+    fn open_known(
+        &self,
+        place: &Place,
+        root: &Root,
+        dir: FileId,
+    ) -> FsResult<Option<(OwnedFd, Entry)>> {
+        let (path, known) = self.locate(place.no, dir)?;
+        let open = match root.open_dir(&path) {
+            Ok(open) => open,
+            Err(e) if e.kind() == Kind::CrossDevice => return Ok(None),
+            Err(e) => return Err(e),
+        };
+        if ino_of(&stat_of(open.as_fd())?) != known.disk_ino && dir != FileId::ROOT {
+            // The name has another directory by now. Its row first, then its own scan.
+            self.refresh_own(place, dir)?;
+            return Err(FsError::new(Kind::NotFound, "the directory was replaced"));
+        }
+        Ok(Some((open, known)))
+    }
+
+    fn watch_directory(&self, place: &Place, dir: FileId, open: &OwnedFd) {
+        let watching = match &self.watcher {
+            Some(watcher) => watcher.add(place.no, dir, open.as_fd()),
+            None => Err("the system gives no inotify instance".to_owned()),
+        };
+        if let Err(why) = watching {
+            lock(&place.degraded).add_unwatched(why);
+        }
+    }
+
+    /// Where a file is, and its row.
+    pub(super) fn locate(&self, no: LocationNo, file: FileId) -> FsResult<(Vec<Name>, Entry)> {
+        let gone = || FsError::new(Kind::NotFound, "the file has no name any more");
+        let view = self.index.view()?;
+        let path = view.path(no, file)?.ok_or_else(gone)?;
+        let node = view.node(no, file)?.ok_or_else(gone)?;
+        Ok((path, node.entry))
+    }
+
+    /// Looks at one name and tells the index what is there.
+    pub(super) fn refresh(&self, place: &Place, dir: FileId, name: &Name) -> FsResult<()> {
+        let root = place.root()?;
+        let _order = place.order(dir);
+        let open = self.open_handle(place, &root, dir)?;
+        match observe_at(open.as_fd(), name) {
+            Ok(found) => self.appeared(place, dir, name, found),
+            Err(e) if e.kind() == Kind::NotFound => self.disappeared(place, &root, dir, name),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// A handle on a directory that the index means; `NotFound` when it is another by now.
+    pub(super) fn open_handle(&self, place: &Place, root: &Root, dir: FileId) -> FsResult<OwnedFd> {
+        let (path, known) = self.locate(place.no, dir)?;
+        let open = root.dir(&path)?;
+        if ino_of(&stat_of(open.as_fd())?) != known.disk_ino && dir != FileId::ROOT {
+            return Err(FsError::new(Kind::NotFound, "the directory was replaced"));
+        }
+        Ok(open)
+    }
+
+    /// The row of a directory itself: its times and link count change with its entries.
+    pub(super) fn refresh_own(&self, place: &Place, dir: FileId) -> FsResult<()> {
+        if dir == FileId::ROOT {
+            let observed = place.root()?.observe_root()?;
+            return Ok(self.index.observe_root(place.no, &observed)?);
+        }
+        let node = self.index.view()?.node(place.no, dir)?;
+        let node = node.ok_or_else(|| FsError::new(Kind::NotFound, "the directory is gone"))?;
+        self.refresh(place, node.parent, &node.name)
+    }
+
+    /// Tells the index what a name has, and looks into what is new. Needs the directory's order.
+    pub(super) fn appeared(
+        &self,
+        place: &Place,
+        dir: FileId,
+        name: &Name,
+        found: Observed,
+    ) -> FsResult<()> {
+        let entry = self.index.observe_entry(place.no, dir, name, Some(found))?;
+        let Some(entry) = entry else { return Ok(()) };
+        match entry.attr.file_type {
+            FileType::Directory => self.look_into(place, entry.file_id),
+            FileType::File => {
+                lock(&place.hash).changed(entry.file_id);
+                self.hash_work.notify();
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn look_into(&self, place: &Place, dir: FileId) {
+        let was_lost = lock(&place.lost).remove(&dir);
+        let was_unread = lock(&place.unread).remove(&dir);
+        if was_unread {
+            lock(&place.scanned).remove(dir);
+        }
+        let job = if was_lost { Job::deep(dir) } else { Job::once(dir) };
+        if was_lost || !lock(&place.scanned).contains(dir) {
+            lock(&place.scan).push_urgent(job);
+            self.scan_work.notify();
+        }
+    }
+
+    /// Tells the index that a name is gone, if the location's folder is surely there.
+    /// Needs the directory's order.
+    pub(super) fn disappeared(
+        &self,
+        place: &Place,
+        root: &Root,
+        dir: FileId,
+        name: &Name,
+    ) -> FsResult<()> {
+        if !root.is_current()? {
+            return Err(FsError::new(Kind::NotFound, "the location's folder is gone"));
+        }
+        let before = self.index.view()?.entry(place.no, dir, name.as_bytes())?;
+        let Some(before) = before else { return Ok(()) };
+        self.index.observe_entry(place.no, dir, name, None)?;
+        if before.attr.file_type == FileType::Directory
+            && self.locate(place.no, before.file_id).is_err()
+        {
+            lock(&place.lost).insert(before.file_id);
+            place.sweep_after(SWEEP_DELAY);
+        }
+        Ok(())
+    }
+}
+
+/// How long a directory without a name waits for its next one before its rows go.
+const SWEEP_DELAY: Duration = Duration::from_secs(2);
+
+/// Whether the failure says that the directory itself is not there any more.
+pub(super) fn is_gone(e: &FsError) -> bool {
+    matches!(e.kind(), Kind::NotFound | Kind::NotADirectory | Kind::Loop)
+}

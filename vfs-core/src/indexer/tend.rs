@@ -1,0 +1,95 @@
+//! Tending: what no event tells.
+//!
+//! Folders that vanish, come back or turn out to be others; directories that
+//! could not be read or watched; rows of deleted directories. All of it is
+//! looked after by one thread about once a second.
+
+use super::Core;
+use super::place::{Job, Place, lock};
+use crate::error::FsResult;
+use crate::local::Root;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+/// How often directories that could not be read are tried again.
+const RETRY_EVERY: Duration = Duration::from_secs(60);
+
+impl Core {
+    /// The thread that tends, until the stop.
+    pub(super) fn tend_loop(&self) {
+        let mut next = Instant::now();
+        let is_due = |core: &Self, next: Instant, due: &mut Option<Instant>| {
+            *due = Some(next);
+            (core.tend_now.swap(false, Ordering::AcqRel) || Instant::now() >= next).then_some(())
+        };
+        while let Some(()) = self.tend_work.wait(self, |core, due| is_due(core, next, due)) {
+            next = Instant::now() + self.config.root_check;
+            self.places().iter().for_each(|place| self.tend(place));
+        }
+    }
+
+    /// Makes the tending thread look now.
+    pub(super) fn tend_soon(&self) {
+        self.tend_now.store(true, Ordering::Release);
+        self.tend_work.notify();
+    }
+
+    fn tend(&self, place: &Place) {
+        if !self.is_there(place) {
+            return;
+        }
+        let now = Instant::now();
+        if lock(&place.sweep_at).is_some_and(|at| at <= now) {
+            self.sweep(place);
+        }
+        if lock(&place.degraded).rescan_at.is_some_and(|at| at <= now) {
+            self.begin_pass(place);
+        }
+        if place.retry_due(now, RETRY_EVERY) {
+            self.retry_unread(place);
+        }
+    }
+
+    fn is_there(&self, place: &Place) -> bool {
+        let Ok(root) = place.root() else { return self.open(place, true).is_ok() };
+        let why = match root.is_current() {
+            Ok(true) => return true,
+            Ok(false) => format!("another folder is at {}", place.path.display()),
+            Err(e) => e.to_string(),
+        };
+        self.go_offline(place, why);
+        false
+    }
+
+    fn retry_unread(&self, place: &Place) {
+        let unread = std::mem::take(&mut *lock(&place.unread));
+        if unread.is_empty() {
+            return;
+        }
+        for dir in unread {
+            lock(&place.scanned).remove(dir);
+            lock(&place.scan).push(Job::once(dir));
+        }
+        self.scan_work.notify();
+    }
+
+    /// The folder of a location; found for the first time, or again, it is scanned.
+    pub(super) fn open(&self, place: &Place, again: bool) -> FsResult<Arc<Root>> {
+        let (root, is_new) = place.open(&self.index, again)?;
+        if is_new {
+            self.begin_pass(place);
+        }
+        Ok(root)
+    }
+
+    /// Stops everything about a location but its rows, which stay as they are.
+    pub(super) fn go_offline(&self, place: &Place, why: String) {
+        tracing::info!(location = place.no.0, "offline: {why}");
+        place.set_offline(why);
+        lock(&place.scan).clear();
+        if let Some(watcher) = &self.watcher {
+            watcher.retain(place.no, |_| false);
+        }
+    }
+}
