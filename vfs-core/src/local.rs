@@ -380,3 +380,6 @@ fn type_of(mode: u16) -> FileType {
 fn time_of(t: &StatxTimestamp) -> Time {
     Time { secs: t.tv_sec, nanos: t.tv_nsec.min(999_999_999) }
 }
+
+#[cfg(test)]
+mod tests;

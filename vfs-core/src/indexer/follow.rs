@@ -10,7 +10,7 @@ use super::Core;
 use super::place::{Job, Place, lock};
 use super::scan::is_gone;
 use super::watch::{Hint, Watcher};
-use crate::error::{FsResult, Kind};
+use crate::error::{FsError, FsResult, Kind};
 use crate::local::observe_at;
 use crate::model::{FileId, LocationNo, Name};
 use std::collections::{HashMap, HashSet};
@@ -233,10 +233,12 @@ impl Core {
         self.scan_work.notify();
     }
 
-    /// What could not be looked at keeps its row; a directory that is gone has no
-    /// row to keep, and any other failure is mended by listing it again later.
-    fn look_failed(&self, place: &Place, dir: FileId, e: &crate::error::FsError) {
-        if !is_gone(e) {
+    /// What could not be looked at keeps its row. A directory that is gone is scanned
+    /// if it gets a name again; after any other failure it is listed again later.
+    fn look_failed(&self, place: &Place, dir: FileId, e: &FsError) {
+        if is_gone(e) {
+            lock(&place.scanned).remove(dir);
+        } else {
             tracing::debug!(location = place.no.0, dir = dir.0, "not looked at: {e}");
             lock(&place.unread).insert(dir);
         }

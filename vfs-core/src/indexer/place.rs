@@ -16,7 +16,7 @@ use crate::local::Root;
 use crate::model::{Entry, FileId, LocationNo};
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
@@ -333,13 +333,16 @@ impl Place {
         if let Disk::Offline(why) = &*lock(&self.disk) {
             return Some(State::Offline(why.clone()));
         }
-        let queue = lock(&self.scan);
-        let scanning = queue.waiting() > 0 || queue.pass.is_some();
-        (scanning || !self.indexed.load(std::sync::atomic::Ordering::Acquire))
-            .then_some(State::Scanning)
+        (self.is_scanning() || !self.indexed.load(Ordering::Acquire)).then_some(State::Scanning)
     }
 
-    /// Asks for the rows below lost directories to be dropped, once renames had time to end.
+    /// Whether directories wait or are being scanned.
+    pub fn is_scanning(&self) -> bool {
+        let queue = lock(&self.scan);
+        queue.waiting() > 0 || queue.pass.is_some()
+    }
+
+    /// Asks for the rows of what lost its name to be dropped, once renames had time to end.
     pub fn sweep_after(&self, delay: Duration) {
         *lock(&self.sweep_at) = Some(Instant::now() + delay);
     }

@@ -74,7 +74,7 @@ impl Core {
     }
 
     fn end_pass(&self, place: &Place, began: Instant) {
-        self.sweep(place);
+        place.sweep_after(Duration::ZERO);
         if let Err(e) = self.index.flush() {
             tracing::warn!(location = place.no.0, "the index could not be written: {e}");
         }
@@ -89,12 +89,14 @@ impl Core {
         if again {
             self.begin_pass(place);
         }
+        self.tend_soon();
     }
 
-    /// Drops the rows below directories that lost their name and did not get one again.
+    /// Drops the rows of what lost its name and did not get one again. Not during a
+    /// scan, which may yet find the new name.
     pub(super) fn sweep(&self, place: &Place) {
         *lock(&place.sweep_at) = None;
-        lock(&place.lost).clear();
+        let lost = std::mem::take(&mut *lock(&place.lost));
         loop {
             match self.index.sweep_orphans(SWEEP_ROWS) {
                 Ok(0) => break,
@@ -106,13 +108,16 @@ impl Core {
                 }
             }
         }
-        self.prune_watches(place);
+        if !lost.is_empty() {
+            self.prune_watches(place);
+        }
     }
 
     /// Ends the watches of directories that were moved out of the location.
     fn prune_watches(&self, place: &Place) {
         let Some(watcher) = &self.watcher else { return };
-        let gone = |dir: &FileId| matches!(self.locate(place.no, *dir), Err(e) if is_gone(&e));
+        let Ok(view) = self.index.view() else { return };
+        let gone = |dir: &FileId| matches!(view.node(place.no, *dir), Ok(None));
         let gone: std::collections::HashSet<_> =
             watcher.directories(place.no).into_iter().filter(gone).collect();
         if !gone.is_empty() {
@@ -125,7 +130,10 @@ impl Core {
             return;
         }
         match self.scan(place, job) {
-            Ok(subdirectories) => self.enqueue(place, job, subdirectories),
+            Ok(subdirectories) => {
+                place.sweep_after(SWEEP_DELAY);
+                self.enqueue(place, job, subdirectories);
+            }
             Err(e) => self.scan_failed(place, job.dir(), &e),
         }
     }
@@ -325,13 +333,13 @@ impl Core {
             && self.locate(place.no, before.file_id).is_err()
         {
             lock(&place.lost).insert(before.file_id);
-            place.sweep_after(SWEEP_DELAY);
         }
+        place.sweep_after(SWEEP_DELAY);
         Ok(())
     }
 }
 
-/// How long a directory without a name waits for its next one before its rows go.
+/// How long what lost its name waits for its next one before its rows go.
 const SWEEP_DELAY: Duration = Duration::from_secs(2);
 
 /// Whether the failure says that the directory itself is not there any more.

@@ -40,7 +40,8 @@ impl Core {
             return;
         }
         let now = Instant::now();
-        if lock(&place.sweep_at).is_some_and(|at| at <= now) {
+        let scanning = || self.places().iter().any(|place| place.is_scanning());
+        if lock(&place.sweep_at).is_some_and(|at| at <= now) && !scanning() {
             self.sweep(place);
         }
         if lock(&place.degraded).rescan_at.is_some_and(|at| at <= now) {
