@@ -1,7 +1,198 @@
-//! Hash trees, the content cache and the read plan.
+//! Bytes of files: hash trees, this device's own files, the cache, the read plan.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`manifest`] | the tree of a file, and the check of a range against its content id |
+//! | [`manifests`] | the trees of own files, stored |
+//! | [`serve`] | ranges of own files, for peers and for this device |
+//! | [`cache`] | fetched bytes on disk, within a limit |
+//! | `fetch` | one range from the first holder that has it right |
+//! | `window` | how much to ask for, and how far ahead |
+//! | [`reader`] | reads of one pinned version: what is here, what must come |
+//!
+//! [`Content`] joins them. A read is answered from the cache when its bytes are
+//! there; otherwise from a fetch, its own or one already under way, whose bytes
+//! were checked against the content id before anyone sees them.
 
+pub mod cache;
+mod disk;
+mod fetch;
 pub mod manifest;
 pub mod manifests;
+mod ranges;
+pub mod reader;
+pub mod serve;
+mod window;
 
+#[cfg(test)]
+mod tests;
+
+pub use cache::{Cache, CacheStats};
 pub use manifest::Manifest;
 pub use manifests::Manifests;
+pub use reader::Reader;
+pub use serve::OwnFiles;
+
+use crate::error::{FsError, FsResult, Kind};
+use crate::index::Index;
+use crate::model::{DeviceId, Entry, FileType, LocationId, LocationNo, Time};
+use crate::source::{ContentSource, Version};
+use cache::Key;
+use dashmap::DashMap;
+use reader::Pinned;
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+use tokio::sync::Semaphore;
+
+/// How many reports are kept.
+const REPORTS: usize = 100;
+/// The most that may be under way from one device, in KiB: what reading takes of the memory.
+/// By device, so that one that does not answer holds up nobody else's reads.
+const UNDER_WAY_KIB: usize = 32 << 10;
+
+/// Settings of reading.
+#[derive(Clone, Debug)]
+pub struct ContentConfig {
+    /// A read without any progress for this long fails with "Host is down".
+    pub read_deadline: Duration,
+    /// The most that is fetched ahead of one sequential reader.
+    pub read_ahead_max_bytes: u64,
+}
+
+impl Default for ContentConfig {
+    fn default() -> Self {
+        Self { read_deadline: Duration::from_secs(10), read_ahead_max_bytes: 16 << 20 }
+    }
+}
+
+/// Bytes that were not what their content id says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Report {
+    /// When it was noticed.
+    pub at: Time,
+    /// The device that had them; this one for its cache and its own disks.
+    pub device: DeviceId,
+    /// The location they were asked for in.
+    pub location: LocationId,
+    /// The file, below the location's folder.
+    pub path: String,
+    /// What was wrong.
+    pub what: String,
+}
+
+/// Reading of files, whoever has them.
+pub struct Content {
+    index: Index,
+    own: Arc<OwnFiles>,
+    cache: Arc<Cache>,
+    source: Arc<dyn ContentSource>,
+    config: ContentConfig,
+    runtime: tokio::runtime::Handle,
+    pinned: Mutex<HashMap<(Key, u64), Weak<Pinned>>>,
+    under_way: DashMap<DeviceId, Arc<Semaphore>>,
+    reports: Mutex<VecDeque<Report>>,
+}
+
+impl Content {
+    /// Joins the parts; fetches run on `runtime`.
+    pub fn new(
+        index: Index,
+        own: Arc<OwnFiles>,
+        cache: Arc<Cache>,
+        source: Arc<dyn ContentSource>,
+        config: ContentConfig,
+        runtime: tokio::runtime::Handle,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            index,
+            own,
+            cache,
+            source,
+            config,
+            runtime,
+            pinned: Mutex::default(),
+            under_way: DashMap::new(),
+            reports: Mutex::default(),
+        })
+    }
+
+    /// Pins the version that the entry names, to be read; never waits.
+    pub fn open(self: &Arc<Self>, location: LocationNo, entry: &Entry) -> FsResult<Reader> {
+        if entry.attr.file_type != FileType::File {
+            return Err(FsError::new(Kind::Invalid, "read what is not a regular file"));
+        }
+        let Some(location) = self.index.location(location) else {
+            return Err(FsError::new(Kind::Stale, "open a file of a location that was removed"));
+        };
+        let version = Version {
+            location: location.id,
+            file: entry.file_id,
+            stamp: entry.stamp(),
+            content: entry.content,
+        };
+        let pinned = self.pin(&version);
+        pinned.add_version(location.owner, version);
+        Ok(Reader::new(pinned))
+    }
+
+    fn pin(self: &Arc<Self>, version: &Version) -> Arc<Pinned> {
+        let key = (Key::of(version), version.stamp.size);
+        let mut pinned = lock(&self.pinned);
+        if let Some(found) = pinned.get(&key).and_then(Weak::upgrade) {
+            return found;
+        }
+        let stamped = Key::stamped(version);
+        let was_unhashed =
+            key.0 != stamped && !self.cache.knows(key.0) && self.cache.knows(stamped);
+        let unhashed = was_unhashed.then(|| self.cache.file(stamped, key.1));
+        let new = Pinned::new(self.clone(), version, self.cache.file(key.0, key.1), unhashed);
+        pinned.insert(key, Arc::downgrade(&new));
+        new
+    }
+
+    fn unpin(&self, key: (Key, u64)) {
+        let mut pinned = lock(&self.pinned);
+        // Another may have been pinned between the last drop and this.
+        if pinned.get(&key).is_some_and(|weak| weak.strong_count() == 0) {
+            pinned.remove(&key);
+        }
+    }
+
+    /// The cache.
+    pub fn cache(&self) -> &Cache {
+        &self.cache
+    }
+
+    /// The last reports of bytes that were wrong, oldest first.
+    pub fn reports(&self) -> Vec<Report> {
+        lock(&self.reports).iter().cloned().collect()
+    }
+
+    fn report(&self, device: DeviceId, version: &Version, what: String) {
+        let path = self.path_of(version).unwrap_or_else(|| format!("file {}", version.file.0));
+        tracing::warn!(%device, location = %version.location, path, "{what}");
+        let report = Report { at: Time::now(), device, location: version.location, path, what };
+        let mut reports = lock(&self.reports);
+        if reports.len() == REPORTS {
+            reports.pop_front();
+        }
+        reports.push_back(report);
+    }
+
+    fn path_of(&self, version: &Version) -> Option<String> {
+        let location = self.index.location_by_id(version.location)?;
+        let path = self.index.view().ok()?.path(location.no, version.file).ok()??;
+        Some(path.iter().map(|name| name.display()).collect::<Vec<_>>().join("/"))
+    }
+
+    fn under_way_from(&self, device: DeviceId) -> Arc<Semaphore> {
+        let new = || Arc::new(Semaphore::new(UNDER_WAY_KIB));
+        self.under_way.entry(device).or_insert_with(new).clone()
+    }
+}
+
+/// A panic elsewhere leaves these small states as they were: it is sound to go on.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,96 @@
+//! A set of group numbers as disjoint ranges: which groups of a file are here.
+//!
+//! Ranges, not a bitmap: a file is read in runs, and its size comes from a peer,
+//! so nothing may be allocated for groups that are not here.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+/// Disjoint, not touching, never empty ranges: start to end.
+#[derive(Clone, Default, PartialEq, Eq, Debug)]
+pub(super) struct RangeSet {
+    ranges: BTreeMap<u64, u64>,
+}
+
+impl RangeSet {
+    /// Adds a range; gives how many numbers are new.
+    pub(super) fn insert(&mut self, range: Range<u64>) -> u64 {
+        if range.is_empty() {
+            return 0;
+        }
+        let new = self.missing(range.clone()).map(|r| r.end - r.start).sum();
+        let Range { mut start, mut end } = range;
+        while let Some((&from, &to)) = self.ranges.range(..=end).next_back() {
+            if to < start {
+                break;
+            }
+            self.ranges.remove(&from);
+            (start, end) = (start.min(from), end.max(to));
+        }
+        self.ranges.insert(start, end);
+        new
+    }
+
+    /// Whether every number of the range is in the set.
+    pub(super) fn contains(&self, range: &Range<u64>) -> bool {
+        range.is_empty()
+            || self.ranges.range(..=range.start).next_back().is_some_and(|(_, &to)| to >= range.end)
+    }
+
+    /// The parts of the range that are not in the set, in order.
+    pub(super) fn missing(&self, range: Range<u64>) -> impl Iterator<Item = Range<u64>> + '_ {
+        let before = self.ranges.range(..range.start).next_back().map(|(_, &to)| to);
+        let mut at = before.map_or(range.start, |to| to.clamp(range.start, range.end));
+        let mut present = self.ranges.range(range.start..range.end);
+        std::iter::from_fn(move || {
+            while at < range.end {
+                let (from, to) = present.next().map_or((range.end, range.end), |(&f, &t)| (f, t));
+                let gap = at..from;
+                at = to;
+                if !gap.is_empty() {
+                    return Some(gap);
+                }
+            }
+            None
+        })
+    }
+
+    /// The ranges, in order.
+    pub(super) fn iter(&self) -> impl ExactSizeIterator<Item = Range<u64>> + '_ {
+        self.ranges.iter().map(|(&from, &to)| from..to)
+    }
+
+    /// The end of the last range.
+    pub(super) fn end(&self) -> u64 {
+        self.ranges.last_key_value().map_or(0, |(_, &to)| to)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..Default::default() })]
+
+        #[test]
+        fn is_a_set(ops in prop::collection::vec((0..64u64, 0..16u64), 0..40), (at, len) in (0..64u64, 0..20u64)) {
+            let mut set = RangeSet::default();
+            let mut model = [false; 100];
+            for (start, len) in ops {
+                let added = set.insert(start..start + len);
+                let slice = &mut model[start as usize..(start + len) as usize];
+                prop_assert_eq!(added, slice.iter().filter(|present| !**present).count() as u64);
+                slice.fill(true);
+            }
+            let asked = at..at + len;
+            let missing: Vec<u64> = set.missing(asked.clone()).flatten().collect();
+            let expected: Vec<u64> = asked.clone().filter(|n| !model[*n as usize]).collect();
+            prop_assert_eq!(set.contains(&asked), expected.is_empty());
+            prop_assert_eq!(missing, expected);
+            let ranges: Vec<_> = set.iter().collect();
+            prop_assert!(ranges.windows(2).all(|w| w[0].end < w[1].start));
+        }
+    }
+}

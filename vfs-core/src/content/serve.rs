@@ -1,0 +1,223 @@
+//! This device's own files, as ranges of a version: for peers, and for its own reader.
+//!
+//! Owns no state but the trees being rebuilt. Nothing is believed about a
+//! request: the location must be this device's and shared with the asker, the
+//! range bounded and on group borders, and the file must be the version asked
+//! for before *and* after its bytes were read, so that no answer mixes two.
+
+use super::disk::read_range;
+use super::manifest::{ChainingValue, GROUP_BYTES, Manifest, is_fetchable, verify};
+use super::manifests::Manifests;
+use crate::error::{FsError, FsResult, Kind};
+use crate::index::{Index, IndexError, Node};
+use crate::indexer::Indexer;
+use crate::local::{Root, stamp_of};
+use crate::model::{ContentId, DeviceId, FileType, Location, LocationNo, Name, Stamp};
+use crate::source::{FetchError, Fetched, MAX_FETCH_BYTES, Version};
+use bytes::Bytes;
+use std::collections::HashSet;
+use std::fs::File;
+use std::ops::Range;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// A missing tree of a file up to this size is rebuilt while its asker waits; of a larger one
+/// in the background.
+const REBUILD_AT_ONCE_BYTES: u64 = 64 << 20;
+
+type Roots = Box<dyn Fn(LocationNo) -> FsResult<Arc<Root>> + Send + Sync>;
+
+/// Serves ranges of this device's own files. Its calls block on the disk.
+pub struct OwnFiles {
+    index: Index,
+    roots: Roots,
+    manifests: Arc<Manifests>,
+    rebuilding: Arc<Mutex<HashSet<ContentId>>>,
+}
+
+/// A file opened at the version that was asked for.
+struct Opened {
+    file: File,
+    /// What it is now, to be compared after reading.
+    stamp: Stamp,
+    /// The index says that these very bytes have the content id asked for.
+    content_is_known: bool,
+}
+
+impl OwnFiles {
+    /// Of the locations that the indexer watches.
+    pub fn new(index: Index, indexer: Arc<Indexer>, manifests: Arc<Manifests>) -> Self {
+        Self::with_roots(index, Box::new(move |no| indexer.root(no)), manifests)
+    }
+
+    pub(super) fn with_roots(index: Index, roots: Roots, manifests: Arc<Manifests>) -> Self {
+        Self { index, roots, manifests, rebuilding: Arc::default() }
+    }
+
+    /// The bytes of a range of a version, with what proves them when its content id was asked for.
+    pub fn read(
+        &self,
+        asker: DeviceId,
+        version: &Version,
+        range: Range<u64>,
+    ) -> Result<Fetched, FetchError> {
+        let size = version.stamp.size;
+        if !is_fetchable(&range, size) || range.end - range.start > MAX_FETCH_BYTES {
+            return Err(FetchError::Failed("the range is not one that may be asked for".into()));
+        }
+        let location = self.location_for(asker, version)?;
+        let opened = self.open(&location, version)?;
+        let bytes = read_range(&opened.file, range.clone()).map_err(unreadable)?;
+        let proof = match version.content {
+            None => Vec::new(),
+            Some(content) => self.prove(&opened, content, range, &bytes)?,
+        };
+        match stamp_of(&opened.file) {
+            Ok(now) if now == opened.stamp => Ok(Fetched { bytes, proof }),
+            Ok(_) => Err(FetchError::Stale),
+            Err(e) => Err(failed(e)),
+        }
+    }
+
+    fn location_for(
+        &self,
+        asker: DeviceId,
+        version: &Version,
+    ) -> Result<Arc<Location>, FetchError> {
+        let location = self.index.location_by_id(version.location).ok_or(FetchError::Refused)?;
+        let shared = location.shared_with.as_ref().is_none_or(|with| with.contains(&asker));
+        let own = location.owner == self.index.me();
+        (own && (shared || asker == location.owner)).then_some(location).ok_or(FetchError::Refused)
+    }
+
+    fn open(&self, location: &Location, version: &Version) -> Result<Opened, FetchError> {
+        let (node, path) = self.find(location.no, version)?;
+        let root = (self.roots)(location.no).map_err(|e| match e.kind() {
+            // An unplugged disk: its device cannot give the bytes now, but may later.
+            Kind::NotFound => FetchError::Unreachable,
+            _ => failed(e),
+        })?;
+        let file = root.open_for_reading(&path).map_err(|e| match e.kind() {
+            Kind::NotFound | Kind::NotADirectory | Kind::IsADirectory | Kind::Loop => {
+                FetchError::Stale
+            }
+            _ => failed(e),
+        })?;
+        let stamp = stamp_of(&file).map_err(failed)?;
+        let is_indexed = node.entry.stamp() == stamp;
+        let content_is_known =
+            is_indexed && version.content.is_some() && node.entry.content == version.content;
+        // Another stamp may still have the same bytes (a chmod, a touch): then the index says
+        // so already, or the proof will show it.
+        let may_serve =
+            stamp == version.stamp || stamp.size == version.stamp.size && version.content.is_some();
+        may_serve.then_some(Opened { file, stamp, content_is_known }).ok_or(FetchError::Stale)
+    }
+
+    fn find(&self, no: LocationNo, version: &Version) -> Result<(Node, Vec<Name>), FetchError> {
+        let lookup = || -> Result<_, IndexError> {
+            let view = self.index.view()?;
+            Ok(view.node(no, version.file)?.zip(view.path(no, version.file)?))
+        };
+        let found = lookup().map_err(|e| FetchError::Failed(e.to_string()))?;
+        let (node, path) = found.ok_or(FetchError::Stale)?;
+        let is_file = node.entry.attr.file_type == FileType::File;
+        is_file.then_some((node, path)).ok_or(FetchError::Stale)
+    }
+
+    fn prove(
+        &self,
+        opened: &Opened,
+        content: ContentId,
+        range: Range<u64>,
+        bytes: &Bytes,
+    ) -> Result<Vec<ChainingValue>, FetchError> {
+        let size = opened.stamp.size;
+        let proof = if size <= GROUP_BYTES {
+            Vec::new()
+        } else {
+            let manifest = self.manifest(opened, content)?;
+            let read = &mut |near| read_range(&opened.file, near).map(|bytes| bytes.to_vec());
+            manifest.proof_with(range.clone(), read).map_err(unreadable)?
+        };
+        // Known to be right, unless the disk itself lies, which the asker will see.
+        if opened.content_is_known || verify(content, size, range, bytes, &proof) {
+            return Ok(proof);
+        }
+        Err(FetchError::Stale)
+    }
+
+    fn manifest(&self, opened: &Opened, content: ContentId) -> Result<Arc<Manifest>, FetchError> {
+        let size = opened.stamp.size;
+        match self.manifests.get(content) {
+            Some(manifest) if manifest.size() == size => Ok(manifest),
+            Some(_) => Err(FetchError::Stale),
+            None if size <= REBUILD_AT_ONCE_BYTES => self.rebuild(&opened.file, size, content),
+            // Only for bytes that may really have it: anyone may ask for any content id.
+            None if opened.content_is_known => Err(self.rebuild_later(opened, content)),
+            None => Err(FetchError::Stale),
+        }
+    }
+
+    fn rebuild(
+        &self,
+        file: &File,
+        size: u64,
+        content: ContentId,
+    ) -> Result<Arc<Manifest>, FetchError> {
+        let never = AtomicBool::new(false);
+        let rebuilt = Manifest::of_file(file, size, &never).map_err(unreadable)?;
+        let (hashed, manifest) = rebuilt.ok_or(FetchError::Stale)?;
+        if hashed != content {
+            return Err(FetchError::Stale);
+        }
+        if let Err(e) = self.manifests.put(&manifest) {
+            tracing::warn!(%content, "a hash tree could not be stored: {e}");
+        }
+        Ok(Arc::new(manifest))
+    }
+
+    fn rebuild_later(&self, opened: &Opened, content: ContentId) -> FetchError {
+        let answer = FetchError::Failed("its hash tree is being rebuilt".into());
+        let file = match opened.file.try_clone() {
+            Ok(file) => file,
+            Err(e) => return unreadable(e),
+        };
+        {
+            let mut rebuilding = self.rebuilding.lock().unwrap_or_else(PoisonError::into_inner);
+            // One at a time: more would only fight for the disk.
+            if !rebuilding.is_empty() || !rebuilding.insert(content) {
+                return answer;
+            }
+        }
+        let (rebuilding, manifests) = (self.rebuilding.clone(), self.manifests.clone());
+        let size = opened.stamp.size;
+        let spawned = std::thread::Builder::new().name("rebuild-tree".into()).spawn(move || {
+            let rebuilt = Manifest::of_file(&file, size, &AtomicBool::new(false));
+            let stored = rebuilt.and_then(|rebuilt| match rebuilt {
+                Some((hashed, manifest)) if hashed == content => manifests.put(&manifest),
+                _ => Ok(()),
+            });
+            if let Err(e) = stored {
+                tracing::warn!(%content, "a hash tree could not be rebuilt: {e}");
+            }
+            rebuilding.lock().unwrap_or_else(PoisonError::into_inner).remove(&content);
+        });
+        if spawned.is_err() {
+            self.rebuilding.lock().unwrap_or_else(PoisonError::into_inner).remove(&content);
+        }
+        answer
+    }
+}
+
+fn failed(error: FsError) -> FetchError {
+    FetchError::Failed(error.to_string())
+}
+
+/// A file that ends early was cut while it was read.
+fn unreadable(error: std::io::Error) -> FetchError {
+    match error.kind() {
+        std::io::ErrorKind::UnexpectedEof => FetchError::Stale,
+        _ => FetchError::Failed(error.to_string()),
+    }
+}
