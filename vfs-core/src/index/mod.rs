@@ -1,21 +1,61 @@
-//! The rows of every location of every device.
+//! The rows of every location of every device, on an embedded store.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | `store`, `redb`, `sled` | ordered byte keys, snapshots, atomic batches; the seam and what is below it |
+//! | `key`, `row` | the form of keys and values |
+//! | `read`, `tx`, `memory` | typed reads; one commit in the making; what is held in memory |
+//! | `locations` | the locations themselves |
+//! | `observe`, `sweep` | the owner's side: what its disk has; what nothing leads to any more |
+//! | `replica` | the other devices' locations |
+//! | `view` | queries |
+//!
+//! **Writers** (scanner, watcher, hasher, replication) are serialised by one lock; each
+//! operation is one commit, or several bounded ones where its documentation says so.
+//! **Readers** use snapshots and never wait for a writer.
+//!
+//! **Durability.** Commits are relaxed, one a second at least is durable: a crash may
+//! lose the last of them, whole commits from the end, never a part of one. What is lost of
+//! an own location is found again by the next scan, what is lost of a replica is asked for
+//! again, because its cursor was lost with it. No row of an own location leaves this device
+//! before it is durable ([`View::log_after`]): a sequence number that another device has
+//! seen is never given twice.
 
+mod key;
+mod locations;
+mod memory;
+mod observe;
+mod read;
+mod redb;
+mod replica;
+mod row;
+#[cfg(feature = "sled")]
+mod sled;
 mod store;
+mod sweep;
+mod tx;
+mod view;
 
 use crate::changes::Feed;
 use crate::error::{FsError, Kind};
-use crate::model::{
-    Attr, ContentId, DeviceId, Entry, FileId, Location, LocationId, LocationNo, Name, Seq, Stamp,
-};
+use crate::model::{Attr, DeviceId, Entry, FileId, LocationId, LocationNo, Name, Seq};
+use memory::Memory;
 use serde::{Deserialize, Serialize};
-use std::marker::PhantomData;
-use std::ops::ControlFlow;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use tx::Tx;
 
 pub use store::{
     Batch, Durability, FORMAT, OpenedStore, Snapshot, Store, StoreError, Table, Visit, open_store,
 };
+pub use view::View;
+
+/// A relaxed commit follows a durable one for at most this long.
+const DURABLE_EVERY: Duration = Duration::from_secs(1);
+/// And for at most this many changed keys.
+const DURABLE_KEYS: usize = 500_000;
 
 /// The parent of a location's own folder, whose name there is `root`.
 pub const ROOT_PARENT: FileId = FileId(0);
@@ -135,180 +175,177 @@ pub struct Counts {
 
 /// The index of this device; a clone is the same index.
 #[derive(Clone)]
-pub struct Index {
+pub struct Index(Arc<Inner>);
+
+struct Inner {
+    store: Arc<dyn Store>,
+    me: DeviceId,
     feed: Feed,
+    /// The one lock of all writers. `memory` is changed while it is held.
+    writer: Mutex<Writer>,
+    memory: Memory,
+    /// There are relaxed commits after the last durable one. Changed under `writer`.
+    relaxed: AtomicBool,
 }
 
-/// One consistent state of the index.
-pub struct View<'a>(PhantomData<&'a ()>);
+/// What decides when the next commit is a durable one.
+struct Writer {
+    durable_at: Instant,
+    keys_since: usize,
+}
+
+impl Writer {
+    fn durability(&self, keys: usize) -> Durability {
+        if self.durable_at.elapsed() >= DURABLE_EVERY || self.keys_since + keys >= DURABLE_KEYS {
+            Durability::Durable
+        } else {
+            Durability::Relaxed
+        }
+    }
+}
 
 impl Index {
     /// The index in this store, for the device `me`.
     pub fn open(store: Arc<dyn Store>, me: DeviceId) -> Result<Self, IndexError> {
-        unimplemented!()
+        let memory = Memory::default();
+        let removing = locations::load(&*store.snapshot()?, &memory)?;
+        let (feed, relaxed) = Default::default();
+        let writer = Mutex::new(Writer { durable_at: Instant::now(), keys_since: 0 });
+        let inner = Arc::new(Inner { store, me, feed, writer, memory, relaxed });
+        locations::resume_removals(&inner, removing);
+        Ok(Self(inner))
     }
+
     /// This device.
     pub fn me(&self) -> DeviceId {
-        unimplemented!()
+        self.0.me
     }
+
     /// Where every commit is announced.
     pub fn feed(&self) -> &Feed {
-        &self.feed
+        &self.0.feed
     }
-    /// Every location, by number.
-    pub fn locations(&self) -> Vec<Arc<Location>> {
-        unimplemented!()
-    }
-    /// The location of this number.
-    pub fn location(&self, no: LocationNo) -> Option<Arc<Location>> {
-        unimplemented!()
-    }
-    /// The location of this id.
-    pub fn location_by_id(&self, id: LocationId) -> Option<Arc<Location>> {
-        unimplemented!()
-    }
-    /// Adds a location, or updates the one with its id.
-    pub fn put_location(&self, location: NewLocation) -> Result<Arc<Location>, IndexError> {
-        unimplemented!()
-    }
-    /// Removes a location and all its rows; continued at the next open after a crash.
-    pub fn remove_location(&self, no: LocationNo) -> Result<(), IndexError> {
-        unimplemented!()
-    }
+
     /// One consistent state.
     pub fn view(&self) -> Result<View<'_>, IndexError> {
-        unimplemented!()
+        View::new(self)
     }
-    /// How much a location holds.
+
+    /// How much a location holds, rows of lost directories included until they are swept.
     pub fn counts(&self, no: LocationNo) -> Counts {
-        unimplemented!()
+        self.memory().state(no).map_or(Counts::default(), |s| s.counts)
     }
+
     /// Bytes on the disk.
     pub fn size_bytes(&self) -> u64 {
-        unimplemented!()
+        self.0.store.size_bytes()
     }
-    /// The location's own folder, as it is now.
-    pub fn observe_root(&self, no: LocationNo, root: &Observed) -> Result<(), IndexError> {
-        unimplemented!()
-    }
-    /// A directory's whole listing, as it is now; returns its subdirectories.
-    pub fn observe_directory(
-        &self,
-        no: LocationNo,
-        dir: FileId,
-        listing: Vec<Observed>,
-    ) -> Result<Vec<(Name, FileId)>, IndexError> {
-        unimplemented!()
-    }
-    /// One name of a directory, as it is now; `None`: it is gone.
-    pub fn observe_entry(
-        &self,
-        no: LocationNo,
-        dir: FileId,
-        name: &Name,
-        now: Option<Observed>,
-    ) -> Result<Option<Entry>, IndexError> {
-        unimplemented!()
-    }
-    /// Records the hash of a version; `false`: the row is another version by now.
-    pub fn set_content(
-        &self,
-        no: LocationNo,
-        file: FileId,
-        stamp: &Stamp,
-        content: ContentId,
-    ) -> Result<bool, IndexError> {
-        unimplemented!()
-    }
-    /// The next files to hash, newest first; they stay queued until [`Self::set_content`]
-    /// or [`Self::skip_unhashed`].
-    pub fn next_unhashed(&self, no: LocationNo, limit: usize) -> Result<Vec<FileId>, IndexError> {
-        unimplemented!()
-    }
-    /// Takes a file that cannot be hashed now off the queue, until it changes.
-    pub fn skip_unhashed(&self, no: LocationNo, file: FileId) -> Result<(), IndexError> {
-        unimplemented!()
-    }
-    /// Removes at most about `limit` rows of what lost its name and did not get one again;
-    /// returns how many. Call it when no scan is under way: a file that moved to a directory
-    /// not yet scanned again would lose its id.
-    pub fn sweep_orphans(&self, limit: usize) -> Result<usize, IndexError> {
-        unimplemented!()
-    }
+
     /// Makes every commit so far durable.
     pub fn flush(&self) -> Result<(), IndexError> {
-        unimplemented!()
+        let mut writer = self.0.lock();
+        Ok(self.0.flush(&mut writer)?)
     }
-    /// The id of the location's log: drawn by its owner when the log began; 0 in a replica
-    /// that has none yet.
-    pub fn log_id(&self, no: LocationNo) -> u64 {
-        unimplemented!()
+
+    fn store(&self) -> &dyn Store {
+        &*self.0.store
     }
-    /// The last sequence number given (own) or applied (replica).
-    pub fn head(&self, no: LocationNo) -> Seq {
-        unimplemented!()
+
+    fn memory(&self) -> &Memory {
+        &self.0.memory
     }
-    /// Applies rows of the owner's log and moves the cursor to `upto`, in one commit.
-    pub fn apply_replica(
+
+    fn own_location(&self, no: LocationNo) -> Result<(), IndexError> {
+        let location = self.location(no).ok_or(IndexError::NoSuchLocation(no))?;
+        if location.owner == self.me() { Ok(()) } else { Err(IndexError::WrongOwner(no)) }
+    }
+
+    /// Commits what `make` puts into a transaction; nothing of it when `make` fails.
+    fn write<R>(
         &self,
-        no: LocationNo,
-        log_id: u64,
-        rows: Vec<LogRow>,
-        upto: Seq,
-    ) -> Result<(), IndexError> {
-        unimplemented!()
+        make: impl FnOnce(&mut Tx<'_>) -> Result<R, IndexError>,
+    ) -> Result<R, IndexError> {
+        self.commit(Durability::Relaxed, make, |_, _| ())
     }
-    /// Empties a replica, to follow another log from its beginning.
-    pub fn reset_replica(&self, no: LocationNo, log_id: u64) -> Result<(), IndexError> {
-        unimplemented!()
+
+    /// The same, durable when it returns; `then` changes the memory after the commit.
+    fn write_durably<R>(
+        &self,
+        make: impl FnOnce(&mut Tx<'_>) -> Result<R, IndexError>,
+        then: impl FnOnce(&Memory, &R),
+    ) -> Result<R, IndexError> {
+        self.commit(Durability::Durable, make, then)
+    }
+
+    fn commit<R>(
+        &self,
+        at_least: Durability,
+        make: impl FnOnce(&mut Tx<'_>) -> Result<R, IndexError>,
+        then: impl FnOnce(&Memory, &R),
+    ) -> Result<R, IndexError> {
+        let inner = &*self.0;
+        let mut writer = inner.lock();
+        let mut tx = Tx::new(inner.store.snapshot()?, &inner.memory);
+        let result = make(&mut tx)?;
+        let (batch, states, changes) = tx.finish();
+        if batch.is_empty() {
+            return Ok(result);
+        }
+        inner.commit(&mut writer, batch, at_least)?;
+        inner.memory.put_states(states);
+        then(&inner.memory, &result);
+        // Under the lock, so that the feed has the order of the commits.
+        inner.feed.publish(changes);
+        Ok(result)
     }
 }
 
-impl View<'_> {
-    /// What a name refers to.
-    pub fn entry(
+impl Inner {
+    /// A writer that panicked has left nothing behind: its transaction went with it.
+    fn lock(&self) -> MutexGuard<'_, Writer> {
+        self.writer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn commit(
         &self,
-        no: LocationNo,
-        parent: FileId,
-        name: &[u8],
-    ) -> Result<Option<Entry>, IndexError> {
-        unimplemented!()
+        writer: &mut Writer,
+        batch: Batch,
+        at_least: Durability,
+    ) -> Result<(), StoreError> {
+        let keys = batch.len();
+        let durability = match at_least {
+            Durability::Durable => Durability::Durable,
+            Durability::Relaxed => writer.durability(keys),
+        };
+        match durability {
+            Durability::Relaxed => {
+                // Before the commit, so that whoever sees its rows sees this too.
+                self.relaxed.store(true, Ordering::Release);
+                writer.keys_since += keys;
+                self.store.commit(batch, durability)
+            }
+            Durability::Durable => {
+                self.store.commit(batch, durability)?;
+                *writer = Writer { durable_at: Instant::now(), keys_since: 0 };
+                self.relaxed.store(false, Ordering::Release);
+                Ok(())
+            }
+        }
     }
-    /// A file, with any one of its names.
-    pub fn node(&self, no: LocationNo, file: FileId) -> Result<Option<Node>, IndexError> {
-        unimplemented!()
+
+    fn flush(&self, writer: &mut Writer) -> Result<(), StoreError> {
+        match self.relaxed.load(Ordering::Acquire) {
+            true => self.commit(writer, Batch::default(), Durability::Durable),
+            false => Ok(()),
+        }
     }
-    /// The entries of a directory after a name, in byte order of their names.
-    pub fn children(
-        &self,
-        no: LocationNo,
-        parent: FileId,
-        after: Option<&Name>,
-        visit: &mut dyn FnMut(&Name, &Entry) -> ControlFlow<()>,
-    ) -> Result<(), IndexError> {
-        unimplemented!()
-    }
-    /// The path of a file below the location's folder, whose own path is empty; `None` when
-    /// it has no name that leads there.
-    pub fn path(&self, no: LocationNo, file: FileId) -> Result<Option<Vec<Name>>, IndexError> {
-        unimplemented!()
-    }
-    /// What a path below the location's folder refers to.
-    pub fn resolve(&self, no: LocationNo, path: &[Name]) -> Result<Option<Entry>, IndexError> {
-        unimplemented!()
-    }
-    /// Every file that has these bytes.
-    pub fn holders(&self, content: ContentId) -> Result<Vec<(LocationNo, FileId)>, IndexError> {
-        unimplemented!()
-    }
-    /// Rows of the log after a place, about `max_bytes` of them but at least one, and up to
-    /// where they reach; the same place when there is nothing more.
-    pub fn log_after(
-        &self,
-        no: LocationNo,
-        after: Seq,
-        max_bytes: usize,
-    ) -> Result<(Vec<LogRow>, Seq), IndexError> {
-        unimplemented!()
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        let flushed = self.flush(&mut self.lock());
+        if let Err(error) = flushed {
+            tracing::warn!(%error, "the last changes of the index are not on the disk");
+        }
     }
 }

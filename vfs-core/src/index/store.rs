@@ -170,6 +170,106 @@ pub struct OpenedStore {
 /// Opens or creates the store of this build in `dir`. A damaged one is set aside
 /// as `<file>.corrupt-<unix time>` and an empty one takes its place.
 pub fn open_store(dir: &Path) -> Result<OpenedStore, StoreError> {
-    let _ = dir;
-    unimplemented!()
+    open_kind(&KINDS[0], dir)
+}
+
+/// A kind of store: where it lies below the index's folder, and how it is opened.
+pub(super) struct StoreKind {
+    /// Its file or folder.
+    pub(super) file: &'static str,
+    /// Opens or creates it at that path.
+    pub(super) open: fn(&Path) -> Result<Arc<dyn Store>, StoreError>,
+}
+
+/// Every kind that this build has; the first is the one in use.
+pub(super) const KINDS: &[StoreKind] = &[
+    StoreKind {
+        file: "index.redb",
+        open: |path| Ok(Arc::new(super::redb::RedbStore::open(path)?)),
+    },
+    #[cfg(feature = "sled")]
+    StoreKind {
+        file: "index.sled",
+        open: |path| Ok(Arc::new(super::sled::SledStore::open(path)?)),
+    },
+];
+
+pub(super) fn open_kind(kind: &StoreKind, dir: &Path) -> Result<OpenedStore, StoreError> {
+    let path = dir.join(kind.file);
+    let io = |source| StoreError::Io { path: path.clone(), source };
+    std::fs::create_dir_all(dir).map_err(io)?;
+    let known_damaged = damage_mark(&path).exists();
+    if !known_damaged {
+        match open_checked(kind, &path) {
+            Ok(store) => return Ok(OpenedStore { store, set_aside: None }),
+            Err(StoreError::Corrupt { reason, .. }) => {
+                tracing::warn!(path = %path.display(), reason, "the index is damaged; beginning anew");
+            }
+            Err(other) => return Err(other),
+        }
+    }
+    let aside = set_aside(&path).map_err(io)?;
+    let store = open_checked(kind, &path)?;
+    Ok(OpenedStore { store, set_aside: Some(aside) })
+}
+
+/// Opens a store and checks its format. Stores may panic over damage that they did not
+/// foresee; an index is rebuildable, so that too only means to begin anew.
+fn open_checked(kind: &StoreKind, path: &Path) -> Result<Arc<dyn Store>, StoreError> {
+    let attempt = || {
+        let store = (kind.open)(path)?;
+        check_format(&*store, path)?;
+        Ok(store)
+    };
+    std::panic::catch_unwind(attempt).unwrap_or_else(|_| {
+        Err(StoreError::Corrupt { path: path.to_owned(), reason: "the store gave up".into() })
+    })
+}
+
+const FORMAT_KEY: &[u8] = b"format";
+
+fn check_format(store: &dyn Store, path: &Path) -> Result<(), StoreError> {
+    let found = store.snapshot()?.get(Table::Meta, FORMAT_KEY)?;
+    let Some(found) = found else {
+        let mut batch = Batch::default();
+        batch.put(Table::Meta, FORMAT_KEY, FORMAT.to_be_bytes());
+        return store.commit(batch, Durability::Durable);
+    };
+    let corrupt = || StoreError::Corrupt { path: path.to_owned(), reason: "no format".into() };
+    let found = u32::from_be_bytes(found.try_into().map_err(|_| corrupt())?);
+    match found {
+        FORMAT => Ok(()),
+        0 => Err(corrupt()),
+        _ => Err(StoreError::NewerFormat { found }),
+    }
+}
+
+/// Beside the store; there when damage was met while it was in use.
+fn damage_mark(path: &Path) -> PathBuf {
+    path.with_added_extension("damaged")
+}
+
+/// Has the store set aside when it is opened next: damage in use cannot be mended in use.
+pub(super) fn mark_damaged(path: &Path) {
+    if let Err(error) = std::fs::write(damage_mark(path), b"") {
+        tracing::error!(path = %path.display(), %error, "cannot mark the damaged index");
+    }
+}
+
+fn set_aside(path: &Path) -> std::io::Result<PathBuf> {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let seconds = now.map_or(0, |d| d.as_secs());
+    let free = |p: &PathBuf| !p.exists();
+    let aside = (seconds..)
+        .map(|n| path.with_added_extension(format!("corrupt-{n}")))
+        .find(free)
+        .unwrap_or_else(|| path.with_added_extension("corrupt"));
+    match std::fs::rename(path, &aside) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+        done => done?,
+    }
+    match std::fs::remove_file(damage_mark(path)) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(aside),
+        done => done.map(|()| aside),
+    }
 }

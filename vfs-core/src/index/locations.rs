@@ -1,0 +1,175 @@
+//! The locations: their numbers, their properties, their removal.
+
+use super::key;
+use super::memory::Memory;
+use super::row::{LocationRecord, State, decode, encode, path_bytes, path_from};
+use super::store::{Snapshot, Table};
+use super::tx::Tx;
+use super::{Index, IndexError, Inner, NewLocation, read};
+use crate::changes::Change;
+use crate::model::{Location, LocationId, LocationNo};
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::ops::ControlFlow;
+use std::sync::{Arc, Weak};
+
+const NEXT_LOCATION: &[u8] = b"next location";
+
+impl Index {
+    /// Every location, by number.
+    pub fn locations(&self) -> Vec<Arc<Location>> {
+        self.memory().locations()
+    }
+
+    /// The location of this number.
+    pub fn location(&self, no: LocationNo) -> Option<Arc<Location>> {
+        self.memory().location(no)
+    }
+
+    /// The location of this id.
+    pub fn location_by_id(&self, id: LocationId) -> Option<Arc<Location>> {
+        self.memory().location_by_id(id)
+    }
+
+    /// Adds a location, or updates the one with its id. The owner of a location never changes.
+    pub fn put_location(&self, location: NewLocation) -> Result<Arc<Location>, IndexError> {
+        let own = location.owner == self.me();
+        let put = self.write_durably(
+            |tx| {
+                let known = self.location_by_id(location.id);
+                if let Some(known) = known.as_ref().filter(|k| k.owner != location.owner) {
+                    return Err(IndexError::WrongOwner(known.no));
+                }
+                let no = match &known {
+                    Some(known) => known.no,
+                    None => begin_location(tx, own)?,
+                };
+                let record = record_of(location);
+                tx.batch.put(Table::Locations, key::location(no), encode(&record));
+                tx.changes.push(Change::Locations);
+                Ok(Arc::new(location_of(no, record)))
+            },
+            |memory, location| memory.put_location(location.clone()),
+        )?;
+        Ok(put)
+    }
+
+    /// Removes a location and all its rows; continued after the next open should it be cut off.
+    pub fn remove_location(&self, no: LocationNo) -> Result<(), IndexError> {
+        let location = self.location(no).ok_or(IndexError::NoSuchLocation(no))?;
+        self.write_durably(
+            |tx| {
+                let record = LocationRecord { removing: true, ..record_of((*location).clone()) };
+                tx.batch.put(Table::Locations, key::location(no), encode(&record));
+                tx.changes.push(Change::Locations);
+                Ok(())
+            },
+            |memory, ()| memory.remove(no),
+        )?;
+        while self.remove_some(no)? {}
+        Ok(())
+    }
+
+    /// One commit of a removal; `false`: it is done.
+    fn remove_some(&self, no: LocationNo) -> Result<bool, IndexError> {
+        if self.purge_some(no)? {
+            return Ok(true);
+        }
+        self.write(|tx| {
+            tx.batch.delete(Table::Meta, key::state(no));
+            tx.batch.delete(Table::Locations, key::location(no));
+            Ok(false)
+        })
+    }
+}
+
+/// A number never given before, so that no inode number ever means two things, and a state.
+fn begin_location(tx: &mut Tx<'_>, own: bool) -> Result<LocationNo, IndexError> {
+    let next = match tx.get(Table::Meta, NEXT_LOCATION)? {
+        Some(value) => decode(&value, "the next location's number")?,
+        None => 1,
+    };
+    if next >= LocationNo::LIMIT {
+        return Err(IndexError::TooMany("locations"));
+    }
+    tx.batch.put(Table::Meta, NEXT_LOCATION, encode(&(next + 1)));
+    tx.set_state(LocationNo(next), State::new(if own { new_log_id() } else { 0 }));
+    Ok(LocationNo(next))
+}
+
+/// Random and not 0: the keys of a [`RandomState`] come from the system's randomness.
+fn new_log_id() -> u64 {
+    let mut hasher = RandomState::new().build_hasher();
+    hasher.write_u128(std::time::UNIX_EPOCH.elapsed().map_or(0, |d| d.as_nanos()));
+    hasher.finish().max(1)
+}
+
+fn record_of(location: impl Into<NewLocation>) -> LocationRecord {
+    let NewLocation { id, owner, name, root, read_only, shared_with } = location.into();
+    let root = root.as_deref().map(path_bytes);
+    LocationRecord { id, owner, name, root, read_only, shared_with, removing: false }
+}
+
+fn location_of(no: LocationNo, record: LocationRecord) -> Location {
+    let LocationRecord { id, owner, name, root, read_only, shared_with, .. } = record;
+    let root = root.as_deref().map(path_from);
+    Location { no, id, owner, name, root, read_only, shared_with }
+}
+
+impl From<Location> for NewLocation {
+    fn from(location: Location) -> Self {
+        let Location { id, owner, name, root, read_only, shared_with, .. } = location;
+        Self { id, owner, name, root, read_only, shared_with }
+    }
+}
+
+/// Reads the locations into memory; returns those whose removal was cut off.
+pub(super) fn load(
+    snapshot: &dyn Snapshot,
+    memory: &Memory,
+) -> Result<Vec<LocationNo>, IndexError> {
+    let mut removing = Vec::new();
+    read::scan_prefix(snapshot, Table::Locations, b"", &mut |k, value| {
+        let no = key::first_location(k).ok_or(IndexError::DamagedRow("a location"))?;
+        let record: LocationRecord = decode(value, "a location")?;
+        if record.removing {
+            removing.push(no);
+        } else {
+            memory.put_location(Arc::new(location_of(no, record)));
+        }
+        Ok(ControlFlow::Continue(()))
+    })?;
+    for location in memory.locations() {
+        let state = snapshot.get(Table::Meta, &key::state(location.no))?;
+        let state = state.ok_or(IndexError::DamagedRow("a location without its state"))?;
+        memory.put_states([(location.no, decode(&state, "a location's state")?)].into());
+    }
+    Ok(removing)
+}
+
+/// Ends removals that were cut off, on a thread of its own: nothing waits for them. It ends
+/// early when the index is closed, which it does not keep open between two commits.
+pub(super) fn resume_removals(index: &Arc<Inner>, removing: Vec<LocationNo>) {
+    if removing.is_empty() {
+        return;
+    }
+    let index = Arc::downgrade(index);
+    let work = move || {
+        for no in removing {
+            if let Err(error) = resume_removal(&index, no) {
+                tracing::warn!(?no, %error, "cannot remove the rows of a removed location");
+            }
+        }
+    };
+    if let Err(error) = std::thread::Builder::new().name("index-removal".into()).spawn(work) {
+        tracing::warn!(%error, "cannot remove the rows of removed locations now");
+    }
+}
+
+fn resume_removal(index: &Weak<Inner>, no: LocationNo) -> Result<(), IndexError> {
+    while let Some(index) = index.upgrade().map(Index) {
+        if !index.remove_some(no)? {
+            break;
+        }
+    }
+    Ok(())
+}

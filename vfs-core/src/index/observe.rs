@@ -1,0 +1,382 @@
+//! The owner's side: what its disk has, compared with the rows.
+//!
+//! Everything comes down to [`settle`]: one name, as it is now. A name that goes
+//! makes its file an orphan if it was the last one; a name that appears is first
+//! looked for by its inode among the files that are known, so that a file keeps
+//! its id and its hash over a rename, in whatever order the two ends of the rename
+//! are seen.
+
+use super::key;
+use super::read;
+use super::row::{Orphan, Row, decode, encode};
+use super::store::Table;
+use super::tx::{Place, Tx};
+use super::{Index, IndexError, Observed, ROOT_PARENT};
+use crate::model::{ContentId, Entry, FileId, FileType, LocationNo, Name, Stamp};
+use std::ops::ControlFlow;
+
+/// Names of one listing that are written in one commit: bounds the memory of a commit, and
+/// how long other writers wait.
+const COMMIT_NAMES: usize = 4096;
+
+/// How many other names of a file are kept alike; beyond it the scan brings them up to date.
+const ALIKE_NAMES: usize = 1024;
+
+impl Index {
+    /// The location's own folder, as it is now.
+    pub fn observe_root(&self, no: LocationNo, root: &Observed) -> Result<(), IndexError> {
+        self.own_location(no)?;
+        if root.attr.file_type != FileType::Directory {
+            return Err(IndexError::InvalidRow("the root is not a directory"));
+        }
+        let name = root_name();
+        self.write(|tx| {
+            let place = Place { no, parent: ROOT_PARENT, name: &name };
+            let old = tx.row(place)?;
+            let (generation, content) = (1, None);
+            let entry = entry_of(FileId::ROOT, generation, content, root.clone())?;
+            if old.as_ref().is_none_or(|o| o.entry != entry) {
+                let seq = tx.next_seq(no)?;
+                tx.put_row(place, old.as_ref(), entry, seq)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// A directory's whole listing, as it is now; returns its subdirectories, by name.
+    ///
+    /// Names that are as before cost no write. A huge directory is written in several
+    /// commits.
+    pub fn observe_directory(
+        &self,
+        no: LocationNo,
+        dir: FileId,
+        mut listing: Vec<Observed>,
+    ) -> Result<Vec<(Name, FileId)>, IndexError> {
+        self.own_location(no)?;
+        listing.sort_by(|a, b| a.name.cmp(&b.name));
+        listing.dedup_by(|a, b| a.name == b.name);
+        let Comparison { mut directories, gone, new } = self.compare(no, dir, listing)?;
+        let gone = gone.into_iter().map(|name| (name, None));
+        let new = new.into_iter().map(|o| (o.name.clone(), Some(o)));
+        // What is gone comes first: what appears may be the same file under another name.
+        let mut names = gone.chain(new).peekable();
+        while names.peek().is_some() {
+            self.write(|tx| {
+                check_directory(tx, no, dir)?;
+                for (name, now) in names.by_ref().take(COMMIT_NAMES) {
+                    let place = Place { no, parent: dir, name: &name };
+                    let entry = settle(tx, place, now)?;
+                    directories.extend(entry.filter(is_directory).map(|e| (name, e.file_id)));
+                }
+                Ok(())
+            })?;
+        }
+        directories.sort();
+        Ok(directories)
+    }
+
+    /// One pass over the rows of a directory and its listing, both in the order of names.
+    fn compare(
+        &self,
+        no: LocationNo,
+        dir: FileId,
+        listing: Vec<Observed>,
+    ) -> Result<Comparison, IndexError> {
+        let mut found = Comparison::default();
+        let mut listing = listing.into_iter().peekable();
+        let snapshot = self.store().snapshot()?;
+        read::scan_prefix(&*snapshot, Table::Entries, &key::entry(no, dir, b""), &mut |k, v| {
+            let name = key::entry_name(k).ok_or(IndexError::DamagedRow("a name"))?;
+            while let Some(new) = listing.next_if(|o| o.name < name) {
+                found.new.push(new);
+            }
+            match listing.next_if(|o| o.name == name) {
+                Some(now) => found.keep(name, decode(v, "an entry")?, now),
+                None => found.gone.push(name),
+            }
+            Ok(ControlFlow::Continue(()))
+        })?;
+        found.new.extend(listing);
+        Ok(found)
+    }
+
+    /// One name of a directory, as it is now; `None`: it is gone.
+    pub fn observe_entry(
+        &self,
+        no: LocationNo,
+        dir: FileId,
+        name: &Name,
+        now: Option<Observed>,
+    ) -> Result<Option<Entry>, IndexError> {
+        self.own_location(no)?;
+        self.write(|tx| {
+            check_directory(tx, no, dir)?;
+            settle(tx, Place { no, parent: dir, name }, now)
+        })
+    }
+
+    /// Records the hash of a version; `false`: the row is another version by now.
+    pub fn set_content(
+        &self,
+        no: LocationNo,
+        file: FileId,
+        stamp: &Stamp,
+        content: ContentId,
+    ) -> Result<bool, IndexError> {
+        self.own_location(no)?;
+        self.write(|tx| set_content(tx, no, file, stamp, content))
+    }
+
+    /// The next files to hash, newest first; they stay queued until [`Self::set_content`]
+    /// or [`Self::skip_unhashed`].
+    pub fn next_unhashed(&self, no: LocationNo, limit: usize) -> Result<Vec<FileId>, IndexError> {
+        let snapshot = self.store().snapshot()?;
+        let keys = read::keys(&*snapshot, Table::Unhashed, &key::location(no), limit)?;
+        let file = |k: &Vec<u8>| key::last_file(k).ok_or(IndexError::DamagedRow("a queued file"));
+        keys.iter().map(file).collect()
+    }
+
+    /// Takes a file that cannot be hashed now off the queue, until it changes.
+    pub fn skip_unhashed(&self, no: LocationNo, file: FileId) -> Result<(), IndexError> {
+        self.own_location(no)?;
+        self.write(|tx| {
+            if let Some(entry) = named_entry(tx, no, file)? {
+                tx.dequeue(no, &entry);
+            }
+            Ok(())
+        })
+    }
+}
+
+#[derive(Default)]
+struct Comparison {
+    /// Directories that are as before.
+    directories: Vec<(Name, FileId)>,
+    gone: Vec<Name>,
+    /// Appeared or changed.
+    new: Vec<Observed>,
+}
+
+impl Comparison {
+    fn keep(&mut self, name: Name, row: Row, now: Observed) {
+        if !is_unchanged(&row.entry, &now) {
+            self.new.push(now);
+        } else if is_directory(&row.entry) {
+            self.directories.push((name, row.entry.file_id));
+        }
+    }
+}
+
+/// The name of a location's own folder below [`ROOT_PARENT`].
+pub(super) fn root_name() -> Name {
+    Name::new(&b"root"[..]).expect("a valid name")
+}
+
+fn is_directory(entry: &Entry) -> bool {
+    entry.attr.file_type == FileType::Directory
+}
+
+fn check_directory(tx: &Tx<'_>, no: LocationNo, dir: FileId) -> Result<(), IndexError> {
+    if tx.has_name(no, dir)? { Ok(()) } else { Err(IndexError::NoSuchDirectory(no, dir)) }
+}
+
+/// Whether what the disk has is the file of this row, changed or not. An inode number is
+/// used again after its file is gone; its type and its birth tell.
+fn is_same_file(entry: &Entry, now: &Observed) -> bool {
+    entry.disk_ino == now.disk_ino
+        && entry.attr.file_type == now.attr.file_type
+        && entry.attr.btime == now.attr.btime
+}
+
+fn is_unchanged(entry: &Entry, now: &Observed) -> bool {
+    is_same_file(entry, now) && entry.attr == now.attr && entry.target == now.target
+}
+
+/// A row that every replica will accept; what the disk says beyond that is cut to it.
+fn entry_of(
+    file_id: FileId,
+    generation: u32,
+    content: Option<ContentId>,
+    now: Observed,
+) -> Result<Entry, IndexError> {
+    let Observed { mut attr, disk_ino, target, .. } = now;
+    attr.perm &= 0o7777;
+    attr.size = attr.size.min(i64::MAX as u64);
+    let target = target.filter(|_| attr.file_type == FileType::Symlink);
+    let entry = Entry { file_id, disk_ino, generation, attr, content, target };
+    let valid = entry.is_valid();
+    valid.then_some(entry).ok_or(IndexError::InvalidRow("attributes that no file can have"))
+}
+
+/// What the row of this file becomes, and whether its bytes must be hashed (again).
+fn next_version(old: &Entry, now: Observed) -> Result<(Entry, bool), IndexError> {
+    let stamp = old.stamp();
+    let new = entry_of(old.file_id, old.generation, old.content, now)?;
+    let is_file = new.attr.file_type == FileType::File;
+    let new_bytes = is_file && (new.attr.size, new.attr.mtime) != (stamp.size, stamp.mtime);
+    if new_bytes || new.target != old.target {
+        let generation = old.generation.wrapping_add(1);
+        return Ok((Entry { generation, content: None, ..new }, is_file));
+    }
+    // Bytes can change with size and mtime put back; the ctime then still tells.
+    let touched = is_file && new.attr.ctime != stamp.ctime;
+    Ok((new, touched))
+}
+
+/// Makes a name what it is now; returns its row.
+fn settle(
+    tx: &mut Tx<'_>,
+    place: Place<'_>,
+    now: Option<Observed>,
+) -> Result<Option<Entry>, IndexError> {
+    let old = tx.row(place)?;
+    match (old, now) {
+        (None, None) => Ok(None),
+        (Some(old), None) => vanish(tx, place, &old).map(|()| None),
+        (Some(old), Some(now)) if is_same_file(&old.entry, &now) => {
+            update(tx, place, old, now).map(Some)
+        }
+        (old, Some(now)) => {
+            if let Some(old) = old {
+                vanish(tx, place, &old)?;
+            }
+            appear(tx, place, now).map(Some)
+        }
+    }
+}
+
+fn vanish(tx: &mut Tx<'_>, place: Place<'_>, old: &Row) -> Result<(), IndexError> {
+    let seq = tx.next_seq(place.no)?;
+    tx.remove_row(place, old, seq)?;
+    let file = old.entry.file_id;
+    if !tx.has_name(place.no, file)? {
+        let orphan = encode(&Orphan::Lost(old.entry.clone()));
+        tx.batch.put(Table::Orphans, key::file(place.no, file), orphan);
+    }
+    Ok(())
+}
+
+fn update(tx: &mut Tx<'_>, place: Place<'_>, old: Row, now: Observed) -> Result<Entry, IndexError> {
+    let (entry, hash) = next_version(&old.entry, now)?;
+    if entry == old.entry {
+        return Ok(entry);
+    }
+    let seq = tx.next_seq(place.no)?;
+    tx.put_row(place, Some(&old), entry.clone(), seq)?;
+    if old.entry.attr.nlink > 1 || entry.attr.nlink > 1 {
+        update_other_names(tx, place, &entry)?;
+    }
+    if hash {
+        tx.enqueue(place.no, &entry);
+    }
+    Ok(entry)
+}
+
+/// All names of a file have the same row: its generation is part of its inode number.
+fn update_other_names(tx: &mut Tx<'_>, this: Place<'_>, entry: &Entry) -> Result<(), IndexError> {
+    if is_directory(entry) {
+        return Ok(());
+    }
+    for (parent, name) in read::names(tx, this.no, entry.file_id, ALIKE_NAMES)? {
+        let place = Place { no: this.no, parent, name: &name };
+        let old = tx.row(place)?.ok_or(IndexError::DamagedRow("a name without a row"))?;
+        if old.entry != *entry {
+            let seq = tx.next_seq(this.no)?;
+            tx.put_row(place, Some(&old), entry.clone(), seq)?;
+        }
+    }
+    Ok(())
+}
+
+fn appear(tx: &mut Tx<'_>, place: Place<'_>, now: Observed) -> Result<Entry, IndexError> {
+    match known_file(tx, place.no, &now)? {
+        Some(known) => link(tx, place, known, now),
+        None => create(tx, place, now),
+    }
+}
+
+fn create(tx: &mut Tx<'_>, place: Place<'_>, now: Observed) -> Result<Entry, IndexError> {
+    let file = tx.next_file(place.no)?;
+    let entry = entry_of(file, 1, None, now)?;
+    let seq = tx.next_seq(place.no)?;
+    tx.put_row(place, None, entry.clone(), seq)?;
+    tx.batch.put(Table::Disk, key::disk(place.no, entry.disk_ino), key::file_value(file));
+    tx.enqueue(place.no, &entry);
+    Ok(entry)
+}
+
+/// A file that is known gets one more name, or its name elsewhere: a rename or a hard link.
+fn link(
+    tx: &mut Tx<'_>,
+    place: Place<'_>,
+    known: Entry,
+    now: Observed,
+) -> Result<Entry, IndexError> {
+    let no = place.no;
+    let (entry, hash) = next_version(&known, now)?;
+    if is_directory(&entry) {
+        // It has one name only: the other is where it was before.
+        for (parent, name) in read::names(tx, no, entry.file_id, ALIKE_NAMES)? {
+            let before = Place { no, parent, name: &name };
+            if let Some(old) = tx.row(before)? {
+                let seq = tx.next_seq(no)?;
+                tx.remove_row(before, &old, seq)?;
+            }
+        }
+    }
+    tx.batch.delete(Table::Orphans, key::file(no, entry.file_id));
+    let seq = tx.next_seq(no)?;
+    tx.put_row(place, None, entry.clone(), seq)?;
+    update_other_names(tx, place, &entry)?;
+    if hash || entry.content.is_none() {
+        tx.enqueue(no, &entry);
+    }
+    Ok(entry)
+}
+
+/// The last row of the file that the disk has here, if it is one that we know.
+fn known_file(tx: &Tx<'_>, no: LocationNo, now: &Observed) -> Result<Option<Entry>, IndexError> {
+    let Some(file) = read::file_on_disk(tx, no, now.disk_ino)? else { return Ok(None) };
+    let known = match named_entry(tx, no, file)? {
+        Some(entry) => Some(entry),
+        None => match read::orphan(tx, no, file)? {
+            Some(Orphan::Lost(entry)) => Some(entry),
+            Some(Orphan::Doomed) | None => None,
+        },
+    };
+    Ok(known.filter(|entry| is_same_file(entry, now)))
+}
+
+/// The row of any one name of a file.
+fn named_entry(tx: &Tx<'_>, no: LocationNo, file: FileId) -> Result<Option<Entry>, IndexError> {
+    let names = read::names(tx, no, file, 1)?;
+    let Some((parent, name)) = names.first() else { return Ok(None) };
+    Ok(tx.row(Place { no, parent: *parent, name })?.map(|row| row.entry))
+}
+
+fn set_content(
+    tx: &mut Tx<'_>,
+    no: LocationNo,
+    file: FileId,
+    stamp: &Stamp,
+    content: ContentId,
+) -> Result<bool, IndexError> {
+    let Some(old) = named_entry(tx, no, file)? else { return Ok(false) };
+    if old.stamp() != *stamp || old.attr.file_type != FileType::File {
+        return Ok(false);
+    }
+    let other_bytes = old.content.is_some_and(|known| known != content);
+    let generation = old.generation.wrapping_add(u32::from(other_bytes));
+    tx.dequeue(no, &old);
+    let entry = Entry { generation, content: Some(content), ..old };
+    for (parent, name) in read::names(tx, no, file, ALIKE_NAMES)? {
+        let place = Place { no, parent, name: &name };
+        let old = tx.row(place)?.ok_or(IndexError::DamagedRow("a name without a row"))?;
+        if old.entry != entry {
+            let seq = tx.next_seq(no)?;
+            tx.put_row(place, Some(&old), entry.clone(), seq)?;
+        }
+    }
+    Ok(true)
+}

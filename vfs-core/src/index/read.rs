@@ -1,0 +1,112 @@
+//! Typed reads, the same for a view and for a transaction in the making.
+
+use super::IndexError;
+use super::key;
+use super::row::{Orphan, Row, decode};
+use super::store::{Snapshot, StoreError, Table};
+use crate::model::{FileId, LocationNo, Name};
+use std::ops::ControlFlow;
+
+/// The row of a name.
+pub(super) fn row(
+    from: &dyn Snapshot,
+    no: LocationNo,
+    parent: FileId,
+    name: &[u8],
+) -> Result<Option<Row>, IndexError> {
+    let value = from.get(Table::Entries, &key::entry(no, parent, name))?;
+    value.map(|v| decode(&v, "an entry")).transpose()
+}
+
+/// At most `limit` names of a file.
+pub(super) fn names(
+    from: &dyn Snapshot,
+    no: LocationNo,
+    file: FileId,
+    limit: usize,
+) -> Result<Vec<(FileId, Name)>, IndexError> {
+    let mut found = Vec::new();
+    scan_prefix(from, Table::Nodes, &key::file(no, file), &mut |key, _| {
+        found.push(key::node_name(key).ok_or(IndexError::DamagedRow("a name of a file"))?);
+        Ok(if found.len() < limit { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
+    })?;
+    Ok(found)
+}
+
+/// Whether a file has a name.
+pub(super) fn has_name(
+    from: &dyn Snapshot,
+    no: LocationNo,
+    file: FileId,
+) -> Result<bool, IndexError> {
+    Ok(!names(from, no, file, 1)?.is_empty())
+}
+
+/// The file that had this inode of the owner's disk when last seen.
+pub(super) fn file_on_disk(
+    from: &dyn Snapshot,
+    no: LocationNo,
+    ino: u64,
+) -> Result<Option<FileId>, IndexError> {
+    let Some(value) = from.get(Table::Disk, &key::disk(no, ino))? else { return Ok(None) };
+    key::split_file(&value).map(Some).ok_or(IndexError::DamagedRow("an inode"))
+}
+
+/// What is known of a file without a name.
+pub(super) fn orphan(
+    from: &dyn Snapshot,
+    no: LocationNo,
+    file: FileId,
+) -> Result<Option<Orphan>, IndexError> {
+    let value = from.get(Table::Orphans, &key::file(no, file))?;
+    value.map(|v| decode(&v, "an orphan")).transpose()
+}
+
+/// Visits the keys that begin with `prefix`, until `visit` breaks or fails.
+pub(super) fn scan_prefix(
+    from: &dyn Snapshot,
+    table: Table,
+    prefix: &[u8],
+    visit: &mut dyn FnMut(&[u8], &[u8]) -> Result<ControlFlow<()>, IndexError>,
+) -> Result<(), IndexError> {
+    scan_range(from, table, prefix, key::after_prefix(prefix).as_deref(), visit)
+}
+
+/// Visits the keys of a range, until `visit` breaks or fails.
+pub(super) fn scan_range(
+    from: &dyn Snapshot,
+    table: Table,
+    start: &[u8],
+    end: Option<&[u8]>,
+    visit: &mut dyn FnMut(&[u8], &[u8]) -> Result<ControlFlow<()>, IndexError>,
+) -> Result<(), IndexError> {
+    let mut outcome = Ok(());
+    let scanned: Result<(), StoreError> =
+        from.scan(table, start, end, &mut |key, value| match visit(key, value) {
+            Ok(flow) => flow,
+            Err(error) => {
+                outcome = Err(error);
+                ControlFlow::Break(())
+            }
+        });
+    scanned?;
+    outcome
+}
+
+/// At most `limit` keys that begin with `prefix`.
+pub(super) fn keys(
+    from: &dyn Snapshot,
+    table: Table,
+    prefix: &[u8],
+    limit: usize,
+) -> Result<Vec<Vec<u8>>, IndexError> {
+    let mut found = Vec::new();
+    if limit == 0 {
+        return Ok(found);
+    }
+    scan_prefix(from, table, prefix, &mut |key, _| {
+        found.push(key.to_vec());
+        Ok(if found.len() < limit { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
+    })?;
+    Ok(found)
+}

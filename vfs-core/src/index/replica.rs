@@ -1,0 +1,180 @@
+//! The other devices' locations: their owners' logs, applied.
+//!
+//! Rows come from a peer and are checked before anything is written. They arrive in
+//! the order of their *last* change, so a row may come before the row of its
+//! directory, and in between two names of a renamed directory may both be there.
+
+use super::key;
+use super::observe::root_name;
+use super::read;
+use super::row::State;
+use super::store::Table;
+use super::sweep::{doom_replica, gone_directory};
+use super::tx::{Place, Tx};
+use super::{Index, IndexError, LogRow, ROOT_PARENT};
+use crate::changes::Change;
+use crate::model::{Entry, FileId, FileType, LocationNo, Name, Seq};
+
+/// Rows removed in one commit.
+const COMMIT_ROWS: usize = 4096;
+
+impl Index {
+    /// The id of the location's log: drawn by its owner when the log began; 0 in a replica
+    /// that has none yet.
+    pub fn log_id(&self, no: LocationNo) -> u64 {
+        self.memory().state(no).map_or(0, |s| s.log_id)
+    }
+
+    /// The last sequence number given (own) or applied (replica).
+    pub fn head(&self, no: LocationNo) -> Seq {
+        self.memory().state(no).map_or(Seq(0), |s| s.head)
+    }
+
+    /// Applies rows of the owner's log and moves the cursor to `upto`, in one commit.
+    ///
+    /// A replica that follows no log yet takes this one; one that follows another is to be
+    /// reset first ([`IndexError::OtherLog`]).
+    pub fn apply_replica(
+        &self,
+        no: LocationNo,
+        log_id: u64,
+        rows: Vec<LogRow>,
+        upto: Seq,
+    ) -> Result<(), IndexError> {
+        self.replica(no)?;
+        rows.iter().try_for_each(check_row)?;
+        self.write(|tx| {
+            let state = tx.state(no)?;
+            follow(state, log_id)?;
+            check_order(state.head, &rows, upto)?;
+            state.head = upto;
+            rows.into_iter().try_for_each(|row| apply(tx, no, row))
+        })
+    }
+
+    /// Empties a replica, to follow another log from its beginning.
+    pub fn reset_replica(&self, no: LocationNo, log_id: u64) -> Result<(), IndexError> {
+        self.replica(no)?;
+        self.write(|tx| {
+            tx.set_state(no, State { resetting: true, ..State::default() });
+            Ok(())
+        })?;
+        self.purge(no)?;
+        self.write(|tx| {
+            tx.set_state(no, State::new(log_id));
+            tx.changes.push(Change::Locations);
+            Ok(())
+        })
+    }
+
+    /// Removes every row of a location, in bounded commits; other writers go in between.
+    pub(super) fn purge(&self, no: LocationNo) -> Result<(), IndexError> {
+        while self.purge_some(no)? {}
+        Ok(())
+    }
+
+    /// One commit of it; `false`: there was nothing left.
+    pub(super) fn purge_some(&self, no: LocationNo) -> Result<bool, IndexError> {
+        use Table::{Disk, Log, Nodes, Orphans, Tombstones, Unhashed};
+        if self.write(|tx| purge_entries(tx, no))? {
+            return Ok(true);
+        }
+        for table in [Nodes, Log, Tombstones, Disk, Unhashed, Orphans] {
+            if self.write(|tx| purge_keys(tx, table, no))? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    fn replica(&self, no: LocationNo) -> Result<(), IndexError> {
+        let location = self.location(no).ok_or(IndexError::NoSuchLocation(no))?;
+        if location.owner == self.me() { Err(IndexError::WrongOwner(no)) } else { Ok(()) }
+    }
+}
+
+fn follow(state: &mut State, log_id: u64) -> Result<(), IndexError> {
+    if state.log_id == 0 && !state.resetting {
+        state.log_id = log_id;
+    }
+    if state.log_id == log_id && !state.resetting { Ok(()) } else { Err(IndexError::OtherLog) }
+}
+
+fn check_order(head: Seq, rows: &[LogRow], upto: Seq) -> Result<(), IndexError> {
+    let after_head = rows.first().is_none_or(|r| r.seq > head);
+    let ascending = rows.windows(2).all(|w| w[0].seq < w[1].seq);
+    let within = rows.last().is_none_or(|r| r.seq <= upto) && head <= upto;
+    if after_head && ascending && within {
+        Ok(())
+    } else {
+        Err(IndexError::InvalidRow("sequence numbers that do not ascend"))
+    }
+}
+
+fn check_row(row: &LogRow) -> Result<(), IndexError> {
+    let valid = row.parent.0 < FileId::LIMIT
+        && row.entry.as_ref().is_none_or(Entry::is_valid)
+        && if row.parent == ROOT_PARENT { is_root_row(row) } else { is_child_row(row) };
+    if valid { Ok(()) } else { Err(IndexError::InvalidRow("a peer's row breaks the format")) }
+}
+
+fn is_root_row(row: &LogRow) -> bool {
+    match &row.entry {
+        None => gone_directory(&row.name).is_some(),
+        Some(entry) => {
+            row.name == root_name()
+                && entry.file_id == FileId::ROOT
+                && entry.attr.file_type == FileType::Directory
+        }
+    }
+}
+
+fn is_child_row(row: &LogRow) -> bool {
+    let id = row.entry.as_ref().map(|e| e.file_id);
+    id.is_none_or(|id| id != FileId::ROOT && id != row.parent)
+}
+
+fn apply(tx: &mut Tx<'_>, no: LocationNo, row: LogRow) -> Result<(), IndexError> {
+    let LogRow { seq, parent, name, entry } = row;
+    let place = Place { no, parent, name: &name };
+    let old = tx.row(place)?;
+    match (old, entry) {
+        (old, Some(entry)) => tx.put_row(place, old.as_ref(), entry, seq),
+        (Some(old), None) => tx.remove_row(place, &old, seq),
+        (None, None) => {
+            mark_gone(tx, place, &name);
+            tx.bury(place, seq)
+        }
+    }
+}
+
+fn mark_gone(tx: &mut Tx<'_>, place: Place<'_>, name: &Name) {
+    if place.parent == ROOT_PARENT
+        && let Some(dir) = gone_directory(name)
+    {
+        doom_replica(tx, place.no, dir);
+    }
+}
+
+/// Entries are removed with their keys in Content, which are not found by location.
+fn purge_entries(tx: &mut Tx<'_>, no: LocationNo) -> Result<bool, IndexError> {
+    let keys = read::keys(tx, Table::Entries, &key::location(no), COMMIT_ROWS)?;
+    for key in &keys {
+        let name = key::entry_name(key).ok_or(IndexError::DamagedRow("a name"))?;
+        let parent = key::entry_parent(key).ok_or(IndexError::DamagedRow("a directory"))?;
+        if let Some(Entry { content: Some(content), file_id, .. }) =
+            tx.row(Place { no, parent, name: &name })?.map(|r| r.entry)
+        {
+            tx.batch.delete(Table::Content, key::content(content, no, file_id));
+        }
+        tx.batch.delete(Table::Entries, key.as_slice());
+    }
+    Ok(!keys.is_empty())
+}
+
+fn purge_keys(tx: &mut Tx<'_>, table: Table, no: LocationNo) -> Result<bool, IndexError> {
+    let keys = read::keys(tx, table, &key::location(no), COMMIT_ROWS)?;
+    let more = !keys.is_empty();
+    keys.into_iter().for_each(|key| tx.batch.delete(table, key));
+    Ok(more)
+}

@@ -1,0 +1,318 @@
+//! One commit in the making: rows with everything that must change along with them.
+//!
+//! A [`Tx`] reads its own writes. It keeps these invariants, on which all reads rely:
+//!
+//! - every row of Entries has its key in Nodes and its place in Log, and no other place;
+//! - a name is in Entries or in Tombstones, never in both, and each has one place in Log;
+//! - a row with a content id has its key in Content;
+//! - the state of a location (counts, head) is that of its rows.
+
+use super::key;
+use super::memory::Memory;
+use super::read;
+use super::row::{Row, State, encode};
+use super::store::{Batch, Snapshot, StoreError, Table, Visit};
+use super::{Counts, IndexError, ROOT_PARENT};
+use crate::changes::Change;
+use crate::model::{Entry, FileId, FileType, LocationNo, Name, Seq};
+use std::collections::BTreeMap;
+use std::ops::{Bound, ControlFlow};
+
+/// The name of a row: its directory and its name there.
+#[derive(Clone, Copy)]
+pub(super) struct Place<'a> {
+    pub(super) no: LocationNo,
+    pub(super) parent: FileId,
+    pub(super) name: &'a Name,
+}
+
+impl Place<'_> {
+    fn entry_key(&self) -> Vec<u8> {
+        key::entry(self.no, self.parent, self.name.as_bytes())
+    }
+
+    fn node_key(&self, file: FileId) -> Vec<u8> {
+        key::node(self.no, file, self.parent, self.name.as_bytes())
+    }
+}
+
+pub(super) struct Tx<'a> {
+    snapshot: Box<dyn Snapshot + 'a>,
+    memory: &'a Memory,
+    pub(super) batch: Batch,
+    pub(super) changes: Vec<Change>,
+    states: BTreeMap<LocationNo, State>,
+}
+
+impl<'a> Tx<'a> {
+    pub(super) fn new(snapshot: Box<dyn Snapshot + 'a>, memory: &'a Memory) -> Self {
+        let (batch, changes, states) = Default::default();
+        Self { snapshot, memory, batch, changes, states }
+    }
+
+    /// The location's state, to be written with this commit.
+    pub(super) fn state(&mut self, no: LocationNo) -> Result<&mut State, IndexError> {
+        if !self.states.contains_key(&no) {
+            let state = self.memory.state(no).ok_or(IndexError::NoSuchLocation(no))?;
+            self.states.insert(no, state);
+        }
+        Ok(self.states.get_mut(&no).expect("inserted above"))
+    }
+
+    /// Gives a new location its first state, or an emptied one another.
+    pub(super) fn set_state(&mut self, no: LocationNo, state: State) {
+        self.states.insert(no, state);
+    }
+
+    /// The batch, the states in it, and the changes to announce.
+    pub(super) fn finish(mut self) -> (Batch, BTreeMap<LocationNo, State>, Vec<Change>) {
+        self.states.retain(|no, state| self.memory.state(*no).as_ref() != Some(state));
+        for (no, state) in &self.states {
+            self.batch.put(Table::Meta, key::state(*no), encode(state));
+        }
+        (self.batch, self.states, self.changes)
+    }
+
+    pub(super) fn next_seq(&mut self, no: LocationNo) -> Result<Seq, IndexError> {
+        let head = &mut self.state(no)?.head;
+        *head = Seq(head.0.checked_add(1).ok_or(IndexError::TooMany("changes"))?);
+        Ok(*head)
+    }
+
+    pub(super) fn next_file(&mut self, no: LocationNo) -> Result<FileId, IndexError> {
+        let state = self.state(no)?;
+        if state.last_file + 1 >= FileId::LIMIT {
+            return Err(IndexError::TooMany("files"));
+        }
+        state.last_file += 1;
+        Ok(FileId(state.last_file))
+    }
+
+    pub(super) fn row(&self, place: Place<'_>) -> Result<Option<Row>, IndexError> {
+        read::row(self, place.no, place.parent, place.name.as_bytes())
+    }
+
+    /// Writes a row over `old`, which is what the place has now.
+    pub(super) fn put_row(
+        &mut self,
+        place: Place<'_>,
+        old: Option<&Row>,
+        entry: Entry,
+        seq: Seq,
+    ) -> Result<(), IndexError> {
+        match old {
+            Some(old) => self.unlink_old(place, old, &entry)?,
+            None => self.drop_tombstone(place)?,
+        }
+        self.count(place, &entry, true)?;
+        self.log_at(place, seq);
+        self.batch.put(Table::Nodes, place.node_key(entry.file_id), []);
+        if let Some(content) = entry.content {
+            self.batch.put(Table::Content, key::content(content, place.no, entry.file_id), []);
+        }
+        self.announce(place, old.map(|o| &o.entry), &entry);
+        self.batch.put(Table::Entries, place.entry_key(), encode(&Row { seq, entry }));
+        Ok(())
+    }
+
+    /// Takes away what of the old row the new one does not overwrite.
+    fn unlink_old(&mut self, place: Place<'_>, old: &Row, new: &Entry) -> Result<(), IndexError> {
+        self.batch.delete(Table::Log, key::log(place.no, old.seq));
+        self.count(place, &old.entry, false)?;
+        if old.entry.file_id != new.file_id {
+            return self.unname(place, &old.entry);
+        }
+        if let Some(content) = old.entry.content.filter(|c| new.content != Some(*c)) {
+            self.batch.delete(Table::Content, key::content(content, place.no, new.file_id));
+        }
+        if old.entry.attr.mtime.secs != new.attr.mtime.secs {
+            self.dequeue(place.no, &old.entry);
+        }
+        Ok(())
+    }
+
+    /// Removes a row and leaves its tombstone in the log.
+    pub(super) fn remove_row(
+        &mut self,
+        place: Place<'_>,
+        old: &Row,
+        seq: Seq,
+    ) -> Result<(), IndexError> {
+        self.erase_row(place, old)?;
+        self.bury(place, seq)?;
+        let Place { no: location, parent, name } = place;
+        self.changes.push(Change::Entry { location, parent, name: name.clone() });
+        Ok(())
+    }
+
+    /// Removes a row without a trace.
+    pub(super) fn erase_row(&mut self, place: Place<'_>, old: &Row) -> Result<(), IndexError> {
+        self.batch.delete(Table::Entries, place.entry_key());
+        self.batch.delete(Table::Log, key::log(place.no, old.seq));
+        self.count(place, &old.entry, false)?;
+        self.unname(place, &old.entry)
+    }
+
+    /// Records that a name is gone.
+    pub(super) fn bury(&mut self, place: Place<'_>, seq: Seq) -> Result<(), IndexError> {
+        self.drop_tombstone(place)?;
+        self.log_at(place, seq);
+        self.batch.put(Table::Tombstones, place.entry_key(), seq.0.to_be_bytes());
+        self.state(place.no)?.tombstones += 1;
+        Ok(())
+    }
+
+    fn drop_tombstone(&mut self, place: Place<'_>) -> Result<(), IndexError> {
+        if self.state(place.no)?.tombstones == 0 {
+            return Ok(());
+        }
+        let key = place.entry_key();
+        match self.get(Table::Tombstones, &key)? {
+            Some(seq) => self.erase_tombstone(place.no, key, &seq),
+            None => Ok(()),
+        }
+    }
+
+    /// Removes a tombstone and its place in the log.
+    pub(super) fn erase_tombstone(
+        &mut self,
+        no: LocationNo,
+        key: Vec<u8>,
+        seq: &[u8],
+    ) -> Result<(), IndexError> {
+        let seq = seq.try_into().map_err(|_| IndexError::DamagedRow("a tombstone"))?;
+        self.batch.delete(Table::Log, key::log(no, Seq(u64::from_be_bytes(seq))));
+        self.batch.delete(Table::Tombstones, key);
+        let tombstones = &mut self.state(no)?.tombstones;
+        *tombstones = tombstones.saturating_sub(1);
+        Ok(())
+    }
+
+    fn log_at(&mut self, place: Place<'_>, seq: Seq) {
+        let value = key::parent_and_name(place.parent, place.name.as_bytes());
+        self.batch.put(Table::Log, key::log(place.no, seq), value);
+    }
+
+    /// The file loses one name; with the last one what is known by its id alone goes too.
+    fn unname(&mut self, place: Place<'_>, entry: &Entry) -> Result<(), IndexError> {
+        self.batch.delete(Table::Nodes, place.node_key(entry.file_id));
+        if entry.attr.file_type != FileType::File || self.has_name(place.no, entry.file_id)? {
+            return Ok(());
+        }
+        if let Some(content) = entry.content {
+            self.batch.delete(Table::Content, key::content(content, place.no, entry.file_id));
+        }
+        self.dequeue(place.no, entry);
+        Ok(())
+    }
+
+    pub(super) fn has_name(&self, no: LocationNo, file: FileId) -> Result<bool, IndexError> {
+        read::has_name(self, no, file)
+    }
+
+    /// Queues a regular file for hashing.
+    pub(super) fn enqueue(&mut self, no: LocationNo, entry: &Entry) {
+        if entry.attr.file_type == FileType::File {
+            self.batch.put(Table::Unhashed, unhashed_key(no, entry), []);
+        }
+    }
+
+    pub(super) fn dequeue(&mut self, no: LocationNo, entry: &Entry) {
+        if entry.attr.file_type == FileType::File {
+            self.batch.delete(Table::Unhashed, unhashed_key(no, entry));
+        }
+    }
+
+    fn count(&mut self, place: Place<'_>, entry: &Entry, add: bool) -> Result<(), IndexError> {
+        if place.parent != ROOT_PARENT {
+            let counts = &mut self.state(place.no)?.counts;
+            counts.change(entry, add);
+        }
+        Ok(())
+    }
+
+    fn announce(&mut self, place: Place<'_>, old: Option<&Entry>, new: &Entry) {
+        let Place { no: location, parent, name } = place;
+        let same = old.is_some_and(|o| (o.file_id, o.generation) == (new.file_id, new.generation));
+        self.changes.push(if same {
+            Change::Attributes { location, file: new.file_id, generation: new.generation }
+        } else {
+            Change::Entry { location, parent, name: name.clone() }
+        });
+    }
+}
+
+fn unhashed_key(no: LocationNo, entry: &Entry) -> Vec<u8> {
+    key::unhashed(no, entry.attr.mtime.secs, entry.file_id)
+}
+
+impl Counts {
+    fn change(&mut self, entry: &Entry, add: bool) {
+        // Wrapping, because a peer's sizes may add up to anything; what was added is taken
+        // away again, so the sum stays right where it can be right.
+        let apply = |n: &mut u64, by: u64| {
+            *n = if add { n.wrapping_add(by) } else { n.wrapping_sub(by) };
+        };
+        apply(&mut self.entries, 1);
+        match entry.attr.file_type {
+            FileType::Directory => apply(&mut self.directories, 1),
+            FileType::File => {
+                apply(&mut self.files, 1);
+                apply(&mut self.bytes, entry.attr.size);
+                if entry.content.is_some() {
+                    apply(&mut self.hashed_files, 1);
+                    apply(&mut self.hashed_bytes, entry.attr.size);
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+impl Snapshot for Tx<'_> {
+    fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
+        match self.batch.changes(table).get(key) {
+            Some(own) => Ok(own.clone()),
+            None => self.snapshot.get(table, key),
+        }
+    }
+
+    fn scan(
+        &self,
+        table: Table,
+        from: &[u8],
+        to: Option<&[u8]>,
+        visit: Visit<'_>,
+    ) -> Result<(), StoreError> {
+        if to.is_some_and(|to| to <= from) {
+            return Ok(());
+        }
+        let end = to.map_or(Bound::Unbounded, Bound::Excluded);
+        let mut own =
+            self.batch.changes(table).range::<[u8], _>((Bound::Included(from), end)).peekable();
+        let mut flow = ControlFlow::Continue(());
+        self.snapshot.scan(table, from, to, &mut |key, value| {
+            let mut replaced = false;
+            while let Some((own_key, own_value)) = own.next_if(|(k, _)| k.as_slice() <= key) {
+                replaced |= own_key.as_slice() == key;
+                if let Some(own_value) = own_value {
+                    flow = visit(own_key, own_value);
+                    flow?;
+                }
+            }
+            if !replaced {
+                flow = visit(key, value);
+            }
+            flow
+        })?;
+        for (own_key, own_value) in own {
+            if flow.is_break() {
+                break;
+            }
+            if let Some(own_value) = own_value {
+                flow = visit(own_key, own_value);
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,215 @@
+//! Queries, on one consistent state.
+
+use super::key;
+use super::observe::root_name;
+use super::read;
+use super::row::{Row, State, decode};
+use super::store::{Snapshot, Table};
+use super::{Index, IndexError, LogRow, Node, ROOT_PARENT};
+use crate::model::{ContentId, Entry, FileId, LocationNo, Name, Seq};
+use std::ops::ControlFlow;
+use std::sync::atomic::Ordering;
+
+/// The longest path that is followed, in components. Deeper ones exist only where somebody
+/// made a point of it; a cycle from a bad peer ends here.
+const DEPTH_MAX: usize = 4096;
+/// Names of one file that are tried for a path.
+const NAMES_TRIED: usize = 16;
+/// What a row costs a message beside its name and target, about.
+const ROW_BYTES: usize = 160;
+/// Rows of one answer, whatever their size.
+const LOG_ROWS_MAX: usize = 65_536;
+
+/// One consistent state of the index.
+pub struct View<'a> {
+    index: &'a Index,
+    snapshot: Box<dyn Snapshot + 'a>,
+}
+
+impl<'a> View<'a> {
+    pub(super) fn new(index: &'a Index) -> Result<Self, IndexError> {
+        Ok(Self { index, snapshot: index.store().snapshot()? })
+    }
+
+    /// What a name refers to.
+    pub fn entry(
+        &self,
+        no: LocationNo,
+        parent: FileId,
+        name: &[u8],
+    ) -> Result<Option<Entry>, IndexError> {
+        Ok(read::row(&*self.snapshot, no, parent, name)?.map(|row| row.entry))
+    }
+
+    /// A file, with any one of its names.
+    pub fn node(&self, no: LocationNo, file: FileId) -> Result<Option<Node>, IndexError> {
+        let name = read::names(&*self.snapshot, no, file, 1)?.pop();
+        let Some((parent, name)) = name else { return Ok(None) };
+        let entry = self.entry(no, parent, name.as_bytes())?;
+        Ok(entry.map(|entry| Node { parent, name, entry }))
+    }
+
+    /// The entries of a directory after a name, in byte order of their names.
+    pub fn children(
+        &self,
+        no: LocationNo,
+        parent: FileId,
+        after: Option<&Name>,
+        visit: &mut dyn FnMut(&Name, &Entry) -> ControlFlow<()>,
+    ) -> Result<(), IndexError> {
+        let prefix = key::entry(no, parent, b"");
+        let end = key::after_prefix(&prefix);
+        let start = match after {
+            // The first key after this one: names have no NUL.
+            Some(after) => [key::entry(no, parent, after.as_bytes()), vec![0]].concat(),
+            None => prefix,
+        };
+        read::scan_range(&*self.snapshot, Table::Entries, &start, end.as_deref(), &mut |k, v| {
+            let name = key::entry_name(k).ok_or(IndexError::DamagedRow("a name"))?;
+            Ok(visit(&name, &decode::<Row>(v, "an entry")?.entry))
+        })
+    }
+
+    /// The path of a file below the location's folder, whose own path is empty; `None` when
+    /// it has no name that leads there.
+    pub fn path(&self, no: LocationNo, file: FileId) -> Result<Option<Vec<Name>>, IndexError> {
+        if file == FileId::ROOT {
+            return Ok(Some(Vec::new()));
+        }
+        // A hard link may have names in a directory that was lost, and others.
+        for (parent, name) in read::names(&*self.snapshot, no, file, NAMES_TRIED)? {
+            if let Some(path) = self.path_of_name(no, parent, name)? {
+                return Ok(Some(path));
+            }
+        }
+        Ok(None)
+    }
+
+    fn path_of_name(
+        &self,
+        no: LocationNo,
+        mut parent: FileId,
+        name: Name,
+    ) -> Result<Option<Vec<Name>>, IndexError> {
+        let mut path = vec![name];
+        while parent != FileId::ROOT {
+            if path.len() == DEPTH_MAX {
+                return Ok(None);
+            }
+            let Some(up) = read::names(&*self.snapshot, no, parent, 1)?.pop() else {
+                return Ok(None);
+            };
+            parent = up.0;
+            path.push(up.1);
+        }
+        path.reverse();
+        Ok(Some(path))
+    }
+
+    /// What a path below the location's folder refers to.
+    pub fn resolve(&self, no: LocationNo, path: &[Name]) -> Result<Option<Entry>, IndexError> {
+        let mut found = self.entry(no, ROOT_PARENT, root_name().as_bytes())?;
+        for name in path {
+            let Some(dir) = found else { return Ok(None) };
+            found = self.entry(no, dir.file_id, name.as_bytes())?;
+        }
+        Ok(found)
+    }
+
+    /// Every file that has these bytes.
+    pub fn holders(&self, content: ContentId) -> Result<Vec<(LocationNo, FileId)>, IndexError> {
+        let mut found = Vec::new();
+        read::scan_prefix(&*self.snapshot, Table::Content, &content.0, &mut |key, _| {
+            let no = key::content_location(key).ok_or(IndexError::DamagedRow("a holder"))?;
+            let file = key::last_file(key).ok_or(IndexError::DamagedRow("a holder"))?;
+            found.push((no, file));
+            Ok(ControlFlow::Continue(()))
+        })?;
+        // The rows of a removed location go bit by bit.
+        found.retain(|(no, _)| self.index.location(*no).is_some());
+        Ok(found)
+    }
+
+    /// Rows of the log after a place, about `max_bytes` of them but at least one, and up to
+    /// where they reach; the same place when there is nothing more.
+    ///
+    /// Makes the rows durable here first, if they are not: what another device knows of this
+    /// one must not be forgotten by a crash. So it may wait for the disk.
+    pub fn log_after(
+        &self,
+        no: LocationNo,
+        after: Seq,
+        max_bytes: usize,
+    ) -> Result<(Vec<LogRow>, Seq), IndexError> {
+        if self.index.0.relaxed.load(Ordering::Acquire) {
+            self.index.flush()?;
+        }
+        let Some(first) = after.0.checked_add(1) else { return Ok((Vec::new(), after)) };
+        let places = self.log_places(no, Seq(first), max_bytes)?;
+        let limited = places.len() == log_limit(max_bytes);
+        let mut rows = Vec::with_capacity(places.len());
+        let mut bytes = 0;
+        for (seq, parent, name) in places {
+            let row = self.log_row(no, seq, parent, name)?;
+            bytes += size_estimate(&row);
+            if bytes > max_bytes && !rows.is_empty() {
+                let upto = rows.last().map_or(after, |row: &LogRow| row.seq);
+                return Ok((rows, upto));
+            }
+            rows.push(row);
+        }
+        let last = rows.last().map_or(after, |row| row.seq);
+        // What was swept has left holes, also at the end.
+        let upto = if limited { last } else { last.max(self.head(no)?) };
+        Ok((rows, upto))
+    }
+
+    fn head(&self, no: LocationNo) -> Result<Seq, IndexError> {
+        let Some(state) = self.snapshot.get(Table::Meta, &key::state(no))? else {
+            return Ok(Seq(0));
+        };
+        Ok(decode::<State>(&state, "a location's state")?.head)
+    }
+
+    /// The row of a place in the log: what has another place by now, or none, is gone here.
+    fn log_row(
+        &self,
+        no: LocationNo,
+        seq: Seq,
+        parent: FileId,
+        name: Name,
+    ) -> Result<LogRow, IndexError> {
+        let row = read::row(&*self.snapshot, no, parent, name.as_bytes())?;
+        let entry = row.filter(|row| row.seq == seq).map(|row| row.entry);
+        Ok(LogRow { seq, parent, name, entry })
+    }
+
+    fn log_places(
+        &self,
+        no: LocationNo,
+        first: Seq,
+        max_bytes: usize,
+    ) -> Result<Vec<(Seq, FileId, Name)>, IndexError> {
+        let limit = log_limit(max_bytes);
+        let end = key::after_prefix(&key::location(no));
+        let mut found = Vec::new();
+        let start = key::log(no, first);
+        read::scan_range(&*self.snapshot, Table::Log, &start, end.as_deref(), &mut |k, value| {
+            let seq = key::log_seq(k).ok_or(IndexError::DamagedRow("a change"))?;
+            let place = key::split_parent_and_name(value);
+            let (parent, name) = place.ok_or(IndexError::DamagedRow("a change"))?;
+            found.push((seq, parent, name));
+            Ok(if found.len() < limit { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
+        })?;
+        Ok(found)
+    }
+}
+
+fn log_limit(max_bytes: usize) -> usize {
+    (max_bytes / ROW_BYTES).clamp(1, LOG_ROWS_MAX)
+}
+
+fn size_estimate(row: &LogRow) -> usize {
+    let target = row.entry.as_ref().and_then(|e| e.target.as_ref()).map_or(0, |t| t.len());
+    ROW_BYTES + row.name.as_bytes().len() + target
+}
