@@ -1,5 +1,6 @@
 //! What can go wrong between devices; only the command line words hints.
 
+use crate::wire::WireError;
 use std::net::SocketAddr;
 use vfs_core::library::LibraryError;
 
@@ -35,12 +36,10 @@ pub enum SyncError {
         library: String,
     },
     /// This device is a member of another library than the ticket's.
-    #[error("the ticket is for the library “{theirs}”, and this device is in “{ours}”")]
+    #[error("this device is in the library “{library}”, and the ticket is for another one")]
     OtherLibrary {
         /// This device's library.
-        ours: String,
-        /// The ticket's library.
-        theirs: String,
+        library: String,
     },
     /// The text is not a ticket: characters are missing or changed.
     #[error("this is not a ticket, or it was mistyped")]
@@ -83,7 +82,9 @@ pub enum SyncError {
         addresses: Vec<SocketAddr>,
     },
     /// The other device speaks other versions of the protocol.
-    #[error("the other device speaks protocol {oldest} to {newest}, this one {ours_oldest} to {ours_newest}: update the older one")]
+    #[error(
+        "the other device speaks protocol {oldest} to {newest}, this one {ours_oldest} to {ours_newest}: update the older one"
+    )]
     Version {
         /// The oldest version it speaks.
         oldest: u16,
@@ -115,7 +116,19 @@ pub enum SyncError {
     /// The index could not be read or written.
     #[error("index: {0}")]
     Index(String),
+    /// The connection broke off.
+    #[error("the connection broke off: {0}")]
+    Lost(String),
     /// The node was shut down.
     #[error("the network is shut down")]
     Closed,
+}
+
+impl From<WireError> for SyncError {
+    fn from(e: WireError) -> Self {
+        match e {
+            WireError::Lost(reason) => Self::Lost(reason),
+            breach => Self::Protocol(breach.to_string()),
+        }
+    }
 }

@@ -3,14 +3,27 @@
 //!
 //! | module | what it is |
 //! |---|---|
-//! | [`node`] | the public face: endpoint, the tasks, status |
+//! | [`node`] | the public face: endpoint, the root of all tasks |
+//! | [`wire`] | every message, versioned and bounded |
+//! | [`pair`] | tickets, the proof of one, the code that both sides show |
+//! | `members` | who belongs to the library: records passed on, removals enforced |
+//! | `presence` | one live connection for each pair of members |
+//! | `replicate` | rows of the index, out and in |
+//! | `serve`, `fetch` | content, out and in |
 //! | [`error`] | why an operation failed |
 //!
 //! `docs/PROTOCOL.md` is the wire format, `docs/SECURITY.md` what peers are trusted for.
 #![forbid(unsafe_code)]
 
 pub mod error;
+mod fetch;
+mod members;
 pub mod node;
+pub mod pair;
+mod presence;
+mod replicate;
+mod serve;
+pub mod wire;
 
 pub use error::SyncError;
 pub use node::{

@@ -1,13 +1,46 @@
 //! The public face of this crate: one node a device.
-#![allow(clippy::unimplemented, unused_variables, clippy::unused_async)]
+//!
+//! [`Node`] owns one task, and that task owns every other one: dropping the node, or
+//! [`Node::shutdown`], ends them all. What the tasks share is [`Shared`]. Everything a
+//! caller changes in the library or the index reaches the peers by way of two counters
+//! (`members`, `locations`) that the tasks of each connection watch, so that no change
+//! waits for a peer and a slow peer costs no memory.
+//!
+//! Lock order: `Shared::peers`, then a peer's own locks, then the library's; none is
+//! held over an await.
 
 use crate::error::SyncError;
+use crate::presence::{self, Peer};
+use crate::wire::{ALPN_MEMBER, ALPN_PAIR, MAX_ADDRESSES};
+use crate::{fetch, members, pair};
+use iroh::endpoint::{Incoming, QuicTransportConfig, presets};
+use iroh::{Endpoint, RelayMap, RelayMode, RelayUrl, SecretKey};
+use iroh_mdns_address_lookup::MdnsAddressLookup;
+use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
-use vfs_core::library::{Library, LibraryInfo};
+use tokio::sync::{Semaphore, watch};
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::timeout;
+use vfs_core::content::serve::OwnFiles;
+use vfs_core::index::Index;
+use vfs_core::library::{Library, LibraryInfo, State};
 use vfs_core::model::{DeviceId, LocationId, Seq};
 use vfs_core::source::ContentSource;
+
+/// After this long without a packet a connection is dead.
+const IDLE: Duration = Duration::from_secs(5);
+const KEEP_ALIVE: Duration = Duration::from_secs(1);
+/// Streams a peer may have open at once: one for each location it follows, and its fetches.
+const MAX_STREAMS: u32 = 4096;
+/// Handshakes under way at once; more are refused.
+const MAX_HANDSHAKES: usize = 64;
+const HANDSHAKE: Duration = Duration::from_secs(5);
+/// How long a shutdown waits for peers to be told.
+const FAREWELL: Duration = Duration::from_secs(2);
+/// How long an invitation waits for the endpoint to learn its own addresses.
+const OWN_ADDRESSES: Duration = Duration::from_secs(2);
 
 /// What a node is started with.
 #[derive(Clone)]
@@ -27,6 +60,10 @@ pub struct NodeConfig {
 pub struct Parts {
     /// Members and own locations.
     pub library: Arc<Library>,
+    /// Rows of every location.
+    pub index: Index,
+    /// This device's own files.
+    pub own: Arc<OwnFiles>,
 }
 
 /// One single-use ticket, as made by [`Node::invite`].
@@ -59,6 +96,7 @@ pub struct PendingJoin {
     pub library: LibraryInfo,
     /// The name of the inviting device.
     pub inviter: String,
+    waiting: pair::Waiting,
 }
 
 /// How a peer is reached.
@@ -104,64 +142,265 @@ pub struct PeerStatus {
     pub last_error: Option<String>,
 }
 
+/// What all tasks share.
+pub(crate) struct Shared {
+    pub(crate) me: DeviceId,
+    /// Drawn at the start: peers tell a restarted node by it.
+    pub(crate) session: u64,
+    pub(crate) endpoint: Endpoint,
+    pub(crate) relay: Option<RelayUrl>,
+    pub(crate) library: Arc<Library>,
+    pub(crate) index: Index,
+    pub(crate) own: Arc<OwnFiles>,
+    pub(crate) invitations: pair::Invitations,
+    /// Counts changes of the members.
+    pub(crate) members: watch::Sender<u64>,
+    /// Counts changes of the own locations.
+    pub(crate) locations: watch::Sender<u64>,
+    peers: Mutex<HashMap<DeviceId, Arc<Peer>>>,
+}
+
+impl Shared {
+    /// The other members, by id.
+    pub(crate) fn peers(&self) -> MutexGuard<'_, HashMap<DeviceId, Arc<Peer>>> {
+        self.peers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn peer(&self, id: DeviceId) -> Option<Arc<Peer>> {
+        self.peers().get(&id).cloned()
+    }
+
+    /// Whether this device may talk with that one as a member: both are.
+    pub(crate) fn is_peer(&self, id: DeviceId) -> bool {
+        id != self.me
+            && self.library.with(|s| s.member(id).is_some() && s.member(self.me).is_some())
+    }
+
+    pub(crate) fn members_changed(&self) {
+        members::enforce(self);
+        self.members.send_modify(|n| *n += 1);
+    }
+
+    pub(crate) fn locations_changed(&self) {
+        self.locations.send_modify(|n| *n += 1);
+    }
+
+    /// Where this endpoint can be reached directly, as far as is known.
+    pub(crate) fn addresses(&self) -> Vec<SocketAddr> {
+        let mut all: Vec<_> = self.endpoint.addr().ip_addrs().copied().collect();
+        for bound in self.endpoint.bound_sockets() {
+            if !bound.ip().is_unspecified() && !all.contains(&bound) {
+                all.push(bound);
+            }
+        }
+        all.truncate(MAX_ADDRESSES);
+        all
+    }
+
+    /// [`Library::update`], which waits for the disk, off the runtime's threads.
+    pub(crate) async fn update_library<T: Send + 'static>(
+        &self,
+        change: impl FnOnce(&mut State) -> T + Send + 'static,
+    ) -> Result<T, SyncError> {
+        let library = self.library.clone();
+        let done = tokio::task::spawn_blocking(move || library.update(change)).await;
+        Ok(done.map_err(|_| SyncError::Closed)??)
+    }
+}
+
 /// This device on the network.
-pub struct Node {}
+pub struct Node {
+    shared: Arc<Shared>,
+    root: AbortHandle,
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.root.abort();
+    }
+}
 
 impl Node {
     /// Opens the endpoint and starts all tasks on the caller's runtime; waits for no network.
     pub async fn start(config: NodeConfig, parts: Parts) -> Result<Arc<Self>, SyncError> {
-        unimplemented!()
+        let relay = config.relay.as_deref().map(parse_relay).transpose()?;
+        let endpoint = bind(&config, relay.clone()).await?;
+        let Parts { library, index, own } = parts;
+        let shared = Arc::new(Shared {
+            me: DeviceId(*endpoint.id().as_bytes()),
+            session: rand::random(),
+            endpoint,
+            relay,
+            library,
+            index,
+            own,
+            invitations: pair::Invitations::default(),
+            members: watch::Sender::new(0),
+            locations: watch::Sender::new(0),
+            peers: Mutex::default(),
+        });
+        let root = tokio::spawn(run(shared.clone())).abort_handle();
+        Ok(Arc::new(Self { shared, root }))
     }
+
     /// This device.
     pub fn id(&self) -> DeviceId {
-        unimplemented!()
+        self.shared.me
     }
+
     /// Where peers may reach this device directly.
     pub fn addresses(&self) -> Vec<SocketAddr> {
-        unimplemented!()
+        self.shared.addresses()
     }
+
     /// Bytes of other devices' files.
     pub fn source(self: &Arc<Self>) -> Arc<dyn ContentSource> {
-        unimplemented!()
+        Arc::new(fetch::Source(self.shared.clone()))
     }
+
     /// Makes a single-use ticket.
     pub async fn invite(&self, valid_for: Duration) -> Result<Invitation, SyncError> {
-        unimplemented!()
+        // Right after the start the endpoint may not have listed the interfaces yet.
+        let deadline = tokio::time::Instant::now() + OWN_ADDRESSES;
+        while self.addresses().is_empty() && tokio::time::Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        pair::invite(&self.shared, valid_for)
     }
-    /// Waits until a device showed the ticket, and gives the code to compare; it is not yet a member.
+
+    /// Waits until a device shows the ticket, and gives the code to compare; it is not yet
+    /// a member.
     pub async fn asked(&self, invitation: u64) -> Result<Joined, SyncError> {
-        unimplemented!()
+        pair::asked(&self.shared, invitation).await
     }
+
     /// Waits until a device joined with the ticket.
     pub async fn joined(&self, invitation: u64) -> Result<Joined, SyncError> {
-        unimplemented!()
+        pair::joined(&self.shared, invitation).await
     }
+
     /// Contacts the inviting device; nothing is changed before [`Node::confirm`].
     pub async fn join(&self, ticket: &str, name: &str) -> Result<PendingJoin, SyncError> {
-        unimplemented!()
+        let waiting = pair::join(&self.shared, ticket, name).await?;
+        let (code, library) = (waiting.code.clone(), waiting.library.clone());
+        Ok(PendingJoin { code, library, inviter: waiting.inviter.clone(), waiting })
     }
+
     /// Joins: from now on both devices are members.
     pub async fn confirm(&self, pending: PendingJoin) -> Result<(), SyncError> {
-        unimplemented!()
+        pair::confirm(&self.shared, pending.waiting).await
     }
+
     /// Removes a device from the library, everywhere.
     pub async fn remove_device(&self, device: DeviceId) -> Result<(), SyncError> {
-        unimplemented!()
+        members::remove(&self.shared, device).await
     }
+
     /// Own locations were added, removed, renamed or shared otherwise: tells the peers.
     pub fn locations_changed(&self) {
-        unimplemented!()
+        self.shared.locations_changed();
     }
+
     /// Members were changed in the library: tells the peers, and drops those removed.
     pub fn members_changed(&self) {
-        unimplemented!()
+        self.shared.members_changed();
     }
+
     /// The other members.
     pub fn peers(&self) -> Vec<PeerStatus> {
-        unimplemented!()
+        presence::status(&self.shared)
     }
+
     /// Closes every connection in good order.
     pub async fn shutdown(&self) {
-        unimplemented!()
+        self.root.abort();
+        let _ = timeout(FAREWELL, self.shared.endpoint.close()).await;
     }
+}
+
+fn parse_relay(url: &str) -> Result<RelayUrl, SyncError> {
+    url.parse::<RelayUrl>()
+        .map_err(|e| SyncError::Relay { url: url.to_owned(), reason: e.to_string() })
+}
+
+async fn bind(config: &NodeConfig, relay: Option<RelayUrl>) -> Result<Endpoint, SyncError> {
+    let failed = |reason: String| SyncError::Bind { addresses: config.bind.clone(), reason };
+    let mut builder = Endpoint::builder(presets::Minimal)
+        .secret_key(SecretKey::from_bytes(&config.secret_key))
+        .alpns(vec![ALPN_MEMBER.to_vec(), ALPN_PAIR.to_vec()])
+        .transport_config(transport())
+        .clear_ip_transports();
+    for address in &config.bind {
+        builder = builder.bind_addr(*address).map_err(|e| failed(e.to_string()))?;
+    }
+    if let Some(url) = relay {
+        builder = builder.relay_mode(RelayMode::Custom(RelayMap::from(url)));
+    }
+    if config.mdns {
+        builder = builder.address_lookup(MdnsAddressLookup::builder());
+    }
+    builder.bind().await.map_err(|e| failed(e.to_string()))
+}
+
+/// Default windows: larger ones make a lossy link close the connection with "too many gaps".
+fn transport() -> QuicTransportConfig {
+    QuicTransportConfig::builder()
+        .max_idle_timeout(IDLE.try_into().ok())
+        .default_path_max_idle_timeout(IDLE)
+        .keep_alive_interval(KEEP_ALIVE)
+        .default_path_keep_alive_interval(KEEP_ALIVE)
+        .max_concurrent_bidi_streams(MAX_STREAMS.into())
+        .max_concurrent_uni_streams(0u32.into())
+        .datagram_receive_buffer_size(None)
+        .build()
+}
+
+/// The root of all tasks.
+async fn run(shared: Arc<Shared>) {
+    let mut tasks = JoinSet::new();
+    tasks.spawn(accept(shared.clone()));
+    tasks.spawn(members::keep(shared.clone()));
+    tasks.spawn(watch_index(shared));
+    tasks.join_all().await;
+}
+
+/// Own locations may be changed by anyone who has the index.
+async fn watch_index(shared: Arc<Shared>) {
+    use vfs_core::changes::{Change, Next};
+    let mut feed = shared.index.feed().subscribe();
+    while let Some(next) = feed.next().await {
+        let touched = match next {
+            Next::Missed => true,
+            Next::Batch(changes) => changes.contains(&Change::Locations),
+        };
+        if touched {
+            shared.locations_changed();
+        }
+    }
+}
+
+async fn accept(shared: Arc<Shared>) {
+    let handshakes = Arc::new(Semaphore::new(MAX_HANDSHAKES));
+    let mut connections = JoinSet::new();
+    while let Some(incoming) = shared.endpoint.accept().await {
+        while connections.try_join_next().is_some() {}
+        let Ok(permit) = handshakes.clone().try_acquire_owned() else {
+            incoming.refuse();
+            continue;
+        };
+        let shared = shared.clone();
+        connections.spawn(async move {
+            let Some(connection) = shake_hands(incoming).await else { return };
+            drop(permit);
+            match connection.alpn() {
+                ALPN_MEMBER => presence::accepted(shared, connection).await,
+                _ => pair::serve(&shared, connection).await,
+            }
+        });
+    }
+}
+
+async fn shake_hands(incoming: Incoming) -> Option<iroh::endpoint::Connection> {
+    let accepting = incoming.accept().ok()?;
+    timeout(HANDSHAKE, accepting).await.ok()?.ok()
 }

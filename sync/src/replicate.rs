@@ -1,0 +1,364 @@
+//! Rows of the index, out and in.
+//!
+//! Each device announces its own locations to each peer that may see them. The peer
+//! keeps a replica of each and follows it on a stream of its own: every row after the
+//! last one it has, then the live tail. The owner reads rows from its index when the
+//! stream has room, so a slow peer costs no memory; small changes are gathered for a
+//! moment, because thousands of tiny messages on one stream break a connection.
+//!
+//! A peer can announce and fill its own locations only: another device's location id is
+//! never taken from it.
+
+use crate::members::push;
+use crate::node::Shared;
+use crate::presence::{Link, Peer, reply};
+use crate::wire::{
+    self, Announced, Follow, LocationList, MAX_LOCATIONS, MAX_ROWS, Refusal, Request, Response,
+    Rows, WireError,
+};
+use iroh::endpoint::SendStream;
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+use tokio::task::{AbortHandle, JoinSet};
+use vfs_core::changes::{Change, Next};
+use vfs_core::index::{Index, LogRow, NewLocation};
+use vfs_core::model::{DeviceId, Location, LocationId, LocationNo, Seq};
+use vfs_core::path::check_label;
+
+/// About how many bytes of rows one frame has.
+const BATCH_BYTES: usize = 256 << 10;
+/// How long changes are gathered before they are sent.
+const GATHER: Duration = Duration::from_millis(5);
+/// How long to wait before a replica is followed again after a failure.
+const AGAIN: Duration = Duration::from_secs(2);
+
+/// This device's location, if the peer may see it.
+fn shared_location(shared: &Shared, peer: DeviceId, id: LocationId) -> Option<Arc<Location>> {
+    shared.index.location_by_id(id).filter(|l| is_shared(shared, peer, l))
+}
+
+fn is_shared(shared: &Shared, peer: DeviceId, location: &Location) -> bool {
+    location.owner == shared.me
+        && location.shared_with.as_ref().is_none_or(|with| with.contains(&peer))
+}
+
+/// Tells a peer which locations it may see, now and after every change.
+pub(crate) async fn announce(shared: Arc<Shared>, peer: Arc<Peer>, link: Arc<Link>) {
+    let mut changes = shared.locations.subscribe();
+    let mut sent = None;
+    loop {
+        changes.mark_unchanged();
+        let list = own_locations(&shared, peer.id);
+        if sent.as_ref() != Some(&list) {
+            match push(&link, &Request::Locations, &list).await {
+                Ok(()) => sent = Some(list),
+                Err(error) => {
+                    peer.knowledge().last_error = Some(error.to_string());
+                    tokio::time::sleep(AGAIN).await;
+                    continue;
+                }
+            }
+        }
+        if changes.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+fn own_locations(shared: &Shared, peer: DeviceId) -> LocationList {
+    let all = shared.index.locations();
+    let visible = all.iter().filter(|l| is_shared(shared, peer, l)).take(MAX_LOCATIONS);
+    LocationList(
+        visible
+            .map(|l| Announced { id: l.id, name: l.name.clone(), read_only: l.read_only })
+            .collect(),
+    )
+}
+
+/// Sends rows of one location, and its live tail, until the peer goes or may not see it.
+pub(crate) async fn serve(
+    shared: &Arc<Shared>,
+    peer: &Peer,
+    follow: Follow,
+    send: &mut SendStream,
+) -> Result<(), WireError> {
+    let Some(location) = shared_location(shared, peer.id, follow.location) else {
+        return reply(send, &Response::Refused(Refusal::NotShared)).await;
+    };
+    let (index, no) = (&shared.index, location.no);
+    let log_id = index.log_id(no);
+    // Subscribed before the first look, so that nothing falls in between.
+    let mut feed = index.feed().subscribe();
+    let has_log = follow.log_id == log_id && follow.after <= index.head(no);
+    let mut after = if has_log { follow.after } else { Seq(0) };
+    wire::send_frame(send, &Response::Rows { log_id, after }).await?;
+    let mut is_first = true;
+    loop {
+        let Ok((rows, upto)) = read_log(index, no, after).await else {
+            let _ = send.reset(0u32.into());
+            return Ok(());
+        };
+        if upto > after || is_first {
+            let head = index.head(no).max(upto);
+            send_rows(send, rows, upto, head).await?;
+            (after, is_first) = (upto, false);
+            continue;
+        }
+        let touched = async {
+            while let Some(next) = feed.next().await {
+                if concerns(&next, no) {
+                    return;
+                }
+            }
+        };
+        tokio::select! {
+            () = touched => {}
+            _ = send.stopped() => return Ok(()),
+        }
+        tokio::time::sleep(GATHER).await;
+        let still = shared_location(shared, peer.id, follow.location);
+        if still.is_none_or(|l| l.no != no || index.log_id(no) != log_id) {
+            let _ = send.finish();
+            return Ok(());
+        }
+    }
+}
+
+fn concerns(next: &Next, no: LocationNo) -> bool {
+    let Next::Batch(changes) = next else { return true };
+    changes.iter().any(|change| match change {
+        Change::Entry { location, .. } | Change::Attributes { location, .. } => *location == no,
+        Change::Locations => true,
+        Change::Devices => false,
+    })
+}
+
+async fn read_log(index: &Index, no: LocationNo, after: Seq) -> Result<(Vec<LogRow>, Seq), String> {
+    let index = index.clone();
+    let read = move || {
+        let view = index.view().map_err(|e| e.to_string())?;
+        view.log_after(no, after, BATCH_BYTES).map_err(|e| e.to_string())
+    };
+    let rows = tokio::task::spawn_blocking(read).await.map_err(|e| e.to_string()).flatten();
+    rows.inspect_err(|error| tracing::error!(%error, "rows could not be read"))
+}
+
+/// Several frames when the rows are tiny: their number is bounded too.
+async fn send_rows(
+    send: &mut SendStream,
+    mut rows: Vec<LogRow>,
+    upto: Seq,
+    head: Seq,
+) -> Result<(), WireError> {
+    loop {
+        let rest = rows.split_off(rows.len().min(MAX_ROWS));
+        let upto = match (rest.is_empty(), rows.last()) {
+            (false, Some(last)) => last.seq,
+            _ => upto,
+        };
+        wire::send_frame(send, &Rows { rows, upto, head }).await?;
+        if rest.is_empty() {
+            return Ok(());
+        }
+        rows = rest;
+    }
+}
+
+/// Keeps replicas of what the peer announces, and follows each.
+pub(crate) async fn follow(shared: Arc<Shared>, peer: Arc<Peer>, link: Arc<Link>) {
+    let mut announcements = link.announced.subscribe();
+    let mut tasks = JoinSet::new();
+    let mut followed: HashMap<LocationId, AbortHandle> = HashMap::new();
+    loop {
+        let announced = announcements.borrow_and_update().clone();
+        if let Some(list) = announced {
+            let kept = match take_over(&shared, &peer, list).await {
+                Ok(kept) => kept,
+                Err(error) => {
+                    peer.knowledge().last_error = Some(error);
+                    HashSet::new()
+                }
+            };
+            followed.retain(|id, task| {
+                let stays = kept.contains(id);
+                if !stays {
+                    task.abort();
+                }
+                stays && !task.is_finished()
+            });
+            for id in kept {
+                followed.entry(id).or_insert_with(|| {
+                    tasks.spawn(keep_replica(shared.clone(), peer.clone(), link.clone(), id))
+                });
+            }
+        }
+        while tasks.try_join_next().is_some() {}
+        if announcements.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Adds and updates replicas as announced, and drops the others of this peer. Gives those
+/// that are to be followed.
+async fn take_over(
+    shared: &Arc<Shared>,
+    peer: &Arc<Peer>,
+    list: Arc<LocationList>,
+) -> Result<HashSet<LocationId>, String> {
+    let (shared, peer) = (shared.clone(), peer.clone());
+    tokio::task::spawn_blocking(move || {
+        let _applying = peer.applying.lock().unwrap_or_else(PoisonError::into_inner);
+        // A peer removed meanwhile must not bring its rows back.
+        if !shared.is_peer(peer.id) {
+            return Err("no longer a member".to_owned());
+        }
+        store_announced(&shared.index, peer.id, &list.0)
+    })
+    .await
+    .map_err(|e| e.to_string())
+    .flatten()
+}
+
+fn store_announced(
+    index: &Index,
+    peer: DeviceId,
+    list: &[Announced],
+) -> Result<HashSet<LocationId>, String> {
+    let accepted = acceptable(index, peer, list);
+    for replica in index.locations().iter().filter(|l| l.owner == peer) {
+        if !accepted.contains_key(&replica.id) {
+            index.remove_location(replica.no).map_err(|e| e.to_string())?;
+        }
+    }
+    for announced in accepted.values() {
+        let known = index.location_by_id(announced.id);
+        let is_same = |l: &Location| l.name == announced.name && l.read_only == announced.read_only;
+        if known.is_some_and(|l| is_same(&l)) {
+            continue;
+        }
+        let location = NewLocation {
+            id: announced.id,
+            owner: peer,
+            name: announced.name.clone(),
+            root: None,
+            read_only: announced.read_only,
+            shared_with: None,
+        };
+        index.put_location(location).map_err(|e| e.to_string())?;
+    }
+    Ok(accepted.into_keys().collect())
+}
+
+/// What a peer may announce: names that are labels and differ, ids of no other device.
+fn acceptable<'a>(
+    index: &Index,
+    peer: DeviceId,
+    list: &'a [Announced],
+) -> HashMap<LocationId, &'a Announced> {
+    let mut names = HashSet::new();
+    list.iter()
+        .filter(|a| check_label(&a.name).is_ok() && names.insert(a.name.as_str()))
+        .filter(|a| index.location_by_id(a.id).is_none_or(|l| l.owner == peer))
+        .map(|a| (a.id, a))
+        .collect()
+}
+
+/// Why a replica is not followed any more on this connection.
+#[derive(Debug, thiserror::Error)]
+enum FollowError {
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    #[error("its rows are refused: {0}")]
+    Rows(String),
+    #[error("it no longer shares the location")]
+    NotShared,
+    #[error("the location is gone")]
+    Gone,
+}
+
+/// Follows one location for as long as the connection lives. A peer whose rows break the
+/// rules is not asked again on this connection.
+async fn keep_replica(shared: Arc<Shared>, peer: Arc<Peer>, link: Arc<Link>, id: LocationId) {
+    loop {
+        let error = match follow_once(&shared, &peer, &link, id).await {
+            Err(error) => error,
+            Ok(never) => match never {},
+        };
+        let is_final = match &error {
+            FollowError::Wire(e) => e.is_breach(),
+            FollowError::Rows(_) | FollowError::NotShared | FollowError::Gone => true,
+        };
+        if is_final || link.connection.close_reason().is_none() {
+            peer.knowledge().last_error = Some(format!("location {id}: {error}"));
+        }
+        if is_final {
+            return;
+        }
+        tokio::time::sleep(AGAIN).await;
+    }
+}
+
+async fn follow_once(
+    shared: &Arc<Shared>,
+    peer: &Arc<Peer>,
+    link: &Arc<Link>,
+    id: LocationId,
+) -> Result<std::convert::Infallible, FollowError> {
+    let index = &shared.index;
+    let location =
+        index.location_by_id(id).filter(|l| l.owner == peer.id).ok_or(FollowError::Gone)?;
+    let no = location.no;
+    let (known_log, known_head) = (index.log_id(no), index.head(no));
+    let (mut send, mut recv) = link.connection.open_bi().await.map_err(WireError::from)?;
+    let request = Request::Rows(Follow { location: id, log_id: known_log, after: known_head });
+    wire::send_request(&mut send, link.version, &request).await?;
+    let _ = send.finish();
+    let (log_id, mut after) = match link.answer(&mut recv).await? {
+        Response::Rows { log_id, after } => (log_id, after),
+        Response::Refused(Refusal::NotShared) => return Err(FollowError::NotShared),
+        other => return Err(FollowError::Rows(format!("refused: {other:?}"))),
+    };
+    if (log_id, after) != (known_log, known_head) {
+        if after != Seq(0) {
+            return Err(FollowError::Rows("they begin in the middle".into()));
+        }
+        change(peer, index, move |index| index.reset_replica(no, log_id)).await?;
+    }
+    loop {
+        let Rows { rows, upto, head } = wire::receive_frame(&mut recv).await?;
+        link.heard();
+        if upto < after || (upto == after && !rows.is_empty()) {
+            return Err(FollowError::Rows("they go backwards".into()));
+        }
+        peer.knowledge().heads.insert(id, head.max(upto));
+        if upto > after {
+            let expected = (log_id, after);
+            change(peer, index, move |index| {
+                if (index.log_id(no), index.head(no)) != expected {
+                    return Ok(Err(FollowError::Gone));
+                }
+                index.apply_replica(no, log_id, rows, upto).map(Ok)
+            })
+            .await??;
+            after = upto;
+        }
+    }
+}
+
+/// Changes a replica, off the runtime's threads, one change of a peer's replicas at a time.
+async fn change<T: Send + 'static>(
+    peer: &Arc<Peer>,
+    index: &Index,
+    work: impl FnOnce(&Index) -> Result<T, vfs_core::index::IndexError> + Send + 'static,
+) -> Result<T, FollowError> {
+    let (peer, index) = (peer.clone(), index.clone());
+    tokio::task::spawn_blocking(move || {
+        let _applying = peer.applying.lock().unwrap_or_else(PoisonError::into_inner);
+        work(&index).map_err(|e| FollowError::Rows(e.to_string()))
+    })
+    .await
+    .map_err(|e| FollowError::Rows(e.to_string()))
+    .flatten()
+}

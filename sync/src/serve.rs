@@ -1,0 +1,161 @@
+//! Answers what peers ask, on one stream for each request.
+//!
+//! The asking device is checked against the members on every stream, and only from the
+//! connection's key, never from anything it says. What may be read is decided by
+//! [`OwnFiles`](vfs_core::content::serve::OwnFiles).
+
+use crate::node::Shared;
+use crate::presence::{Link, Peer, reply};
+use crate::wire::{
+    self, Fetch, LocationList, MAX_PROOF, MemberList, NEWEST, OLDEST, Refusal, Request, Response,
+    WireError,
+};
+use crate::{members, replicate};
+use bytes::Bytes;
+use iroh::endpoint::{RecvStream, SendStream};
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use vfs_core::source::{FetchError, Fetched, MAX_FETCH_BYTES, Version};
+
+/// How long a peer may take to send a request it began.
+const REQUEST: Duration = Duration::from_secs(10);
+/// How long a peer may take none of the bytes it asked for.
+const STALL: Duration = Duration::from_secs(30);
+/// Bytes are handed to the transport, and counted, in such parts.
+const PART_BYTES: usize = 256 << 10;
+
+/// Serves every stream of a connection.
+pub(crate) async fn streams(shared: Arc<Shared>, peer: Arc<Peer>, link: Arc<Link>) {
+    let mut tasks = JoinSet::new();
+    while let Ok((send, recv)) = link.connection.accept_bi().await {
+        if !shared.is_peer(peer.id) {
+            return members::turn_away(&shared, peer.id, &link.connection);
+        }
+        while tasks.try_join_next().is_some() {}
+        tasks.spawn(stream(shared.clone(), peer.clone(), link.clone(), send, recv));
+    }
+}
+
+async fn stream(
+    shared: Arc<Shared>,
+    peer: Arc<Peer>,
+    link: Arc<Link>,
+    mut send: SendStream,
+    mut recv: RecvStream,
+) {
+    let served = async {
+        let request = within(wire::receive_request(&mut recv)).await?;
+        link.heard();
+        answer(&shared, &peer, &link, request, &mut send, &mut recv).await
+    };
+    let refusal = match served.await {
+        Ok(()) | Err(WireError::Lost(_)) => return,
+        Err(WireError::Version(_)) => Refusal::Version { oldest: OLDEST, newest: NEWEST },
+        Err(_) => Refusal::Malformed,
+    };
+    tracing::debug!(peer = %peer.id, ?refusal, "request refused");
+    let _ = reply(&mut send, &Response::Refused(refusal)).await;
+}
+
+async fn within<T>(work: impl Future<Output = Result<T, WireError>>) -> Result<T, WireError> {
+    timeout(REQUEST, work).await.unwrap_or_else(|_| Err(WireError::Lost("too slow".into())))
+}
+
+async fn answer(
+    shared: &Arc<Shared>,
+    peer: &Arc<Peer>,
+    link: &Arc<Link>,
+    request: Request,
+    send: &mut SendStream,
+    recv: &mut RecvStream,
+) -> Result<(), WireError> {
+    match request {
+        Request::Ping => reply(send, &Response::Done).await,
+        Request::Members => {
+            let MemberList(records) = within(wire::receive_frame(recv)).await?;
+            members::take(shared, records).await;
+            reply(send, &Response::Done).await
+        }
+        Request::Locations => {
+            let list: LocationList = within(wire::receive_frame(recv)).await?;
+            link.announced.send_replace(Some(Arc::new(list)));
+            reply(send, &Response::Done).await
+        }
+        Request::Rows(follow) => replicate::serve(shared, peer, follow, send).await,
+        Request::Fetch(fetch) => serve_fetch(shared, peer, link, fetch, send).await,
+        // Said already, when the connection began.
+        Request::Hello(_) => reply(send, &Response::Refused(Refusal::Malformed)).await,
+    }
+}
+
+async fn serve_fetch(
+    shared: &Arc<Shared>,
+    peer: &Arc<Peer>,
+    link: &Arc<Link>,
+    fetch: Fetch,
+    send: &mut SendStream,
+) -> Result<(), WireError> {
+    let Some(range) = range_of(&fetch) else {
+        return reply(send, &Response::Refused(Refusal::Malformed)).await;
+    };
+    // Held until the bytes are gone: it is what bounds the memory of a connection.
+    let Ok(_permit) = link.fetches.acquire().await else { return Ok(()) };
+    let read = read(shared, peer, fetch.version.into(), range);
+    let fetched = tokio::select! {
+        fetched = read => fetched,
+        _ = send.stopped() => return Ok(()),
+    };
+    match fetched {
+        Ok(Fetched { bytes, proof }) => {
+            wire::send_frame(send, &Response::Fetched { proof }).await?;
+            send_bytes(peer, bytes, send).await?;
+            let _ = send.finish();
+            Ok(())
+        }
+        Err(refusal) => reply(send, &Response::Refused(refusal)).await,
+    }
+}
+
+/// The range asked for, when it is one.
+fn range_of(fetch: &Fetch) -> Option<Range<u64>> {
+    let len = u64::from(fetch.len);
+    let end = fetch.offset.checked_add(len)?;
+    (1..=MAX_FETCH_BYTES).contains(&len).then_some(fetch.offset..end)
+}
+
+async fn read(
+    shared: &Arc<Shared>,
+    peer: &Peer,
+    version: Version,
+    range: Range<u64>,
+) -> Result<Fetched, Refusal> {
+    let (own, asker) = (shared.own.clone(), peer.id);
+    let len = range.end - range.start;
+    let read = tokio::task::spawn_blocking(move || own.read(asker, &version, range)).await;
+    let fetched = read.map_err(|_| Refusal::Failed)?.map_err(|error| match error {
+        FetchError::Stale => Refusal::Stale,
+        FetchError::Refused => Refusal::NotShared,
+        FetchError::Unreachable => Refusal::Offline,
+        FetchError::Failed(_) => {
+            tracing::warn!(%error, "a peer's read failed");
+            Refusal::Failed
+        }
+    })?;
+    let keeps_promise = fetched.bytes.len() as u64 == len && fetched.proof.len() <= MAX_PROOF;
+    if keeps_promise { Ok(fetched) } else { Err(Refusal::Failed) }
+}
+
+async fn send_bytes(peer: &Peer, mut bytes: Bytes, send: &mut SendStream) -> Result<(), WireError> {
+    while !bytes.is_empty() {
+        let part = bytes.split_to(bytes.len().min(PART_BYTES));
+        let len = part.len() as u64;
+        let sent = timeout(STALL, send.write_chunk(part)).await;
+        sent.map_err(|_| WireError::Lost("the peer takes no bytes".into()))??;
+        peer.bytes_out.fetch_add(len, Ordering::Relaxed);
+    }
+    Ok(())
+}

@@ -1,0 +1,496 @@
+//! Every message, as bytes: versioned, length-prefixed, bounded.
+//!
+//! A stream begins with `version: u16, length: u32` (little-endian) and a postcard
+//! body; every later frame is `length: u32` and a body. A length is compared with
+//! its bound before anything is allocated for it, and collections stop at their own
+//! bound while they are decoded, because one byte on the wire may be a hundred in
+//! memory. `docs/PROTOCOL.md` describes the same from outside.
+
+use iroh::endpoint::{ReadExactError, RecvStream, SendStream, WriteError};
+use serde::de::{DeserializeOwned, Error as _, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
+use std::fmt;
+use std::marker::PhantomData;
+use std::net::SocketAddr;
+use vfs_core::index::LogRow;
+use vfs_core::library::{LibraryInfo, Member, Stamp as ClockStamp};
+use vfs_core::model::{DeviceId, LocationId, Seq};
+use vfs_core::source::Version;
+
+/// Between members.
+pub const ALPN_MEMBER: &[u8] = b"spacedrive/1";
+/// Between a device that was invited and the one that invited it.
+pub const ALPN_PAIR: &[u8] = b"spacedrive/pair/1";
+
+/// The newest version this program speaks.
+pub const NEWEST: u16 = 1;
+/// The oldest version this program speaks.
+pub const OLDEST: u16 = 1;
+
+/// The longest request, in bytes.
+pub const MAX_REQUEST: usize = 4 << 10;
+/// The longest frame after a request, in bytes.
+pub const MAX_FRAME: usize = 1 << 20;
+/// The most rows in one frame.
+pub const MAX_ROWS: usize = 8192;
+/// The most devices a library may ever have had.
+pub const MAX_MEMBERS: usize = 1024;
+/// The most locations a device may announce.
+pub const MAX_LOCATIONS: usize = 2048;
+/// The most addresses kept for a device.
+pub const MAX_ADDRESSES: usize = 8;
+/// The most chaining values in a proof: two for each level of the largest tree.
+pub const MAX_PROOF: usize = 128;
+/// The longest label, in bytes: 64 characters of 4 bytes.
+pub const MAX_LABEL: usize = 256;
+
+/// Codes with which a connection is closed.
+pub mod close {
+    /// In good order: the device goes offline.
+    pub const BYE: u32 = 0;
+    /// The peer is not a member.
+    pub const NOT_MEMBER: u32 = 1;
+    /// The peer was removed; the reason holds the postcard of its record.
+    pub const REMOVED: u32 = 2;
+    /// Another connection of the same pair is kept.
+    pub const DUPLICATE: u32 = 3;
+    /// The peer did not answer in time.
+    pub const SILENT: u32 = 4;
+    /// The peer broke the protocol.
+    pub const PROTOCOL: u32 = 5;
+    /// No common version.
+    pub const VERSION: u32 = 6;
+    /// The pairing is over.
+    pub const PAIRED: u32 = 7;
+    /// The peer is in another library.
+    pub const OTHER_LIBRARY: u32 = 8;
+    /// Too many connections wait to pair.
+    pub const BUSY: u32 = 9;
+}
+
+/// What a stream between members may ask for.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub enum Request {
+    /// The first on every connection, from the side that dialled. Answer: `Hello`.
+    Hello(Hello),
+    /// Are you there? Answer: `Done`.
+    Ping,
+    /// A frame with a [`MemberList`] follows. Answer: `Done`.
+    Members,
+    /// A frame with a [`LocationList`] follows. Answer: `Done`.
+    Locations,
+    /// Rows of one location after a number. Answer: `Rows`, then [`Rows`] frames without end.
+    Rows(Follow),
+    /// Bytes of one version. Answer: `Fetched`, then the bytes.
+    Fetch(Fetch),
+}
+
+/// Who speaks, and what.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Hello {
+    /// The oldest version of this protocol it speaks.
+    pub oldest: u16,
+    /// The newest.
+    pub newest: u16,
+    /// Its library's id.
+    pub library: String,
+    /// Drawn when the node started: tells a restarted peer from the one before.
+    pub session: u64,
+    /// Where it listens.
+    #[serde(deserialize_with = "bounded::<_, _, MAX_ADDRESSES>")]
+    pub addresses: Vec<SocketAddr>,
+}
+
+/// Which rows.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Follow {
+    /// Of this location, one of the asked device's own.
+    pub location: LocationId,
+    /// The log the reader has rows of, 0 for none.
+    pub log_id: u64,
+    /// The last row it has.
+    pub after: Seq,
+}
+
+/// Which bytes.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Fetch {
+    /// Location, file, stamp and content id.
+    pub version: WireVersion,
+    /// The first byte.
+    pub offset: u64,
+    /// How many, at most [`vfs_core::source::MAX_FETCH_BYTES`].
+    pub len: u32,
+}
+
+/// [`Version`] on the wire.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct WireVersion {
+    location: LocationId,
+    file: vfs_core::model::FileId,
+    stamp: vfs_core::model::Stamp,
+    content: Option<vfs_core::model::ContentId>,
+}
+
+impl From<&Version> for WireVersion {
+    fn from(v: &Version) -> Self {
+        Self { location: v.location, file: v.file, stamp: v.stamp, content: v.content }
+    }
+}
+
+impl From<WireVersion> for Version {
+    fn from(v: WireVersion) -> Self {
+        Self { location: v.location, file: v.file, stamp: v.stamp, content: v.content }
+    }
+}
+
+/// What a stream between members is answered with.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub enum Response {
+    /// No.
+    Refused(Refusal),
+    /// Taken.
+    Done,
+    /// To `Hello`: the same from the other side.
+    Hello(Hello),
+    /// To `Rows`: they follow, of this log and after this number. Another log than the
+    /// reader's means that its rows are to be dropped.
+    Rows {
+        /// The log.
+        log_id: u64,
+        /// The first row sent is the one after this.
+        after: Seq,
+    },
+    /// To `Fetch`: as many bytes as were asked for follow.
+    Fetched {
+        /// Chaining values that lead from the bytes to the content id.
+        #[serde(deserialize_with = "bounded::<_, _, MAX_PROOF>")]
+        proof: Vec<[u8; 32]>,
+    },
+}
+
+/// Why not.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum Refusal {
+    /// No common version; these are spoken.
+    Version {
+        /// From.
+        oldest: u16,
+        /// To.
+        newest: u16,
+    },
+    /// It is in another library.
+    OtherLibrary,
+    /// It has a connection to the asking device already.
+    Duplicate,
+    /// The request is not one, or is out of bounds, or comes before `Hello`.
+    Malformed,
+    /// There is no such location or file, or the asking device may not see it.
+    NotShared,
+    /// The version is gone.
+    Stale,
+    /// The disk with the location is not there now.
+    Offline,
+    /// Its disk or index failed.
+    Failed,
+}
+
+/// All members the sender knows, the removed ones included.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct MemberList(
+    #[serde(deserialize_with = "bounded::<_, _, MAX_MEMBERS>")] pub Vec<MemberRecord>,
+);
+
+/// A [`Member`] on the wire: without what only the sender knows.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct MemberRecord {
+    /// Its key.
+    pub id: DeviceId,
+    /// Its name.
+    pub name: String,
+    /// When the record was made.
+    pub stamp: ClockStamp,
+    /// It is no longer a member.
+    pub removed: bool,
+    /// Where the sender would try to reach it.
+    #[serde(deserialize_with = "bounded::<_, _, MAX_ADDRESSES>")]
+    pub addresses: Vec<SocketAddr>,
+}
+
+impl From<&Member> for MemberRecord {
+    fn from(m: &Member) -> Self {
+        Self {
+            id: m.id,
+            name: m.name.clone(),
+            stamp: m.stamp,
+            removed: m.removed,
+            addresses: m.addresses.iter().take(MAX_ADDRESSES).copied().collect(),
+        }
+    }
+}
+
+impl From<MemberRecord> for Member {
+    fn from(r: MemberRecord) -> Self {
+        let MemberRecord { id, name, stamp, removed, addresses } = r;
+        Self { id, name, stamp, removed, addresses, last_seen_ms: None }
+    }
+}
+
+/// All locations of the sender that the receiver may see.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct LocationList(
+    #[serde(deserialize_with = "bounded::<_, _, MAX_LOCATIONS>")] pub Vec<Announced>,
+);
+
+/// One of them.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Announced {
+    /// Its id.
+    pub id: LocationId,
+    /// Its name.
+    pub name: String,
+    /// Nobody may write to it.
+    pub read_only: bool,
+}
+
+/// A batch of rows of one location, in the order of their numbers.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Rows {
+    /// The rows.
+    #[serde(deserialize_with = "bounded::<_, _, MAX_ROWS>")]
+    pub rows: Vec<LogRow>,
+    /// With these the reader has everything up to here.
+    pub upto: Seq,
+    /// The owner's last number.
+    pub head: Seq,
+}
+
+/// What the joining device says.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub enum PairRequest {
+    /// The first. Answer: `Welcome`.
+    Knock(Knock),
+    /// Its person compared the codes and agreed. Answer: `Admitted`.
+    Confirm,
+}
+
+/// The proof that the joining device has the ticket, without the ticket.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Knock {
+    /// Which ticket: a hash of its secret.
+    pub ticket: [u8; 16],
+    /// The name it wants to have.
+    pub name: String,
+    /// Fresh randomness.
+    pub nonce: [u8; 32],
+    /// Keyed hash over both ids, the name and the nonce.
+    pub proof: [u8; 32],
+    /// Where it listens.
+    #[serde(deserialize_with = "bounded::<_, _, MAX_ADDRESSES>")]
+    pub addresses: Vec<SocketAddr>,
+}
+
+/// What the inviting device answers.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub enum PairResponse {
+    /// No.
+    Refused(PairRefusal),
+    /// To `Knock`.
+    Welcome {
+        /// The library.
+        library: LibraryInfo,
+        /// The inviting device's name.
+        inviter: String,
+        /// Fresh randomness, drawn after the knock was checked.
+        nonce: [u8; 32],
+    },
+    /// To `Confirm`: the joining device now is one of these.
+    Admitted(MemberList),
+}
+
+/// Why not.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum PairRefusal {
+    /// No common version; these are spoken.
+    Version {
+        /// From.
+        oldest: u16,
+        /// To.
+        newest: u16,
+    },
+    /// The request is not one.
+    Malformed,
+    /// No such invitation any more.
+    Expired,
+    /// Another device used the ticket.
+    Used,
+    /// The secret is wrong.
+    WrongSecret,
+    /// A member has this name.
+    NameTaken,
+    /// The name cannot be a device's.
+    BadName,
+    /// The library has as many devices as it may.
+    LibraryFull,
+    /// The inviting device failed.
+    Failed,
+}
+
+/// Why a message could not be received or sent.
+#[derive(Debug, thiserror::Error)]
+pub enum WireError {
+    /// A length beyond its bound.
+    #[error("a message of {length} bytes, where {bound} is the bound")]
+    TooLong {
+        /// The length announced.
+        length: usize,
+        /// The most there may be.
+        bound: usize,
+    },
+    /// The bytes are not such a message.
+    #[error("not a message: {0}")]
+    Malformed(#[from] postcard::Error),
+    /// A version this program does not speak.
+    #[error("version {0} of the protocol")]
+    Version(u16),
+    /// The stream ended or broke off, or the connection is gone.
+    #[error("the connection broke off: {0}")]
+    Lost(String),
+}
+
+impl WireError {
+    /// Whether the peer broke the protocol, rather than the network the connection.
+    pub fn is_breach(&self) -> bool {
+        !matches!(self, Self::Lost(_))
+    }
+}
+
+impl From<WriteError> for WireError {
+    fn from(e: WriteError) -> Self {
+        Self::Lost(e.to_string())
+    }
+}
+
+impl From<ReadExactError> for WireError {
+    fn from(e: ReadExactError) -> Self {
+        Self::Lost(e.to_string())
+    }
+}
+
+impl From<iroh::endpoint::ConnectionError> for WireError {
+    fn from(e: iroh::endpoint::ConnectionError) -> Self {
+        Self::Lost(e.to_string())
+    }
+}
+
+/// The common version of two ranges, the newest there is.
+pub fn common_version(oldest: u16, newest: u16) -> Option<u16> {
+    let common = newest.min(NEWEST);
+    (common >= oldest.max(OLDEST)).then_some(common)
+}
+
+/// One message from exactly these bytes.
+pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, postcard::Error> {
+    match postcard::take_from_bytes(bytes)? {
+        (message, []) => Ok(message),
+        _ => Err(postcard::Error::DeserializeBadEncoding),
+    }
+}
+
+/// The body of a message; `None` when it is longer than `bound`.
+fn encode(message: &impl Serialize, bound: usize) -> Result<Vec<u8>, WireError> {
+    let body = postcard::to_stdvec(message)?;
+    match body.len() {
+        length if length > bound => Err(WireError::TooLong { length, bound }),
+        _ => Ok(body),
+    }
+}
+
+/// A request as it stands at the beginning of a stream.
+///
+/// `version` is [`OLDEST`] for `Hello` and pairing, so that every peer there is a common
+/// version with can read it, and the common version for all others.
+pub fn encode_request(version: u16, message: &impl Serialize) -> Result<Vec<u8>, WireError> {
+    let body = encode(message, MAX_REQUEST)?;
+    Ok([&version.to_le_bytes()[..], &(body.len() as u32).to_le_bytes(), &body].concat())
+}
+
+/// A frame as it stands after the request.
+pub fn encode_frame(message: &impl Serialize) -> Result<Vec<u8>, WireError> {
+    let body = encode(message, MAX_FRAME)?;
+    Ok([&(body.len() as u32).to_le_bytes()[..], &body].concat())
+}
+
+/// Sends the request that begins a stream.
+pub async fn send_request(
+    to: &mut SendStream,
+    version: u16,
+    message: &impl Serialize,
+) -> Result<(), WireError> {
+    Ok(to.write_all(&encode_request(version, message)?).await?)
+}
+
+/// Sends a frame.
+pub async fn send_frame(to: &mut SendStream, m: &impl Serialize) -> Result<(), WireError> {
+    Ok(to.write_all(&encode_frame(m)?).await?)
+}
+
+/// Receives the request that begins a stream.
+pub async fn receive_request<T: DeserializeOwned>(from: &mut RecvStream) -> Result<T, WireError> {
+    let mut version = [0; 2];
+    from.read_exact(&mut version).await?;
+    let version = u16::from_le_bytes(version);
+    if !(OLDEST..=NEWEST).contains(&version) {
+        return Err(WireError::Version(version));
+    }
+    receive_bounded(from, MAX_REQUEST).await
+}
+
+/// Receives a frame.
+pub async fn receive_frame<T: DeserializeOwned>(from: &mut RecvStream) -> Result<T, WireError> {
+    receive_bounded(from, MAX_FRAME).await
+}
+
+async fn receive_bounded<T: DeserializeOwned>(
+    from: &mut RecvStream,
+    bound: usize,
+) -> Result<T, WireError> {
+    let mut length = [0; 4];
+    from.read_exact(&mut length).await?;
+    let length = u32::from_le_bytes(length) as usize;
+    if length > bound {
+        return Err(WireError::TooLong { length, bound });
+    }
+    let mut body = vec![0; length];
+    from.read_exact(&mut body).await?;
+    Ok(decode(&body)?)
+}
+
+/// A `Vec` that ends in an error, not in memory, when there are more than `MAX` elements.
+fn bounded<'de, D, T, const MAX: usize>(from: D) -> Result<Vec<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Deserialize<'de>,
+{
+    struct Elements<T, const MAX: usize>(PhantomData<T>);
+    impl<'de, T: Deserialize<'de>, const MAX: usize> Visitor<'de> for Elements<T, MAX> {
+        type Value = Vec<T>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "at most {MAX} elements")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<T>, A::Error> {
+            // No allocation ahead: the count is the sender's claim.
+            let mut all = Vec::new();
+            while let Some(element) = seq.next_element()? {
+                if all.len() == MAX {
+                    return Err(A::Error::custom("too many elements"));
+                }
+                all.push(element);
+            }
+            Ok(all)
+        }
+    }
+    from.deserialize_seq(Elements::<T, MAX>(PhantomData))
+}

@@ -1,0 +1,191 @@
+//! A device of a test: everything beneath one temporary folder.
+
+use iroh::endpoint::presets;
+use iroh::{Endpoint, EndpointAddr, PublicKey, SecretKey};
+use std::fs;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use sync::{Node, NodeConfig, Parts, PeerStatus};
+use tempfile::TempDir;
+use vfs_core::content::Manifests;
+use vfs_core::content::serve::OwnFiles;
+use vfs_core::index::open_store;
+use vfs_core::index::{Index, NewLocation, Observed};
+use vfs_core::indexer::{Indexer, IndexerConfig};
+use vfs_core::library::{Library, LibraryInfo, Member};
+use vfs_core::model::{Attr, DeviceId, FileType, Location, LocationId, Name, Time};
+
+/// How long a condition may take to come true, on a slow and busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+pub struct Device {
+    pub node: Arc<Node>,
+    pub library: Arc<Library>,
+    pub index: Index,
+    pub indexer: Arc<Indexer>,
+    pub dir: Arc<TempDir>,
+    pub key: [u8; 32],
+}
+
+impl Device {
+    /// A device without a library.
+    pub async fn new() -> Self {
+        Self::start(Arc::new(tempfile::tempdir().unwrap()), rand::random()).await
+    }
+
+    /// A device with a library of its own.
+    pub async fn first(name: &str) -> Self {
+        let device = Self::new().await;
+        device.found(name);
+        device
+    }
+
+    /// A device with the state that is in the folder.
+    pub async fn start(dir: Arc<TempDir>, key: [u8; 32]) -> Self {
+        let me = id_of(&key);
+        let path = dir.path();
+        let library = Arc::new(Library::open(&path.join("library.json")).unwrap());
+        let store = open_store(&path.join("index")).unwrap().store;
+        let index = Index::open(store, me).unwrap();
+        let manifests = Arc::new(Manifests::open(&path.join("manifests")).unwrap());
+        let config = IndexerConfig { settle: Duration::ZERO, ..IndexerConfig::default() };
+        let indexer = Indexer::start(index.clone(), manifests.clone(), config);
+        let own = Arc::new(OwnFiles::new(index.clone(), indexer.clone(), manifests));
+        let config = NodeConfig {
+            secret_key: key,
+            bind: vec!["127.0.0.1:0".parse().unwrap()],
+            relay: None,
+            mdns: false,
+        };
+        let parts = Parts { library: library.clone(), index: index.clone(), own };
+        let node = Node::start(config, parts).await.unwrap();
+        assert_eq!(node.id(), me);
+        Self { node, library, index, indexer, dir, key }
+    }
+
+    fn found(&self, name: &str) {
+        let id = self.node.id();
+        self.library
+            .update(|s| {
+                s.library = Some(LibraryInfo { id: "00112233".into(), name: "home".into() });
+                let stamp = s.next_stamp();
+                s.merge(member(id, name, stamp));
+            })
+            .unwrap();
+        self.node.members_changed();
+    }
+
+    /// Admits a key without pairing, as a record from another member would.
+    pub fn admit(&self, id: DeviceId, name: &str) {
+        self.library
+            .update(|s| {
+                let stamp = s.next_stamp();
+                s.merge(member(id, name, stamp));
+            })
+            .unwrap();
+        self.node.members_changed();
+    }
+
+    pub fn id(&self) -> DeviceId {
+        self.node.id()
+    }
+
+    /// Where a raw endpoint can dial it.
+    pub fn address(&self) -> EndpointAddr {
+        let key = PublicKey::from_bytes(&self.id().0).unwrap();
+        EndpointAddr::new(key).with_ip_addr(self.node.addresses()[0])
+    }
+
+    /// What it knows of a peer.
+    pub fn peer(&self, id: DeviceId) -> Option<PeerStatus> {
+        self.node.peers().into_iter().find(|p| p.id == id)
+    }
+
+    pub fn is_online(&self, id: DeviceId) -> bool {
+        self.peer(id).is_some_and(|p| p.online)
+    }
+
+    /// A location whose folder is `files` beneath the device's own.
+    pub fn add_location(&self, name: &str, shared_with: Option<Vec<DeviceId>>) -> Arc<Location> {
+        let root = self.folder();
+        fs::create_dir_all(&root).unwrap();
+        self.index
+            .put_location(NewLocation {
+                id: LocationId(rand::random()),
+                owner: self.id(),
+                name: name.into(),
+                root: Some(root),
+                read_only: false,
+                shared_with,
+            })
+            .unwrap()
+    }
+
+    pub fn folder(&self) -> PathBuf {
+        self.dir.path().join("files")
+    }
+
+    /// Admits `other` by a ticket, and waits until both see each other.
+    pub async fn pair(&self, other: &Self, name: &str) {
+        let invitation = self.node.invite(Duration::from_secs(60)).await.unwrap();
+        let pending = other.node.join(&invitation.ticket, name).await.unwrap();
+        other.node.confirm(pending).await.unwrap();
+        self.meet(other).await;
+    }
+
+    /// Waits until both see each other.
+    pub async fn meet(&self, other: &Self) {
+        until("both are online", || self.is_online(other.id()) && other.is_online(self.id())).await;
+    }
+}
+
+pub fn id_of(key: &[u8; 32]) -> DeviceId {
+    DeviceId(*SecretKey::from_bytes(key).public().as_bytes())
+}
+
+fn member(id: DeviceId, name: &str, stamp: vfs_core::library::Stamp) -> Member {
+    let name = name.into();
+    Member { id, name, stamp, removed: false, addresses: vec![], last_seen_ms: None }
+}
+
+/// Waits for a condition; fails with its name when it does not come true in time.
+pub async fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !is_so() {
+        assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// An endpoint that speaks for itself, with none of this crate's rules.
+pub async fn raw_endpoint(key: [u8; 32]) -> Endpoint {
+    Endpoint::builder(presets::Minimal)
+        .secret_key(SecretKey::from_bytes(&key))
+        .alpns(vec![sync::wire::ALPN_MEMBER.to_vec()])
+        .clear_ip_transports()
+        .bind_addr("127.0.0.1:0")
+        .unwrap()
+        .bind()
+        .await
+        .unwrap()
+}
+
+/// An entry of a listing that was never on a disk.
+pub fn observed(name: &str, disk_ino: u64, size: u64) -> Observed {
+    let time = Time { secs: 1_700_000_000, nanos: 5 };
+    let attr = Attr {
+        file_type: FileType::File,
+        perm: 0o644,
+        uid: 1000,
+        gid: 1000,
+        nlink: 1,
+        size,
+        blocks: size.div_ceil(512),
+        mtime: time,
+        ctime: time,
+        btime: Some(time),
+        rdev: 0,
+    };
+    Observed { name: Name::new(name.as_bytes()).unwrap(), attr, disk_ino, target: None }
+}

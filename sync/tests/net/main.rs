@@ -1,0 +1,9 @@
+//! Devices on loopback: real endpoints, indexes and files.
+
+mod bench;
+mod content;
+mod device;
+mod pairing;
+mod presence;
+mod replication;
+mod strangers;
