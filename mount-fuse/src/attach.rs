@@ -144,6 +144,10 @@ fn helper_refused(output: &Output) -> MountError {
     if message.contains("user_allow_other") {
         return MountError::AllowOtherForbidden;
     }
+    if message.contains(&format!("open {DEVICE}")) {
+        let source = io::Error::new(io::ErrorKind::PermissionDenied, message);
+        return MountError::NoFuse { source };
+    }
     match message.is_empty() {
         true => MountError::Helper { message: format!("{HELPER} failed: {}", output.status) },
         false => MountError::Helper { message },
