@@ -202,9 +202,15 @@ fn require_regular(stat: &Statx) -> FsResult<()> {
     }
 }
 
+/// One entry of an open directory as a handle that opens nothing (`O_PATH`), also of a
+/// symbolic link itself; `CrossDevice` for a mount point.
+pub fn handle_at(dir: BorrowedFd<'_>, name: &Name) -> FsResult<OwnedFd> {
+    open_beneath(dir, &c_string(name.as_bytes().to_vec()), OFlags::PATH)
+}
+
 /// One entry of an open directory, by `statx` and `readlinkat`; a mount point is not entered.
 pub fn observe_at(dir: BorrowedFd<'_>, name: &Name) -> FsResult<Observed> {
-    match open_beneath(dir, &c_string(name.as_bytes().to_vec()), OFlags::PATH) {
+    match handle_at(dir, name) {
         Ok(handle) => observe_handle(handle.as_fd(), name.clone()),
         Err(e) if e.kind() == Kind::CrossDevice => mount_point(&stat_of(dir)?, name.clone()),
         Err(e) => Err(e),
@@ -376,8 +382,8 @@ fn type_of(mode: u16) -> FileType {
     }
 }
 
-/// A file system with a damaged inode may give any number of nanoseconds.
-fn time_of(t: &StatxTimestamp) -> Time {
+/// A time of `statx`. A file system with a damaged inode may give any number of nanoseconds.
+pub fn time_of(t: &StatxTimestamp) -> Time {
     Time { secs: t.tv_sec, nanos: t.tv_nsec.min(999_999_999) }
 }
 

@@ -1,62 +1,230 @@
 //! The operations of a file system, for every kind of mount.
 //!
 //! The tree: the root, in it one directory per member device, in it one
-//! directory per location, in it the entries. This device's own locations are
-//! live from the disk; other devices' are answered from the replica of their
-//! index and never wait for a network, except a read of bytes.
+//! directory per location, in it the entries. Each level has its own module:
+//!
+//! | module | what it answers |
+//! |---|---|
+//! | [`top`] | the root and the devices, from the library and the index |
+//! | [`own`] | this device's own locations, live from the disk |
+//! | [`remote`] | other devices' locations, from the replica of their index |
+//! | [`inode`] | which of them a number belongs to |
+//! | [`handle`], [`readdir`] | what is open |
+//! | [`links`] | which symbolic links of peers are shown |
+//! | [`xattr`] | extended attributes of remote entries |
+//! | [`invalidate`] | what a kernel must drop after a change |
+//!
+//! This module only decides who answers. Nothing waits for a network but
+//! [`Drive::read`]; everything else takes a disk's or a memory's time, and may
+//! be called on any thread, many at once. What a mount promises to programs is
+//! in `docs/SEMANTICS.md`.
 
+mod handle;
+mod inode;
+mod invalidate;
+mod links;
+mod own;
+mod readdir;
+mod remote;
+mod top;
 mod types;
+mod xattr;
 
+#[cfg(test)]
+mod tests;
+
+pub use links::ForeignSymlinks;
 pub use types::{
     Caller, Detail, DirItem, FallocateMode, Found, HandleId, InodeNo, Invalidation, Io, OpenFlags,
     Opened, RenameFlags, SetAttr, Statfs, TimeOrNow, Whence, XattrMode,
 };
 
 use crate::changes::{Change, Subscription};
-use crate::error::FsResult;
-use crate::model::FileType;
+use crate::content::Content;
+use crate::error::{FsError, FsResult, Kind};
+use crate::index::Index;
+use crate::indexer::Indexer;
+use crate::library::Library;
+use crate::model::{FileType, LocationNo, NAME_MAX, Name};
 use bytes::Bytes;
+use handle::{Handle, Handles, OwnFile};
+use inode::{Class, OwnTable, RemoteIno};
+use invalidate::Translation;
+use own::{Own, Seen};
+use readdir::{Cursor, DirKind, OpenDir, OwnDirHandle, OwnEntry, RemoteDir, Snapshot, TopEntry};
+use remote::{Remote, read_only};
 use std::ops::ControlFlow;
+use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::time::Duration;
+use top::Top;
+use xattr::Attributes;
 
-/// The drive.
-pub struct Drive {}
+/// How a drive appears to its user.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct DriveConfig {
+    /// To whom other devices' files belong: the mounting user.
+    pub uid: u32,
+    /// And this user's group.
+    pub gid: u32,
+    /// Own locations are read-only as well.
+    pub read_only: bool,
+    /// What becomes of other devices' links that lead out of their location.
+    pub foreign_symlinks: ForeignSymlinks,
+}
 
-#[allow(unused_variables, clippy::unimplemented, missing_docs)]
+/// The drive; one serves any number of mounts.
+pub struct Drive {
+    top: Top,
+    own: Own,
+    remote: Remote,
+    handles: Handles,
+}
+
 impl Drive {
+    /// The drive over this device's index, disks and cache.
+    pub fn new(
+        index: Index,
+        indexer: Arc<Indexer>,
+        content: Arc<Content>,
+        library: Arc<Library>,
+        config: DriveConfig,
+    ) -> Arc<Self> {
+        let DriveConfig { uid, gid, read_only, foreign_symlinks } = config;
+        let own = Own {
+            index: index.clone(),
+            indexer: Arc::clone(&indexer),
+            table: OwnTable::default(),
+            read_only,
+            gives_away: rustix::process::geteuid().is_root(),
+        };
+        let remote = Remote::new(index.clone(), content, (uid, gid), foreign_symlinks);
+        let top = Top { index, indexer, library, uid, gid };
+        Arc::new(Self { top, own, remote, handles: Handles::default() })
+    }
+
     /// What changes from now on, for [`Drive::invalidations`].
     pub fn subscribe(&self) -> Subscription {
-        unimplemented!()
+        self.remote.index.feed().subscribe()
     }
+
+    /// What a kernel must drop after this change.
+    pub fn invalidations(&self, change: &Change) -> Vec<Invalidation> {
+        self.invalidations_of(std::slice::from_ref(change))
+    }
+
+    /// What a kernel must drop after the changes of one commit; cheaper than one by one.
+    pub fn invalidations_of(&self, changes: &[Change]) -> Vec<Invalidation> {
+        Translation::new(&self.top, &self.own, &self.remote).of(changes)
+    }
+
+    /// What a name of a directory refers to. Counts one lookup, to be undone by
+    /// [`Drive::forget`].
+    ///
+    /// `NotFound` may be remembered for [`Drive::negative_valid_for`].
     pub fn lookup(&self, parent: InodeNo, name: &[u8]) -> FsResult<Found> {
-        unimplemented!()
+        match parent.class() {
+            Class::Root => self.found_top(self.top.device_named(name)?),
+            Class::Device => self.found_top(self.top.location_named(parent, name)?),
+            Class::Own(location) => self.own.lookup(location, parent, &name_of(name)?),
+            Class::Remote(parent) => {
+                name_of(name)?;
+                self.remote.lookup(parent, name)
+            }
+        }
     }
+
+    /// Devices and locations come and go without an invalidation of each name.
+    fn found_top(&self, ino: InodeNo) -> FsResult<Found> {
+        Ok(Found { valid_for: top::VALID_FOR, ..self.getattr(ino, None)? })
+    }
+
     /// How long a kernel may remember that a name is not in this directory.
     pub fn negative_valid_for(&self, parent: InodeNo) -> Duration {
-        unimplemented!()
+        match parent.class() {
+            Class::Root | Class::Device => top::VALID_FOR,
+            Class::Own(_) => own::VALID_FOR,
+            Class::Remote(_) => remote::VALID_FOR,
+        }
     }
+
+    /// A kernel lets go of `lookups` of an inode.
     pub fn forget(&self, ino: InodeNo, lookups: u64) {
-        unimplemented!()
+        if let Class::Own(_) = ino.class() {
+            self.own.table.forget(ino, lookups);
+        }
     }
+
+    /// The attributes of a file; with a handle, of what is open, whatever its name is by now.
     pub fn getattr(&self, ino: InodeNo, handle: Option<HandleId>) -> FsResult<Found> {
-        unimplemented!()
+        let handle = handle.map(|h| self.handles.get(h)).transpose()?;
+        match (ino.class(), handle.as_deref()) {
+            (Class::Root, _) => Ok(self.top.getattr_root()),
+            (Class::Device, _) => self.top.getattr_device(ino),
+            (Class::Own(location), Some(Handle::Own(open))) => {
+                self.own.getattr(location, ino, Some(open))
+            }
+            (Class::Own(location), _) => self.own.getattr(location, ino, None),
+            (Class::Remote(remote), Some(Handle::Remote(open))) => {
+                self.getattr_remote(remote, Some(open))
+            }
+            (Class::Remote(remote), _) => self.getattr_remote(remote, None),
+        }
     }
+
+    fn getattr_remote(&self, ino: RemoteIno, open: Option<&remote::RemoteFile>) -> FsResult<Found> {
+        let found = self.remote.getattr(ino, open)?;
+        Ok(found.unwrap_or_else(|| self.top.placeholder(ino.no())))
+    }
+
+    /// Changes attributes; returns them as they are then.
     pub fn setattr(
         &self,
-        caller: &Caller,
+        _caller: &Caller,
         ino: InodeNo,
         handle: Option<HandleId>,
         set: SetAttr,
     ) -> FsResult<Found> {
-        unimplemented!()
+        let location = changeable(ino)?;
+        let handle = handle.map(|h| self.handles.get(h)).transpose()?;
+        match handle.as_deref() {
+            Some(Handle::Own(open)) => self.own.setattr(location, ino, Some(open), &set),
+            _ => self.own.setattr(location, ino, None, &set),
+        }
     }
+
+    /// The target of a symbolic link. `NotPermitted` for another device's that leads out of its
+    /// location, unless [`ForeignSymlinks::AsIs`] is set.
     pub fn readlink(&self, ino: InodeNo) -> FsResult<Vec<u8>> {
-        unimplemented!()
+        match ino.class() {
+            Class::Own(location) => self.own.readlink(location, ino),
+            Class::Remote(remote) => self.remote.readlink(remote),
+            Class::Root | Class::Device => {
+                Err(FsError::new(Kind::Invalid, "read the target of a directory"))
+            }
+        }
     }
+
+    /// Opens a regular file. Never waits; a remote file is pinned at its present version.
     pub fn open(&self, ino: InodeNo, flags: OpenFlags) -> FsResult<Opened> {
-        unimplemented!()
+        match ino.class() {
+            Class::Own(location) => Ok(self.opened(self.own.open(location, ino, flags)?)),
+            Class::Remote(_) if flags.may_change() => Err(read_only()),
+            Class::Remote(remote) => {
+                let (file, io) = self.remote.open(remote)?;
+                Ok(Opened { handle: self.handles.add(Handle::Remote(file)), io })
+            }
+            Class::Root | Class::Device => Err(handle::is_a_directory()),
+        }
     }
-    /// `perm` has the caller's umask applied.
+
+    fn opened(&self, open: OwnFile) -> Opened {
+        let io = Io::Backing(Arc::clone(&open.file));
+        Opened { handle: self.handles.add(Handle::Own(open)), io }
+    }
+
+    /// Creates a regular file and opens it; opens it when it is there and `flags` are not
+    /// exclusive. `perm` has the caller's umask applied. Counts one lookup.
     pub fn create(
         &self,
         caller: &Caller,
@@ -65,31 +233,103 @@ impl Drive {
         perm: u16,
         flags: OpenFlags,
     ) -> FsResult<(Found, Opened)> {
-        unimplemented!()
+        let (location, name) = (changeable(parent)?, name_of(name)?);
+        let (found, open) = self.own.create(caller, location, parent, &name, perm, flags)?;
+        Ok((found, self.opened(open)))
     }
+
     /// The bytes, when they are at hand without a network: `None` means call [`Drive::read`].
+    /// Fewer than asked for only at the end of the file.
     pub fn try_read(&self, handle: HandleId, offset: u64, len: usize) -> Option<FsResult<Bytes>> {
-        unimplemented!()
+        match self.handles.get(handle).as_deref() {
+            Ok(Handle::Own(open)) => Some(read_own(open, offset, len)),
+            Ok(Handle::Remote(open)) => open.try_read(offset, len),
+            Ok(Handle::Dir(_)) => Some(Err(handle::is_a_directory())),
+            Err(e) => Some(Err(FsError::new(e.kind(), "read"))),
+        }
     }
+
+    /// The bytes, fetched from a holder if need be; `HostDown` when none can be reached in time.
     pub async fn read(&self, handle: HandleId, offset: u64, len: usize) -> FsResult<Bytes> {
-        unimplemented!()
+        match &*self.handles.get(handle)? {
+            Handle::Own(open) => read_own(open, offset, len),
+            Handle::Remote(open) => open.read(offset, len).await,
+            Handle::Dir(_) => Err(handle::is_a_directory()),
+        }
     }
-    /// Bytes written; fewer than given only when the disk took fewer.
+
+    /// Bytes written; fewer than given only when the disk took fewer. With `append` the offset
+    /// is the end of the file, whatever is given.
     pub fn write(&self, handle: HandleId, offset: u64, bytes: &[u8]) -> FsResult<usize> {
-        unimplemented!()
+        let handle = self.handles.get(handle)?;
+        write_own(handle.own()?, offset, bytes)
     }
+
+    /// A program closed one of its descriptors. Own files have nothing to flush: what was
+    /// written is with the disk's file system, as after a `close` there.
     pub fn flush(&self, handle: HandleId) -> FsResult<()> {
-        unimplemented!()
+        self.handles.get(handle).map(drop)
     }
+
+    /// Makes the file durable.
     pub fn fsync(&self, handle: HandleId, data_only: bool) -> FsResult<()> {
-        unimplemented!()
+        match &*self.handles.get(handle)? {
+            Handle::Own(open) => sync(&open.file, data_only),
+            Handle::Remote(_) => Ok(()),
+            Handle::Dir(_) => Err(handle::is_a_directory()),
+        }
     }
+
+    /// The last descriptor was closed.
     pub fn release(&self, handle: HandleId) {
-        unimplemented!()
+        if let Some(handle) = self.handles.remove(handle)
+            && let Handle::Remote(file) = &*handle
+        {
+            self.remote.release(file);
+        }
     }
+
+    /// Opens a directory for [`Drive::readdir`].
     pub fn opendir(&self, ino: InodeNo) -> FsResult<HandleId> {
-        unimplemented!()
+        let (parent, kind) = match ino.class() {
+            Class::Root => (InodeNo::ROOT, DirKind::Top(Snapshot::default())),
+            Class::Device => {
+                self.top.getattr_device(ino)?;
+                (InodeNo::ROOT, DirKind::Top(Snapshot::default()))
+            }
+            Class::Own(location) => self.open_own_dir(location, ino)?,
+            Class::Remote(remote) => self.open_remote_dir(remote)?,
+        };
+        Ok(self.handles.add(Handle::Dir(OpenDir { ino, parent, kind })))
     }
+
+    fn open_own_dir(&self, location: LocationNo, ino: InodeNo) -> FsResult<(InodeNo, DirKind)> {
+        let fd = self.own.open_dir(location, ino)?;
+        let parent = match self.own.table.get(ino).and_then(|n| n.places().pop()) {
+            Some(place) => place.parent,
+            None => InodeNo::of_device(self.own.index.me()),
+        };
+        Ok((parent, DirKind::Own(OwnDirHandle { location, fd, entries: Snapshot::default() })))
+    }
+
+    fn open_remote_dir(&self, ino: RemoteIno) -> FsResult<(InodeNo, DirKind)> {
+        let location = self.remote.location(ino.location)?;
+        let kind = DirKind::Remote(RemoteDir { ino, cursor: Cursor::default() });
+        match self.remote.node(ino) {
+            Ok(node) if node.entry.attr.file_type != FileType::Directory => {
+                Err(FsError::new(Kind::NotADirectory, "list a file"))
+            }
+            Ok(node) => Ok((remote::parent_of(ino, &node, &location), kind)),
+            // Its first rows have not come yet: an empty directory.
+            Err(_) if ino == RemoteIno::root(ino.location) => {
+                Ok((InodeNo::of_device(location.owner), kind))
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Shows the entries after `cookie` (0: from the beginning) until there are no more or the
+    /// visitor answers `Break`, by which it says that it did not take the item.
     pub fn readdir(
         &self,
         handle: HandleId,
@@ -97,14 +337,176 @@ impl Drive {
         detail: Detail,
         visit: &mut dyn FnMut(DirItem<'_>) -> ControlFlow<()>,
     ) -> FsResult<()> {
-        unimplemented!()
+        let handle = self.handles.get(handle)?;
+        let dir = handle.dir()?;
+        let ControlFlow::Continue(position) = readdir::dots(dir, cookie, visit) else {
+            return Ok(());
+        };
+        let listing = Listing { dir, is_rewind: cookie == 0, position, detail };
+        match &dir.kind {
+            DirKind::Top(entries) => self.list_top(&listing, entries, visit),
+            DirKind::Own(own) => self.list_own(&listing, own, visit),
+            DirKind::Remote(remote) => self.list_remote(&listing, remote, visit),
+        }
     }
+
+    fn list_top(
+        &self,
+        listing: &Listing<'_>,
+        entries: &Snapshot<TopEntry>,
+        visit: &mut readdir::Visit<'_>,
+    ) -> FsResult<()> {
+        let entries = entries.at(listing.is_rewind, || {
+            let named = match listing.dir.ino {
+                InodeNo::ROOT => self.top.devices(),
+                device => self.top.locations(device)?,
+            };
+            Ok(named.into_iter().map(|(name, ino)| TopEntry { name, ino }).collect())
+        })?;
+        for (at, entry) in readdir::from_position(&entries, listing.position) {
+            // One that was removed since the snapshot is left out.
+            let Ok(found) = self.found_top(entry.ino) else { continue };
+            let item = DirItem {
+                name: entry.name.as_bytes(),
+                ino: entry.ino,
+                file_type: FileType::Directory,
+                next_cookie: readdir::cookie_after(at),
+                found: listing.wants_attributes().then_some(found),
+            };
+            if visit(item).is_break() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn list_own(
+        &self,
+        listing: &Listing<'_>,
+        own: &OwnDirHandle,
+        visit: &mut readdir::Visit<'_>,
+    ) -> FsResult<()> {
+        let Some(fd) = &own.fd else { return Ok(()) };
+        let entries = own.entries.at(listing.is_rewind, || readdir::read_disk(fd))?;
+        for (at, entry) in readdir::from_position(&entries, listing.position) {
+            let shown = match (listing.detail, entry.file_type) {
+                (Detail::Names, Some(file_type)) => {
+                    self.show_name(own, entry, file_type, at, visit)
+                }
+                _ => self.show_own(listing, own, entry, at, visit)?,
+            };
+            if shown.is_break() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn show_name(
+        &self,
+        own: &OwnDirHandle,
+        entry: &OwnEntry,
+        file_type: FileType,
+        at: u64,
+        visit: &mut readdir::Visit<'_>,
+    ) -> ControlFlow<()> {
+        visit(DirItem {
+            name: entry.name.as_bytes(),
+            ino: self.own.table.number(own.location, entry.disk_ino),
+            file_type,
+            next_cookie: readdir::cookie_after(at),
+            found: None,
+        })
+    }
+
+    fn show_own(
+        &self,
+        listing: &Listing<'_>,
+        own: &OwnDirHandle,
+        entry: &OwnEntry,
+        at: u64,
+        visit: &mut readdir::Visit<'_>,
+    ) -> FsResult<ControlFlow<()>> {
+        let Some(fd) = &own.fd else { return Ok(ControlFlow::Continue(())) };
+        let seen = match Seen::at(fd.as_fd(), &entry.name) {
+            Ok(seen) => seen,
+            // It vanished since the listing was read.
+            Err(e) if e.kind() == Kind::NotFound => return Ok(ControlFlow::Continue(())),
+            Err(e) => return Err(e),
+        };
+        if listing.detail == Detail::Names {
+            return Ok(self.show_name(own, entry, seen.attr.file_type, at, visit));
+        }
+        let found = self.own.count(listing.dir.ino, own.location, &entry.name, &seen);
+        let shown = visit(DirItem {
+            name: entry.name.as_bytes(),
+            ino: found.ino,
+            file_type: seen.attr.file_type,
+            next_cookie: readdir::cookie_after(at),
+            found: Some(found),
+        });
+        if shown.is_break() {
+            self.own.table.forget(found.ino, 1);
+        }
+        Ok(shown)
+    }
+
+    fn list_remote(
+        &self,
+        listing: &Listing<'_>,
+        remote: &RemoteDir,
+        visit: &mut readdir::Visit<'_>,
+    ) -> FsResult<()> {
+        if listing.is_rewind {
+            remote.cursor.rewind();
+        }
+        let (after, mut skip) = remote.cursor.start(listing.position);
+        let mut at = listing.position;
+        let mut last = None;
+        let RemoteIno { location, file, .. } = remote.ino;
+        self.remote.index.view()?.children(
+            location,
+            file,
+            after.as_ref(),
+            &mut |name, entry| {
+                if skip > 0 {
+                    skip -= 1;
+                    return ControlFlow::Continue(());
+                }
+                let ino = remote.ino.child(entry);
+                let found = listing.wants_attributes().then(|| self.remote.found(ino, entry));
+                visit(DirItem {
+                    name: name.as_bytes(),
+                    ino: ino.no(),
+                    file_type: entry.attr.file_type,
+                    next_cookie: readdir::cookie_after(at),
+                    found,
+                })?;
+                at += 1;
+                last = Some(name.clone());
+                ControlFlow::Continue(())
+            },
+        )?;
+        if let Some(name) = last {
+            remote.cursor.ended(at, name);
+        }
+        Ok(())
+    }
+
+    /// Makes the names of an open directory durable.
     pub fn fsyncdir(&self, handle: HandleId, data_only: bool) -> FsResult<()> {
-        unimplemented!()
+        match &self.handles.get(handle)?.dir()?.kind {
+            DirKind::Own(OwnDirHandle { fd: Some(fd), .. }) => sync(fd, data_only),
+            _ => Ok(()),
+        }
     }
+
+    /// The directory was closed.
     pub fn releasedir(&self, handle: HandleId) {
-        unimplemented!()
+        self.handles.remove(handle);
     }
+
+    /// Makes a regular file, FIFO, socket or device. Counts one lookup.
     pub fn mknod(
         &self,
         caller: &Caller,
@@ -114,8 +516,11 @@ impl Drive {
         perm: u16,
         rdev: u64,
     ) -> FsResult<Found> {
-        unimplemented!()
+        let (location, name) = (changeable(parent)?, name_of(name)?);
+        self.own.mknod(caller, location, parent, &name, file_type, perm, rdev)
     }
+
+    /// Makes a directory. Counts one lookup.
     pub fn mkdir(
         &self,
         caller: &Caller,
@@ -123,8 +528,11 @@ impl Drive {
         name: &[u8],
         perm: u16,
     ) -> FsResult<Found> {
-        unimplemented!()
+        let (location, name) = (changeable(parent)?, name_of(name)?);
+        self.own.mkdir(caller, location, parent, &name, perm)
     }
+
+    /// Makes a symbolic link. Counts one lookup.
     pub fn symlink(
         &self,
         caller: &Caller,
@@ -132,17 +540,27 @@ impl Drive {
         name: &[u8],
         target: &[u8],
     ) -> FsResult<Found> {
-        unimplemented!()
+        let (location, name) = (changeable(parent)?, name_of(name)?);
+        self.own.symlink(caller, location, parent, &name, target)
     }
+
+    /// Gives a file another name in the same location. Counts one lookup.
     pub fn link(&self, ino: InodeNo, new_parent: InodeNo, new_name: &[u8]) -> FsResult<Found> {
-        unimplemented!()
+        let location = same_location(ino, new_parent)?;
+        self.own.link(location, ino, new_parent, &name_of(new_name)?)
     }
+
+    /// Removes a name of anything but a directory.
     pub fn unlink(&self, parent: InodeNo, name: &[u8]) -> FsResult<()> {
-        unimplemented!()
+        self.own.unlink(changeable(parent)?, parent, &name_of(name)?)
     }
+
+    /// Removes an empty directory.
     pub fn rmdir(&self, parent: InodeNo, name: &[u8]) -> FsResult<()> {
-        unimplemented!()
+        self.own.rmdir(changeable(parent)?, parent, &name_of(name)?)
     }
+
+    /// Renames within a location, atomically; `CrossDevice` between two.
     pub fn rename(
         &self,
         parent: InodeNo,
@@ -151,16 +569,40 @@ impl Drive {
         new_name: &[u8],
         flags: RenameFlags,
     ) -> FsResult<()> {
-        unimplemented!()
+        let location = same_location(parent, new_parent)?;
+        let (name, new_name) = (name_of(name)?, name_of(new_name)?);
+        self.own.rename(location, (parent, &name), (new_parent, &new_name), flags)
     }
+
     /// The whole value; the adapter compares it with the caller's buffer.
     pub fn getxattr(&self, ino: InodeNo, name: &[u8]) -> FsResult<Vec<u8>> {
-        unimplemented!()
+        match ino.class() {
+            Class::Own(location) => self.own.getxattr(location, ino, name),
+            _ => self.attributes(ino)?.get(name),
+        }
     }
+
     /// Names, each ended by a NUL, as `listxattr` returns them.
     pub fn listxattr(&self, ino: InodeNo) -> FsResult<Vec<u8>> {
-        unimplemented!()
+        match ino.class() {
+            Class::Own(location) => self.own.listxattr(location, ino),
+            _ => Ok(self.attributes(ino)?.list()),
+        }
     }
+
+    fn attributes(&self, ino: InodeNo) -> FsResult<Attributes> {
+        let Class::Remote(remote) = ino.class() else {
+            let device = self.top.name_of_device(ino);
+            return Ok(device.map(Attributes::of_device).unwrap_or_default());
+        };
+        let location = self.remote.location(remote.location)?;
+        let entry = self.remote.entry(remote)?;
+        let names = self.top.names_of(&location);
+        let state = |e: &_| self.remote.state(&location, e);
+        Ok(Attributes::of_entry(entry.as_deref(), names, state))
+    }
+
+    /// Sets an extended attribute on the disk.
     pub fn setxattr(
         &self,
         ino: InodeNo,
@@ -168,14 +610,27 @@ impl Drive {
         value: &[u8],
         mode: XattrMode,
     ) -> FsResult<()> {
-        unimplemented!()
+        self.own.setxattr(changeable(ino)?, ino, name, value, mode)
     }
+
+    /// Removes an extended attribute from the disk.
     pub fn removexattr(&self, ino: InodeNo, name: &[u8]) -> FsResult<()> {
-        unimplemented!()
+        self.own.removexattr(changeable(ino)?, ino, name)
     }
+
+    /// The disk of an own location; of anything else, how much the index knows to be there.
     pub fn statfs(&self, ino: InodeNo) -> FsResult<Statfs> {
-        unimplemented!()
+        let mut locations = self.remote.index.locations();
+        match ino.class() {
+            Class::Own(location) => return self.own.statfs(location),
+            Class::Remote(remote) => locations.retain(|l| l.no == remote.location),
+            Class::Device => locations.retain(|l| InodeNo::of_device(l.owner) == ino),
+            Class::Root => {}
+        }
+        Ok(self.remote.statfs(&locations))
     }
+
+    /// Reserves, frees or zeroes a range of an own file.
     pub fn fallocate(
         &self,
         handle: HandleId,
@@ -183,24 +638,142 @@ impl Drive {
         len: u64,
         mode: FallocateMode,
     ) -> FsResult<()> {
-        unimplemented!()
+        use rustix::fs::FallocateFlags as Flags;
+        let flags = match mode {
+            FallocateMode::Allocate { keep_size: false } => Flags::empty(),
+            FallocateMode::Allocate { keep_size: true } => Flags::KEEP_SIZE,
+            FallocateMode::PunchHole => Flags::PUNCH_HOLE | Flags::KEEP_SIZE,
+            FallocateMode::ZeroRange { keep_size: false } => Flags::ZERO_RANGE,
+            FallocateMode::ZeroRange { keep_size: true } => Flags::ZERO_RANGE | Flags::KEEP_SIZE,
+        };
+        let handle = self.handles.get(handle)?;
+        rustix::fs::fallocate(&handle.own()?.file, flags, offset, len)
+            .map_err(|e| FsError::os("fallocate", e))
     }
+
+    /// Where the next data or hole begins.
     pub fn seek(&self, handle: HandleId, offset: u64, whence: Whence) -> FsResult<u64> {
-        unimplemented!()
+        use rustix::fs::SeekFrom;
+        match &*self.handles.get(handle)? {
+            // The position that this moves is used by nobody: all I/O names its own.
+            Handle::Own(open) => match whence {
+                Whence::Data => rustix::fs::seek(&open.file, SeekFrom::Data(offset)),
+                Whence::Hole => rustix::fs::seek(&open.file, SeekFrom::Hole(offset)),
+            }
+            .map_err(|e| FsError::os("seek", e)),
+            Handle::Remote(open) => open.seek(offset, whence),
+            Handle::Dir(_) => Err(FsError::new(Kind::Invalid, "seek data in a directory")),
+        }
     }
-    /// Bytes copied; `CrossDevice` tells the caller to read and write instead.
+
+    /// Bytes copied, by the disk's file system where it can; `CrossDevice` tells the caller to
+    /// read and write instead.
     pub fn copy_range(
         &self,
         from: HandleId,
-        from_offset: u64,
+        mut from_offset: u64,
         to: HandleId,
-        to_offset: u64,
+        mut to_offset: u64,
         len: u64,
     ) -> FsResult<u64> {
-        unimplemented!()
+        let (from, to) = (self.handles.get(from)?, self.handles.get(to)?);
+        let to = to.own()?;
+        let Handle::Own(from) = &*from else {
+            return Err(FsError::new(Kind::CrossDevice, "copy from another device"));
+        };
+        let len = usize::try_from(len).unwrap_or(usize::MAX).min(COPY_BYTES_MAX);
+        let (from_at, to_at) = (Some(&mut from_offset), Some(&mut to_offset));
+        rustix::fs::copy_file_range(&from.file, from_at, &to.file, to_at, len)
+            .map(|n| n as u64)
+            .map_err(|e| FsError::os("copy", e))
     }
-    /// What a kernel must drop after this change.
-    pub fn invalidations(&self, change: &Change) -> Vec<Invalidation> {
-        unimplemented!()
+}
+
+/// The most that one call copies, so that it can be interrupted between two.
+const COPY_BYTES_MAX: usize = 128 << 20;
+
+/// One `readdir` call.
+struct Listing<'a> {
+    dir: &'a OpenDir,
+    is_rewind: bool,
+    /// The first entry to show, counted from 0.
+    position: u64,
+    detail: Detail,
+}
+
+impl Listing<'_> {
+    fn wants_attributes(&self) -> bool {
+        self.detail == Detail::Attributes
     }
+}
+
+/// The name, or why it cannot be one.
+fn name_of(bytes: &[u8]) -> FsResult<Name> {
+    Name::new(bytes).ok_or_else(|| match bytes.len() {
+        n if n > NAME_MAX => FsError::new(Kind::NameTooLong, "use a name"),
+        _ => FsError::new(Kind::Invalid, "use a name"),
+    })
+}
+
+/// The location of an inode that may be changed: one of this device's own.
+fn changeable(ino: InodeNo) -> FsResult<LocationNo> {
+    match ino.class() {
+        Class::Own(location) => Ok(location),
+        Class::Root | Class::Device | Class::Remote(_) => Err(read_only()),
+    }
+}
+
+/// The location in which a file gets another name.
+fn same_location(a: InodeNo, b: InodeNo) -> FsResult<LocationNo> {
+    match (a.class(), b.class()) {
+        (Class::Own(a), Class::Own(b)) if a == b => Ok(a),
+        (Class::Own(_), Class::Own(_) | Class::Remote(_)) | (Class::Remote(_), Class::Own(_)) => {
+            Err(FsError::new(Kind::CrossDevice, "move between locations"))
+        }
+        _ => Err(read_only()),
+    }
+}
+
+fn read_own(open: &OwnFile, offset: u64, len: usize) -> FsResult<Bytes> {
+    let mut bytes = Vec::with_capacity(len);
+    while bytes.len() < len {
+        let at = offset.saturating_add(bytes.len() as u64);
+        let spare = rustix::buffer::spare_capacity(&mut bytes);
+        match rustix::io::pread(&open.file, spare, at) {
+            Ok(0) => break,
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(FsError::os("read", e)),
+        }
+    }
+    bytes.truncate(len);
+    Ok(bytes.into())
+}
+
+fn write_own(open: &OwnFile, offset: u64, bytes: &[u8]) -> FsResult<usize> {
+    use rustix::io::ReadWriteFlags as Flags;
+    let mut flags = Flags::empty();
+    flags.set(Flags::APPEND, open.flags.append);
+    flags.set(Flags::DSYNC, open.flags.data_sync || open.flags.sync);
+    flags.set(Flags::SYNC, open.flags.sync);
+    let mut done = 0;
+    while done < bytes.len() {
+        let rest = [std::io::IoSlice::new(&bytes[done..])];
+        match rustix::io::pwritev2(&open.file, &rest, offset + done as u64, flags) {
+            Ok(0) => break,
+            Ok(n) => done += n,
+            Err(rustix::io::Errno::INTR) => {}
+            // What was written counts; the next write meets the error again.
+            Err(_) if done > 0 => break,
+            Err(e) => return Err(FsError::os("write", e)),
+        }
+    }
+    Ok(done)
+}
+
+fn sync(fd: impl AsFd, data_only: bool) -> FsResult<()> {
+    let synced = match data_only {
+        true => rustix::fs::fdatasync(fd),
+        false => rustix::fs::fsync(fd),
+    };
+    synced.map_err(|e| FsError::os("fsync", e))
 }

@@ -1,0 +1,70 @@
+//! Open files and directories.
+
+use super::readdir::OpenDir;
+use super::remote::RemoteFile;
+use super::types::{HandleId, OpenFlags};
+use crate::error::{FsError, FsResult, Kind};
+use dashmap::DashMap;
+use std::fs::File;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// An open file of an own location.
+#[derive(Debug)]
+pub(super) struct OwnFile {
+    pub file: Arc<File>,
+    pub flags: OpenFlags,
+}
+
+/// What a handle stands for.
+pub(super) enum Handle {
+    Own(OwnFile),
+    Remote(RemoteFile),
+    Dir(OpenDir),
+}
+
+/// Every open file and directory.
+#[derive(Default)]
+pub(super) struct Handles {
+    open: DashMap<HandleId, Arc<Handle>>,
+    last: AtomicU64,
+}
+
+impl Handles {
+    pub fn add(&self, handle: Handle) -> HandleId {
+        let id = HandleId(self.last.fetch_add(1, Ordering::Relaxed) + 1);
+        self.open.insert(id, Arc::new(handle));
+        id
+    }
+
+    pub fn get(&self, id: HandleId) -> FsResult<Arc<Handle>> {
+        let handle = self.open.get(&id).map(|h| Arc::clone(&h));
+        handle.ok_or_else(|| FsError::new(Kind::BadHandle, "use a handle that is not open"))
+    }
+
+    pub fn remove(&self, id: HandleId) -> Option<Arc<Handle>> {
+        self.open.remove(&id).map(|(_, handle)| handle)
+    }
+}
+
+impl Handle {
+    /// An own file: the only kind that can be changed.
+    pub fn own(&self) -> FsResult<&OwnFile> {
+        match self {
+            Self::Own(file) => Ok(file),
+            Self::Remote(_) => Err(FsError::new(Kind::BadHandle, "change a file open for reading")),
+            Self::Dir(_) => Err(is_a_directory()),
+        }
+    }
+
+    pub fn dir(&self) -> FsResult<&OpenDir> {
+        match self {
+            Self::Dir(dir) => Ok(dir),
+            _ => Err(FsError::new(Kind::NotADirectory, "list a file")),
+        }
+    }
+}
+
+pub(super) fn is_a_directory() -> FsError {
+    FsError::new(Kind::IsADirectory, "use a directory as a file")
+}
