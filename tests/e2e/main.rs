@@ -1,0 +1,13 @@
+//! The drive as a person has it: real daemons, real mounts, a real link.
+#![allow(missing_docs)]
+
+mod bad_input;
+mod bytes;
+mod gone_owner;
+mod liar;
+mod live;
+mod mend;
+mod names;
+mod own_files;
+mod strangers;
+mod tree;

@@ -1,0 +1,450 @@
+//! The first rows of the budgets, side by side in one run: the drive, the native file system, a
+//! bare Iroh stream on the same link. Started by `scripts/bench`; needs root.
+//!
+//! Every figure is the median of [`ROUNDS`]; what is compared alternates, so that a slow minute
+//! of the machine hits both.
+
+use anyhow::{Context, Result, ensure};
+use e2e::{Device, Lab, Need, files, peer, proc};
+use iroh::endpoint::Connection;
+use serde_json::{Value, json};
+use std::fs::{self, File};
+use std::io::Read;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+const ROUNDS: usize = 3;
+const MIB: u64 = 1 << 20;
+const ALPN: &[u8] = b"bench/stream";
+/// The addresses that the link's two ends have.
+const OWNER_IP: &str = "10.77.0.1";
+const LONG: Duration = Duration::from_secs(600);
+
+fn main() -> Result<()> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["serve", at] => serve(at.parse()?),
+        ["pull", key, at, bytes] => pull(key.parse()?, at.parse()?, bytes.parse()?),
+        _ => bench(args.iter().any(|arg| arg == "--json")),
+    }
+}
+
+/// One line of the table.
+struct Row {
+    work: &'static str,
+    /// What it is measured in, and whether more is better.
+    unit: &'static str,
+    /// What it is compared with, and its figure; `None` where the budget is absolute.
+    reference: Option<(&'static str, f64)>,
+    drive: f64,
+    /// From the budgets: a ratio where there is a reference, else a figure.
+    must: f64,
+}
+
+impl Row {
+    fn more_is_better(&self) -> bool {
+        self.unit.ends_with("/s") || self.unit == "Mbit/s"
+    }
+
+    /// What the budget speaks of.
+    fn measure(&self) -> f64 {
+        self.reference.map_or(self.drive, |(_, reference)| self.drive / reference)
+    }
+
+    fn met(&self) -> bool {
+        match self.more_is_better() {
+            true => self.measure() >= self.must,
+            false => self.measure() <= self.must,
+        }
+    }
+
+    fn json(&self) -> Value {
+        let (name, figure) = self.reference.unzip();
+        json!({
+            "work": self.work, "unit": self.unit, "drive": self.drive, "reference": name,
+            "reference_figure": figure, "must": self.must, "measure": self.measure(),
+            "met": self.met(),
+        })
+    }
+
+    fn print(&self) {
+        let (name, figure) = match self.reference {
+            Some((name, figure)) => (name, format!("{figure:.2}")),
+            None => ("", String::new()),
+        };
+        let ratio = self.reference.map_or(String::new(), |_| format!("{:.2} ×", self.measure()));
+        let sign = if self.more_is_better() { "≥" } else { "≤" };
+        let met = if self.met() { "met" } else { "MISSED" };
+        println!(
+            "{:<52} {:>7} {figure:>10} {name:<16} {:>10.2} {ratio:>8}  {sign} {:<6} {met}",
+            self.work, self.unit, self.drive, self.must
+        );
+    }
+}
+
+fn bench(as_json: bool) -> Result<()> {
+    let mut rows = Vec::new();
+    for part in [own_files, lan, far, many_entries] {
+        let began = Instant::now();
+        rows.extend(part()?);
+        eprintln!("{} rows, {:.0} s", rows.len(), began.elapsed().as_secs_f64());
+    }
+    if as_json {
+        let rows: Vec<Value> = rows.iter().map(Row::json).collect();
+        println!("{}", json!({ "rounds": ROUNDS, "rows": rows }));
+        return Ok(());
+    }
+    println!(
+        "{:<52} {:>7} {:>10} {:<16} {:>10} {:>8}  {:<8}",
+        "work", "unit", "reference", "", "drive", "ratio", "must be"
+    );
+    rows.iter().for_each(Row::print);
+    println!("medians of {ROUNDS}");
+    Ok(())
+}
+
+/// The median of both, measured in turns.
+fn side_by_side(
+    mut reference: impl FnMut() -> Result<f64>,
+    mut drive: impl FnMut() -> Result<f64>,
+) -> Result<(f64, f64)> {
+    let (mut theirs, mut ours) = (vec![], vec![]);
+    for _ in 0..ROUNDS {
+        theirs.push(reference()?);
+        ours.push(drive()?);
+    }
+    Ok((median(theirs), median(ours)))
+}
+
+fn median(mut figures: Vec<f64>) -> f64 {
+    figures.sort_by(f64::total_cmp);
+    figures[figures.len() / 2]
+}
+
+/// Reads a whole file; MiB/s.
+fn read_speed(path: &Path) -> Result<f64> {
+    let mut block = vec![0; MIB as usize];
+    let began = Instant::now();
+    let mut file = File::open(path).with_context(|| path.display().to_string())?;
+    let mut total = 0;
+    loop {
+        match file.read(&mut block)? {
+            0 => break,
+            n => total += n as u64,
+        }
+    }
+    ensure!(total > 0, "{} is empty", path.display());
+    Ok(total as f64 / MIB as f64 / began.elapsed().as_secs_f64())
+}
+
+fn cold_read_speed(path: &Path) -> Result<f64> {
+    files::drop_kernel_caches();
+    read_speed(path)
+}
+
+/// From `open` to the first byte; milliseconds.
+fn first_byte(path: &Path) -> Result<f64> {
+    let began = Instant::now();
+    File::open(path)?.read_exact(&mut [0])?;
+    Ok(began.elapsed().as_secs_f64() * 1e3)
+}
+
+/// `find -ls` of a tree; seconds.
+fn walk(folder: &Path) -> Result<f64> {
+    let finished = proc::run(Command::new("find").arg(folder).arg("-ls"), LONG).ok();
+    Ok(finished.took.as_secs_f64())
+}
+
+fn lab_or_reason(lab: Option<Lab>) -> Result<Lab> {
+    lab.context("this machine cannot run the benchmark; the line above says why")
+}
+
+/// A mount that the kernel remembers nothing of.
+fn fresh_mount(reader: &Device) {
+    let mountpoint = reader.mountpoint();
+    reader.sd(&["unmount".as_ref(), mountpoint.as_os_str()]).ok();
+    files::drop_kernel_caches();
+    reader.mount();
+}
+
+/// As if nothing had ever been read.
+fn forget_content(reader: &Device) {
+    let mountpoint = reader.mountpoint();
+    reader.sd(&["unmount".as_ref(), mountpoint.as_os_str()]).ok();
+    reader.sd(&["cache", "clear", "--yes"]).ok();
+    files::drop_kernel_caches();
+    reader.mount();
+}
+
+fn own_files() -> Result<Vec<Row>> {
+    let lab = lab_or_reason(Lab::local(&[Need::Root, Need::Fuse]))?;
+    let folder = lab.folder("location");
+    let file = folder.join("file");
+    files::random_file(&file, 1024 * MIB, 1);
+    let device = lab.device("solo");
+    device.sd(&["library", "create", "home", "--device-name", "solo"]).ok();
+    device.share(&folder, "files");
+    device.mount();
+    let mounted = device.at("solo/files/file");
+    eprintln!("passthrough: {}", device.status()["mounts"][0]["passthrough"]);
+    let cold = side_by_side(|| cold_read_speed(&file), || cold_read_speed(&mounted))?;
+    let warm = side_by_side(|| read_speed(&file), || read_speed(&mounted))?;
+    let row = |work, (native, drive)| Row {
+        work,
+        unit: "MiB/s",
+        reference: Some(("native", native)),
+        drive,
+        must: 0.9,
+    };
+    Ok(vec![
+        row("read 1 GiB of own files through the mount, cold", cold),
+        row("read 1 GiB of own files through the mount, warm", warm),
+    ])
+}
+
+fn lan() -> Result<Vec<Row>> {
+    let lab = lab_or_reason(Lab::lan(&[Need::Root, Need::Fuse]))?;
+    let source = lab.folder("source");
+    files::real_tree(&source.join("tree"), 20_000);
+    let size = 512 * MIB;
+    files::random_file(&source.join("big"), size, 2);
+    for n in 0..16 {
+        files::random_file(&source.join(format!("small-{n}")), 16 * MIB, n);
+    }
+    let (owner, reader) = lab.owner_and_reader(&source);
+    reader.wait_replicated(&owner, "files");
+    let mounted = reader.at("owner/files");
+
+    let mut stream = BareStream::start(&owner, &reader)?;
+    let (bare, cold) = side_by_side(
+        || stream.speed(size),
+        || {
+            forget_content(&reader);
+            read_speed(&mounted.join("big"))
+        },
+    )?;
+    let native_file = source.join("big");
+    let again =
+        side_by_side(|| cold_read_speed(&native_file), || cold_read_speed(&mounted.join("big")))?;
+    let walks = side_by_side(
+        || {
+            files::drop_kernel_caches();
+            walk(&source.join("tree"))
+        },
+        || {
+            fresh_mount(&reader);
+            walk(&mounted.join("tree"))
+        },
+    )?;
+    let warm = side_by_side(|| walk(&source.join("tree")), || walk(&mounted.join("tree")))?;
+    let rtt_ms = stream.rtt_ms()?;
+    forget_content(&reader);
+    let first = median_of(16, |n| first_byte(&mounted.join(format!("small-{n}"))))?;
+    Ok(vec![
+        Row {
+            work: "first read of a remote file of 512 MiB, LAN",
+            unit: "MiB/s",
+            reference: Some(("bare Iroh stream", bare)),
+            drive: cold,
+            must: 0.75,
+        },
+        Row {
+            work: "the same again, cached, page cache dropped",
+            unit: "MiB/s",
+            reference: Some(("native, cold", again.0)),
+            drive: again.1,
+            must: 0.9,
+        },
+        Row {
+            work: "find -ls of 20,000 remote files, fresh mount",
+            unit: "s",
+            reference: Some(("native, cold", walks.0)),
+            drive: walks.1,
+            must: 1.3,
+        },
+        Row {
+            work: "find -ls of them again",
+            unit: "s",
+            reference: Some(("native, warm", warm.0)),
+            drive: warm.1,
+            must: 1.3,
+        },
+        Row {
+            work: "first byte of an uncached remote file, LAN",
+            unit: "ms",
+            reference: None,
+            drive: first,
+            must: 2.0 * rtt_ms + 5.0,
+        },
+    ])
+}
+
+fn median_of(rounds: usize, mut figure: impl FnMut(usize) -> Result<f64>) -> Result<f64> {
+    Ok(median((0..rounds).map(&mut figure).collect::<Result<_>>()?))
+}
+
+fn far() -> Result<Vec<Row>> {
+    let rate = 200.0;
+    let options = ["--delay", "10", "--rate", "200"];
+    let lab = lab_or_reason(Lab::emulated(&[Need::Root, Need::Fuse], &options))?;
+    let source = lab.folder("source");
+    files::random_file(&source.join("big"), 100 * MIB, 3);
+    for n in 0..16 {
+        files::random_file(&source.join(format!("small-{n}")), 16 * MIB, n);
+    }
+    let (owner, reader) = lab.owner_and_reader(&source);
+    reader.wait_replicated(&owner, "files");
+    let mounted = reader.at("owner/files");
+    let first = median_of(16, |n| first_byte(&mounted.join(format!("small-{n}"))))?;
+    let speed = median_of(ROUNDS, |_| {
+        forget_content(&reader);
+        Ok(read_speed(&mounted.join("big"))? * MIB as f64 * 8.0 / 1e6)
+    })?;
+    Ok(vec![
+        Row {
+            work: "first read of a remote file, 20 ms, 200 Mbit/s",
+            unit: "Mbit/s",
+            reference: Some(("line rate", rate)),
+            drive: speed,
+            must: 0.85,
+        },
+        Row {
+            work: "first byte of an uncached remote file, 20 ms",
+            unit: "ms",
+            reference: None,
+            drive: first,
+            must: 45.0,
+        },
+    ])
+}
+
+fn many_entries() -> Result<Vec<Row>> {
+    let lab = lab_or_reason(Lab::lan(&[Need::Root, Need::Fuse]))?;
+    let source = lab.folder("source");
+    for directory in 0..200 {
+        let directory = source.join(format!("{directory}"));
+        fs::create_dir(&directory)?;
+        for file in 0..1000 {
+            File::create(directory.join(format!("file-{file}")))?;
+        }
+    }
+    let (owner, reader) = lab.owner_and_reader(&source);
+    reader.wait_replicated(&owner, "files");
+    let mib = |bytes: u64| bytes as f64 / MIB as f64;
+    let idle = [&owner, &reader].map(|device| mib(device.memory().1));
+    walk(&reader.at("owner/files"))?;
+    let peak = [&owner, &reader].map(|device| mib(device.memory().0));
+    let row = |work, drive, must| Row { work, unit: "MiB", reference: None, drive, must };
+    // The budget is for a million entries; a fifth of them has no excuse to need more.
+    Ok(vec![
+        row("memory of the owner, 200,000 entries, idle", idle[0], 150.0),
+        row("memory of the reader, 200,000 entries, idle", idle[1], 150.0),
+        row("peak memory of the owner, after the scan", peak[0], 300.0),
+        row("peak memory of the reader, after find -ls", peak[1], 300.0),
+    ])
+}
+
+/// A stream of Iroh alone between the two ends of a link: the server runs beside the owner, the
+/// client beside the reader, each a process of its own as the daemons are.
+struct BareStream<'a> {
+    reader: &'a Device,
+    server: std::process::Child,
+    address: SocketAddr,
+    key: String,
+}
+
+impl<'a> BareStream<'a> {
+    fn start(owner: &Device, reader: &'a Device) -> Result<Self> {
+        let address: SocketAddr = format!("{OWNER_IP}:7999").parse()?;
+        let mut command = owner.command(std::env::current_exe()?);
+        command.arg("serve").arg(address.to_string()).stdout(std::process::Stdio::piped());
+        let mut stream =
+            Self { reader, server: proc::spawn(&mut command), address, key: String::new() };
+        let stdout = stream.server.stdout.take().context("a pipe")?;
+        let mut lines = std::io::BufReader::new(stdout);
+        std::io::BufRead::read_line(&mut lines, &mut stream.key)?;
+        stream.key.truncate(stream.key.trim_end().len());
+        Ok(stream)
+    }
+
+    /// MiB/s of one stream.
+    fn speed(&mut self, bytes: u64) -> Result<f64> {
+        Ok(bytes as f64 / MIB as f64 / self.seconds(bytes)?)
+    }
+
+    fn rtt_ms(&mut self) -> Result<f64> {
+        Ok(median_of(ROUNDS, |_| self.seconds(1))? * 1e3)
+    }
+
+    fn seconds(&mut self, bytes: u64) -> Result<f64> {
+        let mut command = self.reader.command(std::env::current_exe()?);
+        command.args(["pull", &self.key, &self.address.to_string(), &bytes.to_string()]);
+        Ok(proc::run(&mut command, LONG).ok().text().trim().parse()?)
+    }
+}
+
+impl Drop for BareStream<'_> {
+    fn drop(&mut self) {
+        let _ = self.server.kill();
+        let _ = self.server.wait();
+    }
+}
+
+#[tokio::main]
+async fn serve(at: SocketAddr) -> Result<()> {
+    let endpoint = peer::endpoint(peer::new_key(), at, &[ALPN]).await;
+    println!("{}", endpoint.id());
+    while let Some(incoming) = endpoint.accept().await {
+        let Ok(connection) = incoming.await else { continue };
+        tokio::spawn(async move { send_all(connection).await });
+    }
+    Ok(())
+}
+
+/// Answers each stream with as many bytes as it asks for.
+async fn send_all(connection: Connection) -> Result<()> {
+    let block = bytes::Bytes::from(vec![7; 256 << 10]);
+    loop {
+        let (mut send, mut receive) = connection.accept_bi().await?;
+        let mut wanted = [0; 8];
+        receive.read_exact(&mut wanted).await?;
+        let mut left = u64::from_le_bytes(wanted);
+        while left > 0 {
+            let part = left.min(block.len() as u64);
+            send.write_chunk(block.slice(..part as usize)).await?;
+            left -= part;
+        }
+        send.finish()?;
+    }
+}
+
+/// Prints the seconds that one stream took on a connection that was already there.
+#[tokio::main]
+async fn pull(key: iroh::PublicKey, at: SocketAddr, bytes: u64) -> Result<()> {
+    let any = SocketAddr::from(([0, 0, 0, 0], 0));
+    let endpoint = peer::endpoint(peer::new_key(), any, &[]).await;
+    let connection = peer::connect(&endpoint, key, at, ALPN).await.context("no connection")?;
+    // Opens the congestion window, as the daemons' long-lived connection has.
+    for _ in 0..3 {
+        receive_all(&connection, bytes.min(8 * MIB)).await?;
+    }
+    let began = Instant::now();
+    receive_all(&connection, bytes).await?;
+    println!("{}", began.elapsed().as_secs_f64());
+    endpoint.close().await;
+    Ok(())
+}
+
+async fn receive_all(connection: &Connection, bytes: u64) -> Result<()> {
+    let (mut send, mut receive) = connection.open_bi().await?;
+    send.write_all(&bytes.to_le_bytes()).await?;
+    send.finish()?;
+    let mut total = 0;
+    while let Some(chunk) = receive.read_chunk(1 << 20).await? {
+        total += chunk.len() as u64;
+    }
+    ensure!(total == bytes, "{total} of {bytes} bytes");
+    Ok(())
+}

@@ -1,0 +1,77 @@
+//! One test at a time has the machine, and says what it needs of it.
+
+use rustix::fs::{FlockOperation, flock};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+/// What a test needs that not every machine gives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// The user is root.
+    Root,
+    /// `/dev/fuse` and `fusermount3`.
+    Fuse,
+    /// Network namespaces with a link: root, `/dev/net/tun`, a C compiler, `nsenter`.
+    Namespaces,
+    /// Loop devices and `mkfs.ext4`.
+    LoopDevices,
+}
+
+impl Need {
+    fn missing(self) -> Option<String> {
+        match self {
+            Self::Root => (!rustix::process::geteuid().is_root()).then(|| "not root".into()),
+            Self::Fuse => missing_path("/dev/fuse").or_else(|| missing_program("fusermount3")),
+            Self::Namespaces => Self::Root
+                .missing()
+                .or_else(|| missing_path("/dev/net/tun"))
+                .or_else(|| missing_program("cc"))
+                .or_else(|| missing_program("nsenter")),
+            Self::LoopDevices => Self::Root
+                .missing()
+                .or_else(|| missing_path("/dev/loop-control"))
+                .or_else(|| missing_program("mkfs.ext4")),
+        }
+    }
+}
+
+fn missing_path(path: &str) -> Option<String> {
+    (!Path::new(path).exists()).then(|| format!("no {path}"))
+}
+
+fn missing_program(name: &str) -> Option<String> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let system = ["/usr/sbin", "/sbin"].map(PathBuf::from);
+    let found = std::env::split_paths(&path).chain(system).any(|dir| dir.join(name).exists());
+    (!found).then(|| format!("no {name}"))
+}
+
+/// The right to use the machine; given back when dropped.
+#[derive(Debug)]
+pub struct Machine {
+    _lock: File,
+}
+
+/// Waits for the machine. `None`, with a line that says why, when it lacks something and
+/// `SD_TEST_REQUIRE=all` does not forbid that.
+pub fn machine(needs: &[Need]) -> Option<Machine> {
+    if let Some(reason) = needs.iter().find_map(|need| need.missing()) {
+        let required = std::env::var("SD_TEST_REQUIRE").is_ok_and(|v| v == "all");
+        assert!(!required, "this test cannot run here: {reason}");
+        eprintln!("skipped: {reason}");
+        return None;
+    }
+    let lock = File::create(work_dir().join("sd-e2e.lock")).expect("the lock file");
+    flock(&lock, FlockOperation::LockExclusive).expect("the machine's lock");
+    Some(Machine { _lock: lock })
+}
+
+/// Where tests keep their files: on a disk, not in memory, for the 10 GiB file and for xattrs.
+pub fn work_dir() -> PathBuf {
+    std::env::var_os("SD_TEST_DIR").map_or_else(|| "/var/tmp".into(), PathBuf::from)
+}
+
+/// Whether the longer versions of tests were asked for (`scripts/test --long`).
+pub fn long() -> bool {
+    std::env::var_os("SD_TEST_LONG").is_some()
+}
