@@ -132,7 +132,7 @@ impl Core {
         }
     }
 
-    fn note(&self, hint: Hint) {
+    pub(super) fn note(&self, hint: Hint) {
         let mut hints = lock(&self.hints);
         match hint {
             Hint::Names(no, dir, name) => hints.note((no, dir), Some(name), true, true),

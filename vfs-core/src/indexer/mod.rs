@@ -43,6 +43,8 @@ pub struct IndexerConfig {
     pub hash_threads: usize,
     /// A file is hashed only when it was left alone for this long.
     pub settle: Duration,
+    /// Whether to watch for changes; without it they are seen by rescans only.
+    pub watch: bool,
     /// How often the folder of each location is looked for.
     pub root_check: Duration,
     /// How long after a whole scan a location that cannot be fully watched is scanned again, at least.
@@ -55,6 +57,7 @@ impl Default for IndexerConfig {
             scan_threads: 2,
             hash_threads: 2,
             settle: Duration::from_millis(500),
+            watch: true,
             root_check: Duration::from_secs(1),
             rescan_after: Duration::from_secs(60),
         }
@@ -113,7 +116,7 @@ struct Core {
     index: Index,
     manifests: Arc<Manifests>,
     config: IndexerConfig,
-    /// `None` when the system refuses one: everything is then seen by rescans only.
+    /// `None` when it is not wanted, or the system refuses one: everything is then seen by rescans only.
     watcher: Option<Watcher>,
     places: RwLock<BTreeMap<LocationNo, Arc<Place>>>,
     hints: Mutex<Hints>,
@@ -365,3 +368,6 @@ fn lower_priority(nice: i32) {
         tracing::debug!("the priority stays: {e}");
     }
 }
+
+#[cfg(test)]
+mod tests;

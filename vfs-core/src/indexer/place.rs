@@ -195,11 +195,11 @@ impl Degraded {
         self.rescan_at = self.unwatched.as_ref().map(|_| next);
     }
 
-    pub fn add_unwatched(&mut self, why: String) {
+    /// `next`: when to begin a pass, if none is planned yet.
+    pub fn add_unwatched(&mut self, why: String, next: Instant) {
         let count = self.unwatched.as_ref().map_or(0, |(n, _)| *n);
         self.unwatched = Some((count + 1, why));
-        // Also when no pass is going on: the directory came later.
-        self.rescan_at.get_or_insert_with(|| Instant::now() + Duration::from_secs(60));
+        self.rescan_at.get_or_insert(next);
     }
 
     pub fn reason(&self) -> Option<String> {

@@ -231,10 +231,12 @@ impl Core {
     fn watch_directory(&self, place: &Place, dir: FileId, open: &OwnedFd) {
         let watching = match &self.watcher {
             Some(watcher) => watcher.add(place.no, dir, open.as_fd()),
+            None if !self.config.watch => Err("watching is switched off".to_owned()),
             None => Err("the system gives no inotify instance".to_owned()),
         };
         if let Err(why) = watching {
-            lock(&place.degraded).add_unwatched(why);
+            let next = Instant::now() + place.config.rescan_after;
+            lock(&place.degraded).add_unwatched(why, next);
         }
     }
 

@@ -44,7 +44,7 @@ impl Core {
         if lock(&place.sweep_at).is_some_and(|at| at <= now) && !scanning() {
             self.sweep(place);
         }
-        if lock(&place.degraded).rescan_at.is_some_and(|at| at <= now) {
+        if lock(&place.degraded).rescan_at.is_some_and(|at| at <= now) && !place.is_scanning() {
             self.begin_pass(place);
         }
         if place.retry_due(now, RETRY_EVERY) {
