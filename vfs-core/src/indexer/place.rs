@@ -175,14 +175,16 @@ pub(super) struct Degraded {
     /// Events were lost; a whole scan that began later mends it.
     pub lost_events: Option<String>,
     /// Directories without a watch, and why the last of them has none.
-    pub unwatched: Option<(u64, String)>,
+    unwatched: Option<(u64, String)>,
+    /// The same as it was before the pass that is going on.
+    unwatched_before: Option<(u64, String)>,
     /// When to scan everything again, while there are such directories.
     pub rescan_at: Option<Instant>,
 }
 
 impl Degraded {
     pub fn begin_pass(&mut self) {
-        self.unwatched = None;
+        self.unwatched_before = self.unwatched.take();
         self.rescan_at = None;
     }
 
@@ -192,6 +194,7 @@ impl Degraded {
         if !again {
             self.lost_events = None;
         }
+        self.unwatched_before = None;
         self.rescan_at = self.unwatched.as_ref().map(|_| next);
     }
 
@@ -203,10 +206,8 @@ impl Degraded {
     }
 
     pub fn reason(&self) -> Option<String> {
-        let unwatched = self
-            .unwatched
-            .as_ref()
-            .map(|(n, why)| format!("{n} directories are not watched: {why}"));
+        let unwatched = self.unwatched.as_ref().or(self.unwatched_before.as_ref());
+        let unwatched = unwatched.map(|(n, why)| format!("{n} directories are not watched: {why}"));
         self.lost_events.clone().or(unwatched)
     }
 }

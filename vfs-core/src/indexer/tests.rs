@@ -102,7 +102,7 @@ impl Device {
         }
         while let Some((path, dir)) = open.pop() {
             view.children(self.no, dir, None, &mut |name, entry| {
-                let path = path.join(name);
+                let path = path.join(std::ffi::OsStr::from_bytes(name.as_bytes()));
                 if entry.attr.file_type == FileType::Directory {
                     open.push((path.clone(), entry.file_id));
                 }
@@ -480,7 +480,7 @@ fn without_watches_everything_is_rescanned() {
     let device = Device::new(IndexerConfig { watch: false, ..quick() });
     populate(&device.at(""), 3, 3);
     device.start();
-    assert!(matches!(device.progress().watch, Watch::Degraded(_)));
+    assert!(matches!(device.progress().watch, Watch::Degraded(_)), "{:?}", device.progress());
     fs::write(device.at("later"), b"later").unwrap();
     fs::remove_dir_all(device.at("d1")).unwrap();
     device.follows();
