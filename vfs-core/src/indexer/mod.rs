@@ -172,8 +172,9 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 impl Indexer {
     /// Starts the threads; no location is looked at before [`Self::watch`].
     pub fn start(index: Index, manifests: Arc<Manifests>, config: IndexerConfig) -> Arc<Self> {
-        let watcher =
-            Watcher::new().inspect_err(|e| tracing::warn!("changes cannot be watched: {e}")).ok();
+        let watcher = config.watch.then(Watcher::new).and_then(|created| {
+            created.inspect_err(|e| tracing::warn!("changes cannot be watched: {e}")).ok()
+        });
         let core = Arc::new(Core {
             index,
             manifests,
