@@ -36,6 +36,13 @@ mod sweep;
 mod tx;
 mod view;
 
+#[cfg(test)]
+mod model_tests;
+#[cfg(test)]
+mod suite;
+#[cfg(test)]
+mod tests;
+
 use crate::changes::Feed;
 use crate::error::{FsError, Kind};
 use crate::model::{Attr, DeviceId, Entry, FileId, LocationId, LocationNo, Name, Seq};
@@ -47,6 +54,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tx::Tx;
 
+pub use redb::RedbStore;
+#[cfg(feature = "sled")]
+pub use sled::SledStore;
 pub use store::{
     Batch, Durability, FORMAT, OpenedStore, Snapshot, Store, StoreError, Table, Visit, open_store,
 };
