@@ -218,10 +218,11 @@ impl Indexer {
 
     /// Scans every directory of the location again.
     pub fn rescan(&self, location: LocationNo) {
-        if let Some(place) = self.core.place(location) {
-            if self.core.open(&place, true).is_ok() {
-                self.core.begin_pass(&place);
-            }
+        let Some(place) = self.core.place(location) else { return };
+        match place.root() {
+            Ok(_) => self.core.begin_pass(&place),
+            // Found again, it is scanned; why it is not shows in the progress.
+            Err(_) => drop(self.core.open(&place, true)),
         }
     }
 

@@ -26,6 +26,10 @@ impl Core {
         while let Some(()) = self.tend_work.wait(self, |core, due| is_due(core, next, due)) {
             next = Instant::now() + self.config.root_check;
             self.places().iter().for_each(|place| self.tend(place));
+            // What was committed last is otherwise durable only with the next change.
+            if let Err(e) = self.index.flush() {
+                tracing::warn!("the index could not be written: {e}");
+            }
         }
     }
 

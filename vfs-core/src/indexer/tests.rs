@@ -395,7 +395,7 @@ fn a_directory_that_cannot_be_read_keeps_its_rows() {
     let before = device.rows();
     let dir = device.entry("d1/e1").unwrap().file_id;
     let place = device.indexer.core.place(device.no).unwrap();
-    fs::set_permissions(device.at("d1/e1"), fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(device.at("d1/e1"), fs::Permissions::from_mode(0o000)).unwrap();
     let failed = std::thread::scope(|scope| {
         let scan = || {
             if rustix::process::geteuid().is_root() {

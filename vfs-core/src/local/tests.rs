@@ -54,7 +54,7 @@ fn every_type_is_listed_with_its_attributes() {
     symlink("/etc/passwd", at("out")).unwrap();
     make_node(&at("fifo"), rustix::fs::FileType::Fifo);
     make_node(&at("socket"), rustix::fs::FileType::Socket);
-    let sparse = fs::File::create(at("sparse")).unwrap();
+    let sparse = File::create(at("sparse")).unwrap();
     sparse.set_len(10 << 30).unwrap();
     sparse.write_all_at(b"end", (10 << 30) - 3).unwrap();
 
