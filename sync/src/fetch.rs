@@ -28,7 +28,7 @@ pub(crate) struct Source(pub(crate) Arc<Shared>);
 
 impl ContentSource for Source {
     fn is_reachable(&self, device: DeviceId) -> bool {
-        self.0.peer(device).is_some_and(|p| p.is_reachable())
+        self.0.is_peer(device) && self.0.peer(device).is_some_and(|p| p.is_reachable())
     }
 
     fn fetch<'a>(

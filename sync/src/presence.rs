@@ -528,7 +528,7 @@ pub(crate) fn status(shared: &Shared) -> Vec<PeerStatus> {
     others
         .map(|member| {
             let peer = shared.peer(member.id);
-            let online = peer.as_ref().is_some_and(|p| p.is_online());
+            let online = shared.is_peer(member.id) && peer.as_ref().is_some_and(|p| p.is_online());
             let link = peer.as_ref().and_then(|p| p.link());
             let knowledge = peer.as_ref().map(|p| p.knowledge());
             let heads = knowledge.as_ref().map(|k| &k.heads);

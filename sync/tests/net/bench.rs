@@ -39,7 +39,7 @@ async fn measure() {
     };
     let mut times = vec![];
     for n in 0..2000u64 {
-        let start = (n * 7919) % (FILE_BYTES as u64 >> 16) << 16;
+        let start = (n * 7919) % (FILE_BYTES as u64 >> 16) * (64 << 10);
         let from = Instant::now();
         fetch(start, 64 << 10).await;
         times.push(from.elapsed());
