@@ -268,22 +268,25 @@ fn reached_at(link: &Link) -> Vec<SocketAddr> {
 pub(crate) async fn keep(shared: Arc<Shared>) {
     let mut changes = shared.members.subscribe();
     let mut tasks = JoinSet::new();
-    let mut diallers: HashMap<DeviceId, AbortHandle> = HashMap::new();
+    let mut diallers: HashMap<DeviceId, (Arc<Peer>, AbortHandle)> = HashMap::new();
     loop {
         changes.mark_unchanged();
         enforce(&shared);
-        let members: Vec<_> =
-            shared.library.state().active().map(|m| m.id).filter(|m| shared.is_peer(*m)).collect();
-        diallers.retain(|id, task| {
-            let stays = members.contains(id) && shared.peers().contains_key(id);
+        let members: Vec<_> = shared.library.state().active().map(|m| m.id).collect();
+        let peers: HashMap<_, _> =
+            members.into_iter().filter_map(|id| Some((id, shared.member_peer(id)?))).collect();
+        diallers.retain(|id, (peer, task)| {
+            // Removed and admitted again it is another peer.
+            let stays = peers.get(id).is_some_and(|now| Arc::ptr_eq(now, peer));
             if !stays {
                 task.abort();
             }
             stays
         });
-        for id in members {
-            let peer = shared.peers().entry(id).or_insert_with(|| Peer::new(id)).clone();
-            diallers.entry(id).or_insert_with(|| tasks.spawn(presence::keep(shared.clone(), peer)));
+        for (id, peer) in peers {
+            diallers.entry(id).or_insert_with(|| {
+                (peer.clone(), tasks.spawn(presence::keep(shared.clone(), peer)))
+            });
         }
         while tasks.try_join_next().is_some() {}
         drop_strangers_rows(&shared).await;

@@ -170,6 +170,11 @@ impl Shared {
         self.peers().get(&id).cloned()
     }
 
+    /// The same, made when it is a member whose task has not begun yet.
+    pub(crate) fn member_peer(&self, id: DeviceId) -> Option<Arc<Peer>> {
+        self.is_peer(id).then(|| self.peers().entry(id).or_insert_with(|| Peer::new(id)).clone())
+    }
+
     /// Whether this device may talk with that one as a member: both are.
     pub(crate) fn is_peer(&self, id: DeviceId) -> bool {
         id != self.me

@@ -400,11 +400,8 @@ fn hello(shared: &Shared) -> Hello {
 /// A device connected and claims to be a member.
 pub(crate) async fn accepted(shared: Arc<Shared>, connection: Connection) {
     let id = DeviceId(*connection.remote_id().as_bytes());
-    if !shared.is_peer(id) {
+    let Some(peer) = shared.member_peer(id) else {
         return members::turn_away(&shared, id, &connection);
-    }
-    let Some(peer) = shared.peer(id) else {
-        return connection.close(close::BYE.into(), b"");
     };
     match timeout(HELLO, welcome(&shared, &peer, &connection)).await {
         Ok(Ok((link, hello))) => live(&shared, &peer, &link, hello).await,
