@@ -2,6 +2,7 @@
 //! disk, and a peer's location that exists as rows of the index and bytes of a
 //! source that can be switched off.
 
+mod own;
 mod remote;
 mod top;
 
@@ -14,7 +15,7 @@ use crate::model::{Attr, ContentId, DeviceId, Entry, FileId, LocationId, Seq, Ti
 use crate::source::{BoxFuture, ContentSource, FetchError, Fetched, Version};
 use std::collections::HashMap;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -324,10 +325,6 @@ fn wait_until(what: &str, condition: impl Fn() -> bool) {
         assert!(Instant::now() < deadline, "waited in vain until {what}");
         std::thread::sleep(Duration::from_millis(2));
     }
-}
-
-fn disk_ino(path: &Path) -> u64 {
-    std::os::unix::fs::MetadataExt::ino(&std::fs::symlink_metadata(path).unwrap())
 }
 
 const WRITE: OpenFlags = OpenFlags { write: true, read: false, ..OpenFlags::READ };
