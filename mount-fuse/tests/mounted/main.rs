@@ -1,0 +1,6 @@
+//! The drive through a real mount. One program, so that it is linked once.
+
+mod common;
+mod files;
+mod remote;
+mod session;
