@@ -17,6 +17,7 @@
 
 pub mod error;
 mod fetch;
+mod identity;
 mod members;
 pub mod node;
 pub mod pair;
@@ -26,6 +27,7 @@ mod serve;
 pub mod wire;
 
 pub use error::SyncError;
+pub use identity::device_id;
 pub use node::{
     Invitation, Joined, Node, NodeConfig, Parts, Path, PeerStatus, PendingJoin, Replica,
 };

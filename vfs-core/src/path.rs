@@ -25,6 +25,26 @@ pub enum SdPath {
     Content(ContentId),
 }
 
+impl SdPath {
+    /// The address of an entry of this directory; of the root, of a device whose name is UTF-8.
+    pub fn child(&self, name: &Name) -> Self {
+        match self {
+            Self::Root => {
+                Self::File { device: name.display().into_owned(), location: None, path: vec![] }
+            }
+            Self::File { device, location: None, .. } => {
+                let location = Some(name.display().into_owned());
+                Self::File { device: device.clone(), location, path: vec![] }
+            }
+            Self::File { device, location, path } => {
+                let path = path.iter().chain([name]).cloned().collect();
+                Self::File { device: device.clone(), location: location.clone(), path }
+            }
+            Self::Content(id) => Self::Content(*id),
+        }
+    }
+}
+
 /// Why a text is not an address.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum SdPathError {

@@ -1,0 +1,109 @@
+//! One request, one function.
+
+use super::parts::{Daemon, blocking};
+use super::serve::Link;
+use crate::control::Request;
+use crate::failure::{Code, Failure, Outcome};
+use crate::reply::{CacheStatus, Cleared, Stopped};
+use serde::Serialize;
+use serde_json::Value;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Answers a request; events on the way go through `link`.
+pub async fn handle(daemon: Arc<Daemon>, request: Request, mut link: Link) -> Outcome<Value> {
+    match request {
+        Request::LibraryCreate { name, device_name } => {
+            document(blocking(move || daemon.create_library(&name, device_name.as_deref())).await?)
+        }
+        Request::LibraryInfo => document(daemon.library_info()?),
+        Request::Invite { expires_s, wait } => {
+            document(daemon.invite(Duration::from_secs(expires_s), wait, &link).await?)
+        }
+        Request::Join { ticket, device_name } => {
+            document(daemon.join(&ticket, device_name.as_deref(), &mut link).await?)
+        }
+        Request::DeviceRename { old, new } => {
+            document(blocking(move || daemon.rename_device(old.as_deref(), &new)).await?)
+        }
+        Request::DeviceRemove { device, dry_run } => {
+            document(daemon.remove_device(&device, dry_run).await?)
+        }
+        Request::LocationAdd(new) => document(daemon.add_location(new, &link).await?),
+        Request::LocationRemove { name, dry_run } => {
+            document(blocking(move || daemon.remove_location(&name, dry_run)).await?)
+        }
+        Request::LocationRescan { name, wait } => {
+            document(daemon.rescan_location(&name, wait, &link).await?)
+        }
+        Request::Mount { mountpoint, home, read_only, allow_other } => {
+            let (mountpoint, home) = (mountpoint.map(Into::into), home.map(Into::into));
+            let mounted = move || daemon.mount(mountpoint, home, read_only, allow_other);
+            document(blocking(mounted).await?)
+        }
+        Request::Unmount { mountpoint, force } => {
+            let mountpoint = mountpoint.map(Into::into);
+            document(blocking(move || daemon.unmount(mountpoint, force)).await?)
+        }
+        Request::Status => document(blocking(move || Ok(daemon.status())).await?),
+        Request::List { target, recursive } => {
+            document(blocking(move || daemon.list(&target, recursive, &link)).await?)
+        }
+        Request::Tree { target, levels } => {
+            document(blocking(move || daemon.tree(&target, levels, &link)).await?)
+        }
+        Request::Info { target } => document(blocking(move || daemon.info(&target)).await?),
+        Request::CacheClear { dry_run } => {
+            document(blocking(move || Ok(daemon.clear_cache(dry_run))).await?)
+        }
+        Request::CacheLimit { bytes } => {
+            document(blocking(move || Ok(daemon.limit_cache(bytes))).await?)
+        }
+        Request::Repair => document(blocking(move || Ok(daemon.repair())).await?),
+        Request::Stop { force } => document(daemon.stop(force).await?),
+    }
+}
+
+fn document(reply: impl Serialize) -> Outcome<Value> {
+    serde_json::to_value(reply).map_err(|e| Failure::new(Code::Internal, e.to_string()))
+}
+
+impl Daemon {
+    fn clear_cache(&self, dry_run: bool) -> Cleared {
+        let freed_bytes = match dry_run {
+            true => self.cache.stats().bytes,
+            false => self.cache.clear(),
+        };
+        Cleared { freed_bytes }
+    }
+
+    fn limit_cache(&self, bytes: Option<u64>) -> CacheStatus {
+        if let Some(bytes) = bytes {
+            self.cache.set_limit(bytes);
+        }
+        self.cache_status()
+    }
+
+    /// Stops unless a mount is in use; `force` detaches such a mount.
+    async fn stop(self: &Arc<Self>, force: bool) -> Outcome<Stopped> {
+        let remains = match force {
+            true => self.unmount_all().await,
+            false => {
+                self.unmount_idle().await?;
+                Vec::new()
+            }
+        };
+        self.request_stop();
+        Ok(Stopped { pid: Some(std::process::id()), remains })
+    }
+
+    /// Mends what can be mended while the daemon runs; says what was done.
+    fn repair(&self) -> Vec<String> {
+        let mut done = self.mend_recorded();
+        for location in self.index.locations().iter().filter(|l| l.owner == self.me) {
+            self.indexer.rescan(location.no);
+            done.push(format!("comparing the location “{}” with the disk again", location.name));
+        }
+        done
+    }
+}

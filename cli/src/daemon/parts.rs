@@ -1,0 +1,244 @@
+//! What a daemon is made of, and how the parts are joined.
+//!
+//! Order of making: identity, library, index, indexer, own files, network,
+//! cache, content. Closing goes the other way round: mounts, network, indexer,
+//! index, so that nothing writes into what is closed already.
+
+use super::mounts::Mounts;
+use crate::config::Config;
+use crate::data_dir::DataDir;
+use crate::failure::{Code, Failure, Outcome};
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use sync::{Node, NodeConfig, Parts, SyncError};
+use tokio::sync::watch;
+use vfs_core::content::{Cache, Content, ContentConfig, Manifests, OwnFiles};
+use vfs_core::index::{Index, IndexError, NewLocation, StoreError, open_store};
+use vfs_core::indexer::{Indexer, IndexerConfig};
+use vfs_core::library::{Library, LibraryError, OwnLocation};
+use vfs_core::model::{DeviceId, Location, Time};
+
+/// The automatic limit of the cache: a tenth of its disk, at most this.
+const AUTOMATIC_CACHE_BYTES: u64 = 50 << 30;
+
+/// One device, running.
+pub struct Daemon {
+    pub dir: DataDir,
+    pub config: Config,
+    pub me: DeviceId,
+    pub library: Arc<Library>,
+    pub index: Index,
+    pub indexer: Arc<Indexer>,
+    pub node: Arc<Node>,
+    pub cache: Arc<Cache>,
+    pub content: Arc<Content>,
+    pub mounts: Mounts,
+    pub runtime: tokio::runtime::Handle,
+    pub started: Time,
+    /// Where a corrupt index was set aside at this start.
+    pub set_aside: Option<PathBuf>,
+    stop: watch::Sender<bool>,
+}
+
+impl Daemon {
+    /// Opens everything; own locations are watched from now on.
+    pub async fn open(dir: &DataDir, config: &Config) -> Outcome<Arc<Self>> {
+        let secret_key = identity(dir)?;
+        let me = sync::device_id(&secret_key);
+        let library = Arc::new(Library::open(&dir.library()).map_err(library_failure)?);
+        let opened = open_store(&dir.subdirectory(dir.index())?).map_err(store_failure)?;
+        let index = Index::open(opened.store, me).map_err(index_failure)?;
+        let manifests = Manifests::open(&dir.subdirectory(dir.manifests())?)
+            .map_err(|e| Failure::io(format!("cannot use {}", dir.manifests().display()), e))?;
+        let manifests = Arc::new(manifests);
+        let indexer = Indexer::start(index.clone(), Arc::clone(&manifests), indexer_config(config));
+        let own = Arc::new(OwnFiles::new(index.clone(), Arc::clone(&indexer), manifests));
+        let parts =
+            Parts { library: Arc::clone(&library), index: index.clone(), own: Arc::clone(&own) };
+        let node = Node::start(node_config(config, secret_key), parts)
+            .await
+            .map_err(super::members::failure)?;
+        let cache_dir = dir.subdirectory(dir.cache())?;
+        let limit = config.cache_limit().unwrap_or_else(|| automatic_limit(dir));
+        let cache = Arc::new(Cache::open(&cache_dir, limit));
+        let runtime = tokio::runtime::Handle::current();
+        let content = Content::new(
+            index.clone(),
+            own,
+            Arc::clone(&cache),
+            node.source(),
+            ContentConfig { read_deadline: config.read_deadline(), ..ContentConfig::default() },
+            runtime.clone(),
+        );
+        let daemon = Arc::new(Self {
+            dir: dir.clone(),
+            config: config.clone(),
+            me,
+            library,
+            index,
+            indexer,
+            node,
+            cache,
+            content,
+            mounts: Mounts::default(),
+            runtime,
+            started: Time::now(),
+            set_aside: opened.set_aside,
+            stop: watch::Sender::new(false),
+        });
+        daemon.adopt_locations()?;
+        Ok(daemon)
+    }
+
+    /// Makes the index agree with the library about own locations, and watches them.
+    fn adopt_locations(&self) -> Outcome<()> {
+        let own = self.library.with(|state| state.locations.clone());
+        for location in self.index.locations() {
+            if location.owner == self.me && !own.iter().any(|o| o.id == location.id) {
+                self.index.remove_location(location.no).map_err(index_failure)?;
+            }
+        }
+        for location in own {
+            let location = self.put_location(&location)?;
+            self.indexer.watch(location.no);
+        }
+        Ok(())
+    }
+
+    /// Puts an own location into the index.
+    pub fn put_location(&self, own: &OwnLocation) -> Outcome<Arc<Location>> {
+        self.index
+            .put_location(NewLocation {
+                id: own.id,
+                owner: self.me,
+                name: own.name.clone(),
+                root: Some(own.root.clone()),
+                read_only: own.read_only,
+                shared_with: own.shared_with.clone(),
+            })
+            .map_err(index_failure)
+    }
+
+    /// Asks [`super::run`] to end.
+    pub fn request_stop(&self) {
+        self.stop.send_replace(true);
+    }
+
+    /// Waits until somebody did.
+    pub async fn stop_requested(&self) {
+        // The sender lives as long as `self`.
+        let _ = self.stop.subscribe().wait_for(|stop| *stop).await;
+    }
+
+    /// Ends everything in good order; what cannot be undone is logged.
+    pub async fn close(self: &Arc<Self>) {
+        for remains in self.unmount_all().await {
+            tracing::warn!("{remains}");
+        }
+        self.node.shutdown().await;
+        let daemon = Arc::clone(self);
+        let closing = tokio::task::spawn_blocking(move || {
+            daemon.indexer.stop();
+            daemon.cache.close();
+            daemon.index.flush()
+        });
+        match closing.await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::error!(%error, "cannot flush the index"),
+            Err(error) => tracing::error!(%error, "closing failed"),
+        }
+    }
+}
+
+/// Runs what may block on a disk, away from the runtime's thread.
+pub async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Outcome<T> + Send + 'static,
+) -> Outcome<T> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|e| Failure::new(Code::Internal, format!("a bug: {e}")))?
+}
+
+/// This device's secret key; drawn on the first start.
+fn identity(dir: &DataDir) -> Outcome<[u8; 32]> {
+    let path = dir.identity();
+    match fs::read(&path) {
+        Ok(bytes) => bytes.try_into().map_err(|bytes: Vec<u8>| {
+            Failure::new(
+                Code::Invalid,
+                format!("{} is damaged: {} bytes, not 32", path.display(), bytes.len()),
+            )
+            .hint("restore it from a backup; without it this device must be joined anew")
+        }),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            let key: [u8; 32] = rand::random();
+            dir.write_private("identity.key", &key)
+                .map_err(|e| Failure::io(format!("cannot write {}", path.display()), e))?;
+            Ok(key)
+        }
+        Err(e) => Err(Failure::io(format!("cannot read {}", path.display()), e)),
+    }
+}
+
+fn node_config(config: &Config, secret_key: [u8; 32]) -> NodeConfig {
+    NodeConfig { secret_key, bind: config.bind(), relay: config.relay(), mdns: config.discovery() }
+}
+
+fn indexer_config(config: &Config) -> IndexerConfig {
+    let default = IndexerConfig::default();
+    IndexerConfig {
+        scan_threads: config.count("index.scan_threads").unwrap_or(default.scan_threads),
+        hash_threads: config.count("index.hash_threads").unwrap_or(default.hash_threads),
+        ..default
+    }
+}
+
+fn automatic_limit(dir: &DataDir) -> u64 {
+    let tenth = rustix::fs::statvfs(dir.path()).map(|disk| disk.f_blocks * disk.f_frsize / 10);
+    tenth.unwrap_or(AUTOMATIC_CACHE_BYTES).min(AUTOMATIC_CACHE_BYTES)
+}
+
+/// Words a failure of the library file.
+pub fn library_failure(error: LibraryError) -> Failure {
+    match &error {
+        LibraryError::Io { path, source } => {
+            Failure::io(format!("cannot use {}", path.display()), io::Error::from(source.kind()))
+        }
+        LibraryError::Damaged { .. } => Failure::new(Code::Invalid, error.to_string())
+            .hint("restore library.json from a backup, or set it aside and join the library anew"),
+        LibraryError::Newer { .. } => Failure::new(Code::Version, error.to_string())
+            .hint("install the newer sd that wrote it"),
+    }
+}
+
+fn store_failure(error: StoreError) -> Failure {
+    match error {
+        StoreError::Io { path, source } => {
+            Failure::io(format!("cannot use the index in {}", path.display()), source)
+        }
+        StoreError::NewerFormat { .. } => Failure::new(Code::Version, error.to_string())
+            .hint("install the newer sd that wrote it"),
+        StoreError::InUse { .. } => Failure::new(Code::Busy, error.to_string())
+            .hint("another process has it open; end that one"),
+        StoreError::Corrupt { .. } => Failure::new(Code::Io, error.to_string())
+            .hint("move that file away; the index is rebuilt from the disks and the peers"),
+    }
+}
+
+/// Words a failure of the index.
+pub fn index_failure(error: IndexError) -> Failure {
+    match error {
+        IndexError::Store(error) => store_failure(error),
+        error => Failure::new(Code::Io, error.to_string())
+            .hint("`sd doctor` checks the index; it can always be rebuilt"),
+    }
+}
+
+/// Words a failure of the network, wherever it appears.
+impl From<SyncError> for Failure {
+    fn from(error: SyncError) -> Self {
+        super::members::failure(error)
+    }
+}

@@ -1,0 +1,356 @@
+//! What commands report: the stable shapes behind `--json` (`docs/JSON.md`).
+//!
+//! The daemon fills them, the command prints them, as a table or as they are.
+//! A field once published keeps its name and meaning.
+
+use serde::{Deserialize, Serialize};
+
+/// `sd library list`
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct Libraries {
+    pub libraries: Vec<LibraryReply>,
+}
+
+/// `sd library create`, `sd library info`
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct LibraryReply {
+    pub id: String,
+    pub name: String,
+    pub device: DeviceName,
+    pub devices: Vec<DeviceName>,
+}
+
+/// A device, by name and key.
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct DeviceName {
+    pub id: String,
+    pub name: String,
+}
+
+/// `sd device invite`
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct Invited {
+    pub ticket: String,
+    pub expires_at: String,
+    /// The device that joined; absent with `--detach`.
+    pub joined: Option<JoinedReply>,
+}
+
+/// A device that joined by an invitation of this one.
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct JoinedReply {
+    pub device: DeviceName,
+    pub code: String,
+}
+
+/// `sd device join`
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct JoinReply {
+    pub library: String,
+    pub device: DeviceName,
+    pub inviter: String,
+    pub code: String,
+}
+
+/// `sd device rename`, `sd device remove`
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct DeviceReply {
+    pub device: DeviceName,
+    /// Its locations, which others no longer see after a removal.
+    pub locations: Vec<String>,
+}
+
+/// `sd location add`, `remove`, `rescan`
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct LocationReply {
+    pub name: String,
+    pub path: String,
+    pub address: String,
+    pub entries: u64,
+    pub files: u64,
+    pub bytes: u64,
+    pub indexed: bool,
+}
+
+/// `sd mount`, and one of `sd status`
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct MountStatus {
+    pub mountpoint: String,
+    pub read_only: bool,
+    pub allow_other: bool,
+    /// `active`, or why the kernel does not read local files by itself.
+    pub passthrough: String,
+    pub alive: bool,
+}
+
+/// `sd mount`
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct MountReply {
+    #[serde(flatten)]
+    pub mount: MountStatus,
+    /// A dead mount was there and was mended.
+    pub mended: bool,
+    /// It was mounted already.
+    pub already: bool,
+}
+
+/// `sd unmount`
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct UnmountReply {
+    pub mountpoint: String,
+}
+
+/// `sd status`
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct Status {
+    pub device: Option<DeviceName>,
+    pub library: Option<LibraryName>,
+    pub devices: Vec<DeviceStatus>,
+    pub locations: Vec<LocationStatus>,
+    pub mounts: Vec<MountStatus>,
+    pub cache: CacheStatus,
+    pub network: NetworkStatus,
+    pub reports: Vec<IntegrityReport>,
+    pub memory: MemoryStatus,
+    pub index: IndexStatus,
+    pub daemon: DaemonStatus,
+    pub problems: Vec<Problem>,
+}
+
+/// The library's id and name.
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct LibraryName {
+    pub id: String,
+    pub name: String,
+}
+
+/// A member of the library.
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct DeviceStatus {
+    pub name: String,
+    pub id: String,
+    pub this_device: bool,
+    pub online: bool,
+    pub path: Option<PathStatus>,
+    /// RFC 3339; null when never.
+    pub last_seen: Option<String>,
+    /// How far each replica of its locations is.
+    pub replicas: Vec<ReplicaStatus>,
+    pub last_error: Option<String>,
+}
+
+/// How a device is reached.
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct PathStatus {
+    pub direct: bool,
+    pub rtt_ms: f64,
+    pub address: String,
+}
+
+/// How far this device's copy of a location's index is.
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct ReplicaStatus {
+    pub location: String,
+    pub applied: u64,
+    pub head: Option<u64>,
+}
+
+/// A location of any device.
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct LocationStatus {
+    pub device: String,
+    pub name: String,
+    pub address: String,
+    pub own: bool,
+    pub path: Option<String>,
+    pub read_only: bool,
+    pub shared_with: Option<Vec<String>>,
+    pub entries: u64,
+    pub files: u64,
+    pub bytes: u64,
+    pub indexed: bool,
+    pub hashed_files: u64,
+    pub hashed_bytes: u64,
+    /// `scanning`, `hashing`, `idle`, `offline`; of another device `online`, `offline`.
+    pub state: String,
+    /// Why it is offline, where that is known.
+    pub state_reason: Option<String>,
+    /// `watching`, or why changes are found later; null for other devices' locations.
+    pub watch: Option<String>,
+}
+
+/// The content cache.
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct CacheStatus {
+    pub bytes: u64,
+    pub limit_bytes: u64,
+    pub files: u64,
+    pub hit_bytes: u64,
+    pub fetched_bytes: u64,
+    pub evicted_bytes: u64,
+    /// Why nothing can be kept, when its disk fails.
+    pub problem: Option<String>,
+}
+
+/// `sd cache clear`
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct Cleared {
+    pub freed_bytes: u64,
+}
+
+/// Content bytes that crossed the network since the daemon started.
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct NetworkStatus {
+    pub addresses: Vec<String>,
+    pub bytes_in: u64,
+    pub bytes_out: u64,
+    pub devices: Vec<DeviceTraffic>,
+}
+
+/// Content bytes exchanged with one device.
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct DeviceTraffic {
+    pub device: String,
+    pub bytes_in: u64,
+    pub bytes_out: u64,
+}
+
+/// Bytes that a device sent and that were not what they claimed to be.
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct IntegrityReport {
+    pub at: String,
+    pub device: String,
+    pub location: String,
+    pub path: String,
+    pub what: String,
+}
+
+/// Of the daemon.
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct MemoryStatus {
+    pub rss_bytes: u64,
+}
+
+/// Of the index on disk.
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct IndexStatus {
+    pub bytes: u64,
+    pub entries: u64,
+    /// Where a corrupt index was set aside when the daemon started.
+    pub set_aside: Option<String>,
+}
+
+/// The daemon itself.
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct DaemonStatus {
+    pub running: bool,
+    pub pid: Option<u32>,
+    pub version: Option<String>,
+    pub started_at: Option<String>,
+    pub data_dir: String,
+}
+
+/// Something that a person should look at.
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct Problem {
+    pub code: String,
+    pub message: String,
+    pub hint: String,
+}
+
+/// A thing in a listing.
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct Item {
+    /// Exact, whatever bytes the name has.
+    pub address: String,
+    /// For people: bytes that are not UTF-8 are replaced.
+    pub name: String,
+    /// `file`, `directory`, `symlink`, `fifo`, `socket`, `char_device`, `block_device`,
+    /// `device`, `location`.
+    #[serde(rename = "type")]
+    pub kind: String,
+    pub size: Option<u64>,
+    /// Octal permission bits.
+    pub mode: Option<String>,
+    pub mtime: Option<String>,
+    pub content: Option<String>,
+    pub target: Option<String>,
+    /// Levels below the address listed, from 1.
+    pub depth: u32,
+    /// It is the last one of its directory.
+    pub last: bool,
+}
+
+/// `sd info`
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct InfoReply {
+    pub address: String,
+    pub name: String,
+    #[serde(rename = "type")]
+    pub kind: String,
+    pub owner: Option<DeviceName>,
+    pub online: Option<bool>,
+    pub location: Option<String>,
+    /// The file on this device's own disk, when it owns it.
+    pub local_path: Option<String>,
+    pub size: Option<u64>,
+    pub blocks: Option<u64>,
+    pub mode: Option<String>,
+    pub uid: Option<u32>,
+    pub gid: Option<u32>,
+    pub nlink: Option<u32>,
+    pub mtime: Option<String>,
+    pub ctime: Option<String>,
+    pub btime: Option<String>,
+    pub target: Option<String>,
+    pub content: Option<String>,
+    pub cached_bytes: Option<u64>,
+    /// Where the same content is, this file included.
+    pub holders: Vec<Holder>,
+}
+
+/// A file with some content.
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct Holder {
+    pub device: String,
+    pub location: String,
+    pub address: String,
+    pub online: bool,
+}
+
+/// `sd daemon stop`
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct Stopped {
+    /// The process that ended; null when none ran.
+    pub pid: Option<u32>,
+    /// What it could not do before it ended.
+    pub remains: Vec<String>,
+}
+
+/// `sd doctor`
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct Diagnosis {
+    pub ok: bool,
+    pub checks: Vec<Check>,
+}
+
+/// One thing looked at.
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct Check {
+    pub name: String,
+    /// `ok`, `note`, `problem`, `mended`.
+    pub result: String,
+    pub message: String,
+    pub hint: Option<String>,
+}
+
+/// One key of `sd config list`.
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct ConfigKey {
+    pub key: String,
+    pub value: String,
+    pub source: String,
+    pub default: String,
+    pub variable: String,
+    pub description: String,
+}
