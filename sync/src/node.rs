@@ -33,7 +33,7 @@ use vfs_core::source::ContentSource;
 const IDLE: Duration = Duration::from_secs(5);
 const KEEP_ALIVE: Duration = Duration::from_secs(1);
 /// Streams a peer may have open at once: one for each location it follows, and its fetches.
-const MAX_STREAMS: u32 = 4096;
+const MAX_STREAMS: u32 = 1024;
 /// Handshakes under way at once; more are refused.
 const MAX_HANDSHAKES: usize = 64;
 const HANDSHAKE: Duration = Duration::from_secs(5);
@@ -341,10 +341,23 @@ async fn bind(config: &NodeConfig, relay: Option<RelayUrl>) -> Result<Endpoint, 
     if let Some(url) = relay {
         builder = builder.relay_mode(RelayMode::Custom(RelayMap::from(url)));
     }
+    let endpoint = builder.bind().await.map_err(|e| failed(e.to_string()))?;
     if config.mdns {
-        builder = builder.address_lookup(MdnsAddressLookup::builder());
+        find_by_mdns(&endpoint);
     }
-    builder.bind().await.map_err(|e| failed(e.to_string()))
+    Ok(endpoint)
+}
+
+/// Finding devices on the local network is a convenience: where it cannot be had, all goes
+/// on without it.
+fn find_by_mdns(endpoint: &Endpoint) {
+    let added = MdnsAddressLookup::builder()
+        .build(endpoint.id())
+        .map_err(|e| e.to_string())
+        .and_then(|mdns| endpoint.address_lookup().map(|l| l.add(mdns)).map_err(|e| e.to_string()));
+    if let Err(error) = added {
+        tracing::warn!(%error, "devices are not looked for by mDNS");
+    }
 }
 
 /// Default windows: larger ones make a lossy link close the connection with "too many gaps".

@@ -266,6 +266,12 @@ impl Invitations {
         Ok(joined)
     }
 
+    /// How long the invitation still lasts.
+    fn left(&self, ticket: &[u8; 16]) -> Duration {
+        let until = self.lock().get(ticket).map(|i| i.until);
+        until.map_or(Duration::ZERO, |u| u.saturating_duration_since(Instant::now()))
+    }
+
     /// The joiner's person agreed: `Ok` once, before the invitation is over.
     fn use_up(&self, ticket: &[u8; 16], joined: &Joined) -> Result<(), PairRefusal> {
         let open = self.lock();
@@ -357,10 +363,14 @@ async fn converse(shared: &Shared, connection: &Connection) -> Result<(), WireEr
         }
     };
     wire::send_frame(&mut send, &welcome).await?;
-    // Bounded by the invitation: a confirmation after its end is refused.
-    let PairRequest::Confirm = wire::receive_frame(&mut recv).await? else {
-        return refuse(&mut send, PairRefusal::Malformed).await;
-    };
+    let left = shared.invitations.left(&knock.ticket);
+    match timeout(left, wire::receive_frame(&mut recv)).await {
+        Ok(answer) => match answer? {
+            PairRequest::Confirm => {}
+            PairRequest::Knock(_) => return refuse(&mut send, PairRefusal::Malformed).await,
+        },
+        Err(_) => return refuse(&mut send, PairRefusal::Expired).await,
+    }
     match admit(shared, &knock, joined).await {
         Ok(list) => {
             wire::send_frame(&mut send, &PairResponse::Admitted(list)).await?;
@@ -536,8 +546,14 @@ fn check_welcome(library: &LibraryInfo, inviter: &str) -> Result<(), SyncError> 
 
 /// The joining person agreed: asks to be admitted, and takes the members over.
 pub(crate) async fn confirm(shared: &Shared, mut waiting: Waiting) -> Result<(), SyncError> {
-    wire::send_frame(&mut waiting.send, &PairRequest::Confirm).await?;
-    match within(ANSWER, wire::receive_frame(&mut waiting.recv)).await? {
+    // The other side may have ended the stream with an answer already: that one counts.
+    let sent = wire::send_frame(&mut waiting.send, &PairRequest::Confirm).await;
+    let answer = match within(ANSWER, wire::receive_frame(&mut waiting.recv)).await {
+        Ok(answer) => answer,
+        Err(_) if is_over(&waiting.connection) => return Err(SyncError::Expired),
+        Err(error) => return Err(sent.err().unwrap_or(error).into()),
+    };
+    match answer {
         PairResponse::Admitted(list) => {
             let (me, library) = (shared.me, waiting.library.clone());
             shared.update_library(move |state| take_over(state, me, library, list)).await??;
@@ -547,6 +563,12 @@ pub(crate) async fn confirm(shared: &Shared, mut waiting: Waiting) -> Result<(),
         PairResponse::Refused(refusal) => Err(refused(refusal, &waiting.name)),
         PairResponse::Welcome { .. } => Err(SyncError::Protocol("welcomed twice".into())),
     }
+}
+
+/// Whether the inviting side ended the pairing, which it does when the time is over.
+fn is_over(connection: &Connection) -> bool {
+    let closed = connection.close_reason();
+    closed.as_ref().and_then(crate::presence::close_code) == Some(close::PAIRED)
 }
 
 fn take_over(

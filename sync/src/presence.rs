@@ -37,7 +37,10 @@ pub(crate) const HOPE: Duration = Duration::from_millis(1500);
 /// How long a peer that connected may take to say `Hello`.
 const HELLO: Duration = Duration::from_secs(3);
 /// Fetches of one peer served at once; each holds at most 1 MiB.
-pub(crate) const MAX_FETCHES: usize = 16;
+const MAX_FETCHES: usize = 16;
+/// Lists and batches of rows of one peer in memory at once, in each direction; each is at
+/// most 1 MiB on the wire.
+const MAX_BATCHES: usize = 4;
 
 /// Another member.
 pub(crate) struct Peer {
@@ -81,6 +84,10 @@ pub(crate) struct Link {
     /// What the peer announced last.
     pub(crate) announced: watch::Sender<Option<Arc<LocationList>>>,
     pub(crate) fetches: Semaphore,
+    /// Room for what the peer sends, beside answers to fetches.
+    pub(crate) inbound: Semaphore,
+    /// Room for rows on their way to it.
+    pub(crate) outbound: Semaphore,
 }
 
 impl Link {
@@ -94,6 +101,8 @@ impl Link {
             heard_ms: AtomicU64::new(0),
             announced: watch::Sender::new(None),
             fetches: Semaphore::new(MAX_FETCHES),
+            inbound: Semaphore::new(MAX_BATCHES),
+            outbound: Semaphore::new(MAX_BATCHES),
         })
     }
 

@@ -80,6 +80,7 @@ fn own_locations(shared: &Shared, peer: DeviceId) -> LocationList {
 pub(crate) async fn serve(
     shared: &Arc<Shared>,
     peer: &Peer,
+    link: &Link,
     follow: Follow,
     send: &mut SendStream,
 ) -> Result<(), WireError> {
@@ -95,6 +96,7 @@ pub(crate) async fn serve(
     wire::send_frame(send, &Response::Rows { log_id, after }).await?;
     let mut is_first = true;
     loop {
+        let Ok(room) = link.outbound.acquire().await else { return Ok(()) };
         let Ok((rows, upto)) = read_log(index, no, after).await else {
             let _ = send.reset(0u32.into());
             return Ok(());
@@ -105,6 +107,7 @@ pub(crate) async fn serve(
             (after, is_first) = (upto, false);
             continue;
         }
+        drop(room);
         let touched = async {
             while let Some(next) = feed.next().await {
                 if concerns(&next, no) {
@@ -180,6 +183,7 @@ pub(crate) async fn follow(shared: Arc<Shared>, peer: Arc<Peer>, link: Arc<Link>
                     HashSet::new()
                 }
             };
+            peer.knowledge().heads.retain(|id, _| kept.contains(id));
             followed.retain(|id, task| {
                 let stays = kept.contains(id);
                 if !stays {
@@ -327,7 +331,8 @@ async fn follow_once(
         change(peer, index, move |index| index.reset_replica(no, log_id)).await?;
     }
     loop {
-        let Rows { rows, upto, head } = wire::receive_frame(&mut recv).await?;
+        let frame = wire::receive_frame_in(&mut recv, &link.inbound).await?;
+        let (Rows { rows, upto, head }, _room) = frame;
         link.heard();
         if upto < after || (upto == after && !rows.is_empty()) {
             return Err(FollowError::Rows("they go backwards".into()));

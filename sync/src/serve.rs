@@ -76,16 +76,18 @@ async fn answer(
     match request {
         Request::Ping => reply(send, &Response::Done).await,
         Request::Members => {
-            let MemberList(records) = within(wire::receive_frame(recv)).await?;
+            let frame = wire::receive_frame_in(recv, &link.inbound);
+            let (MemberList(records), _room) = within(frame).await?;
             members::take(shared, records).await;
             reply(send, &Response::Done).await
         }
         Request::Locations => {
-            let list: LocationList = within(wire::receive_frame(recv)).await?;
+            let frame = wire::receive_frame_in(recv, &link.inbound);
+            let (list, _room): (LocationList, _) = within(frame).await?;
             link.announced.send_replace(Some(Arc::new(list)));
             reply(send, &Response::Done).await
         }
-        Request::Rows(follow) => replicate::serve(shared, peer, follow, send).await,
+        Request::Rows(follow) => replicate::serve(shared, peer, link, follow, send).await,
         Request::Fetch(fetch) => serve_fetch(shared, peer, link, fetch, send).await,
         // Said already, when the connection began.
         Request::Hello(_) => reply(send, &Response::Refused(Refusal::Malformed)).await,

@@ -12,6 +12,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use std::fmt;
 use std::marker::PhantomData;
 use std::net::SocketAddr;
+use tokio::sync::{Semaphore, SemaphorePermit};
 use vfs_core::index::LogRow;
 use vfs_core::library::{LibraryInfo, Member, Stamp as ClockStamp};
 use vfs_core::model::{DeviceId, LocationId, Seq};
@@ -36,7 +37,7 @@ pub const MAX_ROWS: usize = 8192;
 /// The most devices a library may ever have had.
 pub const MAX_MEMBERS: usize = 1024;
 /// The most locations a device may announce.
-pub const MAX_LOCATIONS: usize = 2048;
+pub const MAX_LOCATIONS: usize = 512;
 /// The most addresses kept for a device.
 pub const MAX_ADDRESSES: usize = 8;
 /// The most chaining values in a proof: two for each level of the largest tree.
@@ -451,16 +452,38 @@ pub async fn receive_frame<T: DeserializeOwned>(from: &mut RecvStream) -> Result
     receive_bounded(from, MAX_FRAME).await
 }
 
+/// Receives a frame when there is room for it: the permit stands for its memory, and is
+/// taken only when a frame is announced.
+pub async fn receive_frame_in<'a, T: DeserializeOwned>(
+    from: &mut RecvStream,
+    room: &'a Semaphore,
+) -> Result<(T, SemaphorePermit<'a>), WireError> {
+    let length = receive_length(from, MAX_FRAME).await?;
+    let permit = room.acquire().await.map_err(|e| WireError::Lost(e.to_string()))?;
+    Ok((receive_body(from, length).await?, permit))
+}
+
 async fn receive_bounded<T: DeserializeOwned>(
     from: &mut RecvStream,
     bound: usize,
 ) -> Result<T, WireError> {
+    let length = receive_length(from, bound).await?;
+    receive_body(from, length).await
+}
+
+async fn receive_length(from: &mut RecvStream, bound: usize) -> Result<usize, WireError> {
     let mut length = [0; 4];
     from.read_exact(&mut length).await?;
-    let length = u32::from_le_bytes(length) as usize;
-    if length > bound {
-        return Err(WireError::TooLong { length, bound });
+    match u32::from_le_bytes(length) as usize {
+        length if length > bound => Err(WireError::TooLong { length, bound }),
+        length => Ok(length),
     }
+}
+
+async fn receive_body<T: DeserializeOwned>(
+    from: &mut RecvStream,
+    length: usize,
+) -> Result<T, WireError> {
     let mut body = vec![0; length];
     from.read_exact(&mut body).await?;
     Ok(decode(&body)?)
