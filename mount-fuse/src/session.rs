@@ -138,7 +138,7 @@ fn start(
         raise_read_ahead(number);
     }
     let kernel = Kernel::new(Arc::downgrade(&device), negotiated.abi(), number);
-    let serving = Serving::start(session, device).map_err(failed)?;
+    let serving = Serving::start(session, device, mountpoint, number).map_err(failed)?;
     let invalidator = Invalidator::start(drive, kernel, &runtime).map_err(failed)?;
     Ok(Mount {
         mountpoint: mountpoint.to_owned(),
@@ -173,15 +173,31 @@ struct Serving {
 }
 
 impl Serving {
-    fn start(session: fuser::Session<Adapter>, device: Arc<OwnedFd>) -> io::Result<Self> {
+    fn start(
+        session: fuser::Session<Adapter>,
+        device: Arc<OwnedFd>,
+        mountpoint: &Path,
+        number: Option<DeviceNo>,
+    ) -> io::Result<Self> {
         let alive = Arc::new(AtomicBool::new(true));
         let (at_end, ended) = mpsc::sync_channel(1);
         let ending = Ending { alive: Arc::clone(&alive), _device: device, _ended: at_end };
+        let mountpoint = mountpoint.to_owned();
         thread::Builder::new().name("sd-fuse".into()).spawn(move || {
             let _ending = ending;
             match session.run() {
                 Ok(()) => tracing::debug!("unmounted"),
-                Err(error) => tracing::error!(%error, "the mount's session failed"),
+                Err(error) => {
+                    tracing::error!(%error, "the mount's session failed");
+                    // One of several threads may have failed; half a session is none.
+                    match take_away(&mountpoint, number) {
+                        Ok(()) | Err(MountError::NotMounted { .. }) => {}
+                        Err(error) => tracing::warn!(
+                            error = &error as &dyn std::error::Error,
+                            "still mounted"
+                        ),
+                    }
+                }
             }
         })?;
         Ok(Self { alive, ended })
@@ -256,12 +272,11 @@ impl Mount {
     /// # Errors
     /// [`MountError::Busy`] with the processes that hold it; the mount goes on then.
     pub fn unmount(&self, force: bool) -> Result<(), MountError> {
-        if !self.is_alive() {
-            return Ok(());
-        }
-        let result = match force {
-            true => self.take_away(),
-            false => attach::detach(&self.mountpoint, Detach::WhenIdle),
+        let result = match (self.is_alive(), force) {
+            // Nobody serves it; what is left of it, if anything, is dead.
+            (false, _) => return mend(&self.mountpoint).map(drop),
+            (true, true) => take_away(&self.mountpoint, self.number),
+            (true, false) => attach::detach(&self.mountpoint, Detach::WhenIdle),
         };
         match result {
             Ok(()) => {
@@ -279,22 +294,33 @@ impl Mount {
             Err(error) => Err(error),
         }
     }
+}
 
-    fn take_away(&self) -> Result<(), MountError> {
-        if let Some(number) = self.number
-            && let Err(error) = attach::abort(&self.mountpoint, number)
-        {
-            tracing::warn!(%error, "cannot break the connection; open files stay usable");
-        }
-        attach::detach(&self.mountpoint, Detach::Lazily)
+/// Breaks the connection, so that nothing waits for it any more, and detaches what remains.
+fn take_away(mountpoint: &Path, number: Option<DeviceNo>) -> Result<(), MountError> {
+    if number.is_some() && mounts::on(mountpoint).map(|on| on.device) != number {
+        // Gone, or somebody else's is on top of it.
+        return Err(MountError::NotMounted { path: mountpoint.to_owned() });
+    }
+    if let Some(number) = number
+        && let Err(error) = attach::abort(mountpoint, number)
+    {
+        tracing::warn!(%error, "cannot break the connection; open files stay usable");
+    }
+    match attach::detach(mountpoint, Detach::Lazily) {
+        // It was idle, and the forced abort has already unmounted it.
+        Err(MountError::NotMounted { .. }) => Ok(()),
+        result => result,
     }
 }
 
 impl Drop for Mount {
     fn drop(&mut self) {
-        if self.is_alive()
-            && let Err(error) = attach::detach(&self.mountpoint, Detach::Lazily)
-        {
+        let detached = match self.is_alive() {
+            true => attach::detach(&self.mountpoint, Detach::Lazily),
+            false => mend(&self.mountpoint).map(drop),
+        };
+        if let Err(error) = detached {
             tracing::warn!(error = &error as &dyn std::error::Error, "cannot unmount");
         }
     }

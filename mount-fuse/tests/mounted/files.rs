@@ -330,7 +330,9 @@ fn statfs_is_the_disks() {
 #[test]
 fn a_directory_of_100_000_entries_is_listed_once_each() {
     const ENTRIES: usize = 100_000;
-    for rig in Rig::both("a_directory_of_100_000_entries_is_listed_once_each") {
+    // Listings are the same with and without passthrough.
+    if can_mount("a_directory_of_100_000_entries_is_listed_once_each") {
+        let rig = Rig::with_passthrough(true);
         fs::create_dir(rig.disk_path("big")).unwrap();
         for i in 0..ENTRIES {
             File::create(rig.disk_path(&format!("big/{i:06}"))).unwrap();
@@ -350,7 +352,6 @@ fn a_directory_of_100_000_entries_is_listed_once_each() {
             sizes += entry.unwrap().metadata().unwrap().len() + 1;
         }
         assert_eq!(sizes, ENTRIES as u64);
-        break;
     }
 }
 

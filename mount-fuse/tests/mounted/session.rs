@@ -176,6 +176,25 @@ fn what_another_process_unmounts_is_noticed() {
 }
 
 #[test]
+fn a_broken_connection_is_noticed_and_cleared_away() {
+    if !can_mount("a_broken_connection_is_noticed_and_cleared_away") {
+        return;
+    }
+    let rig = Rig::with_passthrough(true);
+    let at = rig.mount.mountpoint().to_owned();
+    fs::write(rig.path("a"), b"content").unwrap();
+    let open = File::open(rig.path("a")).unwrap();
+    // Forced on a mount in use, this breaks the connection and leaves the mount.
+    let forced = rustix::mount::unmount(&at, rustix::mount::UnmountFlags::FORCE);
+    assert_eq!(forced, Err(rustix::io::Errno::BUSY));
+    eventually("the session ends", || !rig.mount.is_alive());
+    assert!(is_mounted(&at) && is_dead(&at));
+    rig.mount.unmount(false).unwrap();
+    assert!(!is_mounted(&at));
+    drop(open);
+}
+
+#[test]
 fn a_mount_whose_daemon_was_killed_is_mended() {
     if can_mount("a_mount_whose_daemon_was_killed_is_mended") {
         mend_after_kill(&["env"]);
