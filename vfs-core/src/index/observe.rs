@@ -51,29 +51,45 @@ impl Index {
         &self,
         no: LocationNo,
         dir: FileId,
-        mut listing: Vec<Observed>,
+        listing: Vec<Observed>,
     ) -> Result<Vec<(Name, FileId)>, IndexError> {
+        let observed = self.observe_directories(no, vec![(dir, listing)])?.pop().flatten();
+        observed.ok_or(IndexError::NoSuchDirectory(no, dir))
+    }
+
+    /// The same for several directories with few commits, of which each costs more than
+    /// the rows of a small directory. For one without a name (any more): `None`.
+    pub fn observe_directories(
+        &self,
+        no: LocationNo,
+        listings: Vec<(FileId, Vec<Observed>)>,
+    ) -> Result<Vec<Option<Vec<(Name, FileId)>>>, IndexError> {
         self.own_location(no)?;
-        listing.sort_by(|a, b| a.name.cmp(&b.name));
-        listing.dedup_by(|a, b| a.name == b.name);
-        let Comparison { mut directories, gone, new } = self.compare(no, dir, listing)?;
-        let gone = gone.into_iter().map(|name| (name, None));
-        let new = new.into_iter().map(|o| (o.name.clone(), Some(o)));
-        // What is gone comes first: what appears may be the same file under another name.
-        let mut names = gone.chain(new).peekable();
+        let (mut found, mut names) = (Vec::new(), Vec::new());
+        for (at, (dir, listing)) in listings.into_iter().enumerate() {
+            let Comparison { directories, gone, new } = self.compare(no, dir, listing)?;
+            found.push(Some(directories));
+            // What is gone comes first: what appears may be the same file under another name.
+            names.extend(gone.into_iter().map(|name| (at, dir, name, None)));
+            names.extend(new.into_iter().map(|o| (at, dir, o.name.clone(), Some(o))));
+        }
+        let mut names = names.into_iter().peekable();
         while names.peek().is_some() {
             self.write(|tx| {
-                check_directory(tx, no, dir)?;
-                for (name, now) in names.by_ref().take(COMMIT_NAMES) {
-                    let place = Place { no, parent: dir, name: &name };
-                    let entry = settle(tx, place, now)?;
+                let mut checked = None;
+                for (at, dir, name, now) in names.by_ref().take(COMMIT_NAMES) {
+                    if checked.replace(at) != Some(at) && !tx.has_name(no, dir)? {
+                        found[at] = None;
+                    }
+                    let Some(directories) = &mut found[at] else { continue };
+                    let entry = settle(tx, Place { no, parent: dir, name: &name }, now)?;
                     directories.extend(entry.filter(is_directory).map(|e| (name, e.file_id)));
                 }
                 Ok(())
             })?;
         }
-        directories.sort();
-        Ok(directories)
+        found.iter_mut().flatten().for_each(|directories| directories.sort());
+        Ok(found)
     }
 
     /// One pass over the rows of a directory and its listing, both in the order of names.
@@ -81,8 +97,10 @@ impl Index {
         &self,
         no: LocationNo,
         dir: FileId,
-        listing: Vec<Observed>,
+        mut listing: Vec<Observed>,
     ) -> Result<Comparison, IndexError> {
+        listing.sort_by(|a, b| a.name.cmp(&b.name));
+        listing.dedup_by(|a, b| a.name == b.name);
         let mut found = Comparison::default();
         let mut listing = listing.into_iter().peekable();
         let snapshot = self.store().snapshot()?;
@@ -124,8 +142,21 @@ impl Index {
         stamp: &Stamp,
         content: ContentId,
     ) -> Result<bool, IndexError> {
+        let set = self.set_contents(no, &[(file, *stamp, content)])?;
+        Ok(set == [true])
+    }
+
+    /// The same for several files in one commit, which costs more than the rows.
+    pub fn set_contents(
+        &self,
+        no: LocationNo,
+        hashed: &[(FileId, Stamp, ContentId)],
+    ) -> Result<Vec<bool>, IndexError> {
         self.own_location(no)?;
-        self.write(|tx| set_content(tx, no, file, stamp, content))
+        self.write(|tx| {
+            let set = hashed.iter();
+            set.map(|(file, stamp, content)| set_content(tx, no, *file, stamp, *content)).collect()
+        })
     }
 
     /// The next files to hash, newest first; they stay queued until [`Self::set_content`]
