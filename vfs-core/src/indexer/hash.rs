@@ -12,7 +12,7 @@ use super::scan::is_gone;
 use crate::content::Manifest;
 use crate::error::{FsError, FsResult, Kind};
 use crate::local::stamp_of;
-use crate::model::{FileId, FileType, Stamp, Time};
+use crate::model::{ContentId, FileId, FileType, Stamp, Time};
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -22,6 +22,9 @@ use std::time::{Duration, Instant};
 const FETCH: usize = 1024;
 /// The least time between two looks for newer files, while there is work.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
+/// Files recorded in one commit, and how long the first of them waits for it.
+const BATCH_FILES: usize = 256;
+const BATCH_TIME: Duration = Duration::from_millis(100);
 /// How soon to look again when the index failed.
 const LOOK_AFTER_FAILURE: Duration = Duration::from_secs(10);
 /// The longest wait for a file that changes again and again.
@@ -156,14 +159,74 @@ impl HashQueue {
 
 impl Core {
     /// One thread of the pool, until the stop.
+    ///
+    /// What is hashed is told to the index in batches, because a commit costs more than
+    /// hashing a small file; but at once when there is nothing else to do.
     pub(super) fn hash_loop(&self) {
-        while let Some((place, file)) = self.hash_work.wait(self, Self::next_file) {
-            let outcome = self.hash(&place, file).unwrap_or_else(|e| {
-                tracing::debug!(location = place.no.0, file = file.0, "not hashed: {e}");
-                // It may be below a directory that is just being renamed.
-                if is_gone(&e) { Outcome::Changed(Duration::ZERO) } else { Outcome::Unreadable }
-            });
-            lock(&place.hash).end(file, outcome, place.config.settle);
+        let mut hashed = Batch::default();
+        loop {
+            let next = match hashed.is_due() {
+                true => None,
+                false if hashed.files.is_empty() => {
+                    match self.hash_work.wait(self, Self::next_file) {
+                        None => return,
+                        found => found,
+                    }
+                }
+                false => self.hash_work.look(self, Self::next_file),
+            };
+            let Some((place, file)) = next else {
+                self.record_hashes(std::mem::take(&mut hashed));
+                continue;
+            };
+            if !hashed.is_of(&place) {
+                self.record_hashes(std::mem::take(&mut hashed));
+            }
+            match self.hash(&place, file) {
+                Ok(Attempt::Hashed(done)) => hashed.push(place, done),
+                Ok(Attempt::Not(outcome)) => self.end_hash(&place, file, outcome),
+                Err(e) => self.hash_failed(&place, file, &e),
+            }
+        }
+    }
+
+    fn end_hash(&self, place: &Place, file: FileId, outcome: Outcome) {
+        lock(&place.hash).end(file, outcome, place.config.settle);
+    }
+
+    fn hash_failed(&self, place: &Place, file: FileId, e: &FsError) {
+        tracing::debug!(location = place.no.0, file = file.0, "not hashed: {e}");
+        // It may be below a directory that is just being renamed.
+        let gone = is_gone(e);
+        let outcome = if gone { Outcome::Changed(Duration::ZERO) } else { Outcome::Unreadable };
+        self.end_hash(place, file, outcome);
+    }
+
+    fn record_hashes(&self, batch: Batch) {
+        let Some(place) = batch.place else { return };
+        let rows: Vec<_> = batch.files.iter().map(|h| (h.file, h.stamp, h.content)).collect();
+        match self.index.set_contents(place.no, &rows) {
+            Ok(set) => {
+                for (hashed, set) in batch.files.into_iter().zip(set) {
+                    self.end_hashed(&place, &hashed, set);
+                }
+            }
+            Err(e) => {
+                let e = FsError::from(e);
+                batch.files.iter().for_each(|h| self.hash_failed(&place, h.file, &e));
+            }
+        }
+    }
+
+    fn end_hashed(&self, place: &Place, hashed: &Hashed, set: bool) {
+        if set {
+            place.bytes_hashed.fetch_add(hashed.stamp.size, Ordering::Relaxed);
+            place.files_hashed.fetch_add(1, Ordering::Relaxed);
+            return self.end_hash(place, hashed.file, Outcome::Done);
+        }
+        match self.hash_stale(place, hashed.file, hashed.took) {
+            Ok(outcome) => self.end_hash(place, hashed.file, outcome),
+            Err(e) => self.hash_failed(place, hashed.file, &e),
         }
     }
 
@@ -194,46 +257,79 @@ impl Core {
         })
     }
 
-    fn hash(&self, place: &Place, file: FileId) -> FsResult<Outcome> {
+    fn hash(&self, place: &Place, file: FileId) -> FsResult<Attempt> {
         let began = Instant::now();
+        let stale = || self.hash_stale(place, file, began.elapsed()).map(Attempt::Not);
         let (path, known) = self.locate(place.no, file)?;
         if known.attr.file_type != FileType::File {
-            return Ok(Outcome::Unreadable);
+            return Ok(Attempt::Not(Outcome::Unreadable));
         }
         let open = match place.root()?.open_for_reading(&path) {
-            Err(e) if e.kind() == Kind::NotFound => return self.hash_stale(place, file, began),
+            Err(e) if e.kind() == Kind::NotFound => return stale(),
             opened => opened?,
         };
-        let before = stamp_of(&open)?;
-        if before != known.stamp() {
-            return self.hash_stale(place, file, began);
+        let stamp = stamp_of(&open)?;
+        if stamp != known.stamp() {
+            return stale();
         }
-        if let Some(wait) = unsettled(&before, place.config.settle) {
-            return Ok(Outcome::Unsettled(wait));
+        if let Some(wait) = unsettled(&stamp, place.config.settle) {
+            return Ok(Attempt::Not(Outcome::Unsettled(wait)));
         }
-        let hashed = Manifest::of_file(&open, before.size, &self.stopping);
+        let hashed = Manifest::of_file(&open, stamp.size, &self.stopping);
         let hashed = hashed.map_err(|e| FsError::os("hash a file", e))?;
-        let Some((content, manifest)) = hashed else {
-            return self.hash_stale(place, file, began);
-        };
-        if stamp_of(&open)? != before {
-            return self.hash_stale(place, file, began);
+        let Some((content, manifest)) = hashed else { return stale() };
+        if stamp_of(&open)? != stamp {
+            return stale();
         }
         self.manifests.put(&manifest).map_err(|e| FsError::os("store a manifest", e))?;
-        if !self.index.set_content(place.no, file, &before, content)? {
-            return self.hash_stale(place, file, began);
-        }
-        place.bytes_hashed.fetch_add(before.size, Ordering::Relaxed);
-        place.files_hashed.fetch_add(1, Ordering::Relaxed);
-        Ok(Outcome::Done)
+        Ok(Attempt::Hashed(Hashed { file, stamp, content, took: began.elapsed() }))
     }
 
     /// The file is not what the index says: brings its row up to date, and waits.
-    fn hash_stale(&self, place: &Place, file: FileId, began: Instant) -> FsResult<Outcome> {
+    fn hash_stale(&self, place: &Place, file: FileId, took: Duration) -> FsResult<Outcome> {
         if !self.is_stopping() {
             self.refresh_own(place, file)?;
         }
-        Ok(Outcome::Changed(began.elapsed()))
+        Ok(Outcome::Changed(took))
+    }
+}
+
+/// What came of looking at a file.
+enum Attempt {
+    Hashed(Hashed),
+    Not(Outcome),
+}
+
+/// A file whose hash the index does not have yet.
+struct Hashed {
+    file: FileId,
+    stamp: Stamp,
+    content: ContentId,
+    took: Duration,
+}
+
+/// Hashed files of one location, to be recorded in one commit.
+#[derive(Default)]
+struct Batch {
+    place: Option<Arc<Place>>,
+    began: Option<Instant>,
+    files: Vec<Hashed>,
+}
+
+impl Batch {
+    fn push(&mut self, place: Arc<Place>, hashed: Hashed) {
+        self.place = Some(place);
+        self.began.get_or_insert_with(Instant::now);
+        self.files.push(hashed);
+    }
+
+    fn is_due(&self) -> bool {
+        self.files.len() >= BATCH_FILES || self.began.is_some_and(|at| at.elapsed() >= BATCH_TIME)
+    }
+
+    /// Whether a file of this location may join.
+    fn is_of(&self, place: &Arc<Place>) -> bool {
+        self.place.as_ref().is_none_or(|own| Arc::ptr_eq(own, place))
     }
 }
 

@@ -144,6 +144,16 @@ impl Work {
         self.announced.notify_all();
     }
 
+    /// Work that is there already; `None` also at the stop.
+    fn look<T>(
+        &self,
+        core: &Core,
+        find: impl Fn(&Core, &mut Option<Instant>) -> Option<T>,
+    ) -> Option<T> {
+        let _looking = lock(&self.looking);
+        if core.is_stopping() { None } else { find(core, &mut None) }
+    }
+
     /// The next work; `None` at the stop. `find` may say when to look again although
     /// nothing was announced.
     fn wait<T>(

@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 /// Locks that order the changes of one directory; two directories rarely share one.
-const STRIPES: usize = 64;
+const STRIPES: usize = 1024;
 
 /// One location.
 pub(super) struct Place {
@@ -83,8 +83,12 @@ impl ScanQueue {
         self.urgent.pop_front().or_else(|| self.jobs.pop_front())
     }
 
+    pub fn queued(&self) -> usize {
+        self.jobs.len() + self.urgent.len()
+    }
+
     pub fn waiting(&self) -> usize {
-        self.jobs.len() + self.urgent.len() + self.running
+        self.queued() + self.running
     }
 
     pub fn clear(&mut self) {

@@ -14,12 +14,16 @@ use crate::index::Observed;
 use crate::local::{Listing, Root, ino_of, list_dir, observe_at, stat_of};
 use crate::model::{Entry, FileId, FileType, LocationNo, Name};
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant};
 
 /// Rows dropped in one commit when a lost subtree is swept.
 const SWEEP_ROWS: usize = 1000;
+
+/// Directories, and entries of them, that go to the index in one commit.
+const BATCH_DIRECTORIES: usize = 32;
+const BATCH_ENTRIES: usize = 2000;
 
 /// A pass that cannot be relied on for watching is repeated, but takes at most
 /// this part of the time.
@@ -28,32 +32,36 @@ const RESCAN_SHARE: u32 = 10;
 impl Core {
     /// One thread of the pool, until the stop.
     pub(super) fn scan_loop(&self) {
-        while let Some((place, job)) = self.scan_work.wait(self, |core, _| core.next_job()) {
-            self.run_job(&place, job);
-            self.end_job(&place);
+        while let Some((place, jobs)) = self.scan_work.wait(self, |core, _| core.next_jobs()) {
+            let count = jobs.len();
+            self.run_jobs(&place, jobs);
+            self.end_jobs(&place, count);
         }
     }
 
-    fn next_job(&self) -> Option<(Arc<Place>, Job)> {
+    /// Some directories of one location; never so many that another thread has none.
+    fn next_jobs(&self) -> Option<(Arc<Place>, Vec<Job>)> {
         self.places_in_turn().into_iter().find_map(|place| {
             let mut queue = lock(&place.scan);
-            let job = queue.pop()?;
-            queue.running += 1;
+            let share = queue.queued() / self.config.scan_threads.max(1);
+            let count = share.clamp(1, BATCH_DIRECTORIES);
+            let jobs: Vec<_> = std::iter::from_fn(|| queue.pop()).take(count).collect();
+            queue.running += jobs.len();
             drop(queue);
-            Some((place, job))
+            (!jobs.is_empty()).then_some((place, jobs))
         })
     }
 
-    /// The last job of a pass ends the pass.
-    fn end_job(&self, place: &Place) {
-        let ended = {
-            let mut queue = lock(&place.scan);
-            if queue.waiting() == 1 { queue.pass.take() } else { None }
-        };
+    /// The last jobs of a pass end the pass, and run until they did.
+    fn end_jobs(&self, place: &Place, count: usize) {
+        let mut queue = lock(&place.scan);
+        let ended = if queue.waiting() == count { queue.pass.take() } else { None };
         if let Some(began) = ended {
+            drop(queue);
             self.end_pass(place, began);
+            queue = lock(&place.scan);
         }
-        lock(&place.scan).running -= 1;
+        queue.running -= count;
     }
 
     /// Scans the whole location from its folder down; when a pass is going on, after it.
@@ -125,25 +133,40 @@ impl Core {
         }
     }
 
-    fn run_job(&self, place: &Place, job: Job) {
-        if self.is_stopping() || place.forgotten.load(Ordering::Acquire) {
-            return;
-        }
-        match self.scan(place, job) {
-            Ok(subdirectories) => {
-                place.sweep_after(SWEEP_DELAY);
-                self.enqueue(place, job, subdirectories);
+    fn run_jobs(&self, place: &Place, jobs: Vec<Job>) {
+        let (mut listed, mut failed) = (Vec::new(), Vec::new());
+        for job in jobs {
+            if self.is_stopping() || place.forgotten.load(Ordering::Acquire) {
+                return;
             }
-            Err(e) => self.scan_failed(place, job.dir(), &e),
+            let is_full = listed.iter().map(Listed::entries).sum::<usize>() >= BATCH_ENTRIES;
+            let order = place.try_order(job.dir()).filter(|_| !is_full);
+            let order = order.unwrap_or_else(|| {
+                // Never waits for an order while it holds others.
+                self.record_all(place, std::mem::take(&mut listed));
+                place.order(job.dir())
+            });
+            match self.list(place, job, order) {
+                Ok(more) => listed.extend(more),
+                Err(e) => failed.push((job.dir(), e)),
+            }
+        }
+        self.record_all(place, listed);
+        failed.into_iter().for_each(|(dir, e)| self.scan_failed(place, dir, &e));
+    }
+
+    fn record_all(&self, place: &Place, listed: Vec<Listed<'_>>) {
+        let dirs: Vec<_> = listed.iter().map(|l| l.job.dir()).collect();
+        if let Err(e) = self.record(place, listed) {
+            dirs.into_iter().for_each(|dir| self.scan_failed(place, dir, &e));
         }
     }
 
     /// Scans a directory for someone who waits for it, on their thread.
     pub(super) fn scan_asked(&self, place: &Place, dir: FileId) -> FsResult<()> {
-        let job = Job::once(dir);
-        let scanned = self.scan(place, job).inspect_err(|e| self.scan_failed(place, dir, e));
-        self.enqueue(place, job, scanned?);
-        Ok(())
+        self.list(place, Job::once(dir), place.order(dir))
+            .and_then(|listed| self.record(place, listed.into_iter().collect()))
+            .inspect_err(|e| self.scan_failed(place, dir, e))
     }
 
     fn enqueue(&self, place: &Place, job: Job, mut subdirectories: Vec<FileId>) {
@@ -162,11 +185,12 @@ impl Core {
         self.scan_work.notify();
     }
 
+    /// Needs that no order is held.
     fn scan_failed(&self, place: &Place, dir: FileId, e: &FsError) {
+        tracing::debug!(location = place.no.0, dir = dir.0, "not scanned: {e}");
         if dir == FileId::ROOT {
             self.go_offline(place, e.to_string());
-        } else if !is_gone(e) {
-            tracing::debug!(location = place.no.0, dir = dir.0, "not scanned: {e}");
+        } else if !is_gone(e) || self.refresh_own(place, dir).is_err_and(|e| !is_gone(&e)) {
             lock(&place.unread).insert(dir);
             // Whoever asks for it gets the rows there are, not another failing scan.
             let mut scanned = lock(&place.scanned);
@@ -175,57 +199,64 @@ impl Core {
         }
     }
 
-    /// Scans one directory, unless the job is already done; its subdirectories.
-    pub(super) fn scan(&self, place: &Place, job: Job) -> FsResult<Vec<FileId>> {
-        let dir = job.dir();
-        let is_done = || !job.is_deep() && lock(&place.scanned).contains(dir);
-        if is_done() {
-            return Ok(Vec::new());
-        }
-        let epoch = lock(&place.scanned).epoch();
-        let root = place.root()?;
-        let Some((open, known)) = self.open_known(place, &root, dir)? else {
-            // Something is mounted over it: what is below is not the location's.
-            lock(&place.scanned).insert(dir, epoch);
-            return Ok(Vec::new());
-        };
-        self.watch_directory(place, dir, &open);
-        let order = place.order(dir);
-        if is_done() {
-            return Ok(Vec::new());
-        }
-        let Listing { own, entries, .. } = list_dir(open.as_fd())?;
-        let subdirectories = self.index.observe_directory(place.no, dir, entries)?;
-        lock(&place.scanned).insert(dir, epoch);
-        lock(&place.unread).remove(&dir);
-        drop(order);
-        lock(&place.hash).look_again(false);
-        if own != known.attr {
-            self.refresh_own(place, dir)?;
-        }
-        Ok(subdirectories.into_iter().map(|(_, id)| id).collect())
-    }
-
-    /// Opens a directory and makes sure that it is the one that the index means;
-    /// `None` when something is mounted over it.
-    fn open_known(
+    /// Lists one directory, whose order the caller has, unless the job is already done.
+    fn list<'p>(
         &self,
         place: &Place,
-        root: &Root,
-        dir: FileId,
-    ) -> FsResult<Option<(OwnedFd, Entry)>> {
+        job: Job,
+        order: MutexGuard<'p, ()>,
+    ) -> FsResult<Option<Listed<'p>>> {
+        let dir = job.dir();
+        let epoch = {
+            let scanned = lock(&place.scanned);
+            if !job.is_deep() && scanned.contains(dir) {
+                return Ok(None);
+            }
+            scanned.epoch()
+        };
+        let root = place.root()?;
         let (path, known) = self.locate(place.no, dir)?;
         let open = match root.open_dir(&path) {
-            Ok(open) => open,
-            Err(e) if e.kind() == Kind::CrossDevice => return Ok(None),
-            Err(e) => return Err(e),
+            Err(e) if e.kind() == Kind::CrossDevice => {
+                // Something is mounted over it: what is below is not the location's.
+                lock(&place.scanned).insert(dir, epoch);
+                return Ok(None);
+            }
+            opened => opened?,
         };
-        if ino_of(&stat_of(open.as_fd())?) != known.disk_ino && dir != FileId::ROOT {
-            // The name has another directory by now. Its row first, then its own scan.
-            self.refresh_own(place, dir)?;
+        if !is_known(&open, dir, &known)? {
             return Err(FsError::new(Kind::NotFound, "the directory was replaced"));
         }
-        Ok(Some((open, known)))
+        self.watch_directory(place, dir, &open);
+        let Listing { own, entries, .. } = list_dir(open.as_fd())?;
+        let own_changed = own != known.attr;
+        Ok(Some(Listed { job, epoch, entries, own_changed, _order: order }))
+    }
+
+    /// Tells the index what was listed, and goes on with the subdirectories.
+    fn record(&self, place: &Place, listed: Vec<Listed<'_>>) -> FsResult<()> {
+        if listed.is_empty() {
+            return Ok(());
+        }
+        let (mut listings, mut rest) = (Vec::new(), Vec::new());
+        for Listed { job, epoch, entries, own_changed, _order } in listed {
+            listings.push((job.dir(), entries));
+            rest.push((job, epoch, own_changed, _order));
+        }
+        let recorded = self.index.observe_directories(place.no, listings)?;
+        let mut changed = Vec::new();
+        for (subdirectories, (job, epoch, own_changed, order)) in recorded.into_iter().zip(rest) {
+            // Without a name by now it is not this scan's any more.
+            let Some(subdirectories) = subdirectories else { continue };
+            lock(&place.scanned).insert(job.dir(), epoch);
+            lock(&place.unread).remove(&job.dir());
+            drop(order);
+            changed.extend(own_changed.then_some(job.dir()));
+            self.enqueue(place, job, subdirectories.into_iter().map(|(_, id)| id).collect());
+        }
+        lock(&place.hash).look_again(false);
+        place.sweep_after(SWEEP_DELAY);
+        changed.into_iter().try_for_each(|dir| self.refresh_own(place, dir))
     }
 
     fn watch_directory(&self, place: &Place, dir: FileId, open: &OwnedFd) {
@@ -265,7 +296,7 @@ impl Core {
     pub(super) fn open_handle(&self, place: &Place, root: &Root, dir: FileId) -> FsResult<OwnedFd> {
         let (path, known) = self.locate(place.no, dir)?;
         let open = root.dir(&path)?;
-        if ino_of(&stat_of(open.as_fd())?) != known.disk_ino && dir != FileId::ROOT {
+        if !is_known(&open, dir, &known)? {
             return Err(FsError::new(Kind::NotFound, "the directory was replaced"));
         }
         Ok(open)
@@ -339,6 +370,30 @@ impl Core {
         place.sweep_after(SWEEP_DELAY);
         Ok(())
     }
+}
+
+/// A directory that was listed and is not in the index yet.
+struct Listed<'p> {
+    job: Job,
+    /// When the listing began: see [`super::place::Scanned`].
+    epoch: u64,
+    entries: Vec<Observed>,
+    /// Its own row is not as it was seen now.
+    own_changed: bool,
+    /// Until the index has it.
+    _order: MutexGuard<'p, ()>,
+}
+
+impl Listed<'_> {
+    fn entries(&self) -> usize {
+        self.entries.len()
+    }
+}
+
+/// Whether an open directory is the one that the index means. The folder of the
+/// location was compared when it was opened, by more than its inode number.
+fn is_known(open: &OwnedFd, dir: FileId, known: &Entry) -> FsResult<bool> {
+    Ok(dir == FileId::ROOT || ino_of(&stat_of(open.as_fd())?) == known.disk_ino)
 }
 
 /// How long what lost its name waits for its next one before its rows go.
