@@ -13,7 +13,7 @@ use crate::error::SyncError;
 use crate::presence::{self, Peer};
 use crate::wire::{ALPN_MEMBER, ALPN_PAIR, MAX_ADDRESSES};
 use crate::{fetch, members, pair};
-use iroh::endpoint::{Incoming, QuicTransportConfig, presets};
+use iroh::endpoint::{BindOpts, Incoming, QuicTransportConfig, presets};
 use iroh::{Endpoint, RelayMap, RelayMode, RelayUrl, SecretKey};
 use iroh_mdns_address_lookup::MdnsAddressLookup;
 use std::collections::HashMap;
@@ -336,7 +336,11 @@ async fn bind(config: &NodeConfig, relay: Option<RelayUrl>) -> Result<Endpoint, 
         .transport_config(transport())
         .clear_ip_transports();
     for address in &config.bind {
-        builder = builder.bind_addr(*address).map_err(|e| failed(e.to_string()))?;
+        // A kernel without IPv6 is no reason not to start when IPv4 is asked for too.
+        let is_extra = address.is_ipv6() && config.bind.iter().any(SocketAddr::is_ipv4);
+        let options = BindOpts::default().set_is_required(!is_extra);
+        builder =
+            builder.bind_addr_with_opts(*address, options).map_err(|e| failed(e.to_string()))?;
     }
     if let Some(url) = relay {
         builder = builder.relay_mode(RelayMode::Custom(RelayMap::from(url)));

@@ -43,6 +43,11 @@ impl Device {
 
     /// A device with the state that is in the folder.
     pub async fn start(dir: Arc<TempDir>, key: [u8; 32]) -> Self {
+        Self::start_at(dir, key, &["127.0.0.1:0"]).await
+    }
+
+    /// The same, listening there.
+    pub async fn start_at(dir: Arc<TempDir>, key: [u8; 32], bind: &[&str]) -> Self {
         let me = id_of(&key);
         let path = dir.path();
         let library = Arc::new(Library::open(&path.join("library.json")).unwrap());
@@ -54,7 +59,7 @@ impl Device {
         let own = Arc::new(OwnFiles::new(index.clone(), indexer.clone(), manifests));
         let config = NodeConfig {
             secret_key: key,
-            bind: vec!["127.0.0.1:0".parse().unwrap()],
+            bind: bind.iter().map(|a| a.parse().unwrap()).collect(),
             relay: None,
             mdns: false,
         };
@@ -64,7 +69,8 @@ impl Device {
         Self { node, library, index, indexer, dir, key }
     }
 
-    fn found(&self, name: &str) {
+    /// Gives it a library of its own.
+    pub fn found(&self, name: &str) {
         let id = self.node.id();
         self.library
             .update(|s| {

@@ -32,6 +32,18 @@ async fn two_devices_pair_show_one_code_and_connect() {
 }
 
 #[tokio::test]
+async fn devices_that_listen_everywhere_pair_as_well() {
+    let everywhere = ["[::]:0", "0.0.0.0:0"];
+    let start = || async {
+        let dir = std::sync::Arc::new(tempfile::tempdir().unwrap());
+        Device::start_at(dir, rand::random(), &everywhere).await
+    };
+    let (a, b) = (start().await, start().await);
+    a.found("desk");
+    a.pair(&b, "laptop").await;
+}
+
+#[tokio::test]
 async fn a_join_that_is_not_confirmed_changes_nothing_and_may_be_tried_again() {
     let (a, b) = (Device::first("desk").await, Device::new().await);
     let ticket = a.node.invite(MINUTE).await.unwrap().ticket;
