@@ -27,6 +27,8 @@ const REQUEST: Duration = Duration::from_secs(10);
 const STALL: Duration = Duration::from_secs(30);
 /// Bytes are handed to the transport, and counted, in such parts.
 const PART_BYTES: usize = 256 << 10;
+/// Content goes after everything else, so that a bulk read delays neither pings nor rows.
+const BULK: i32 = -1;
 
 /// Serves every stream of a connection.
 pub(crate) async fn streams(shared: Arc<Shared>, peer: Arc<Peer>, link: Arc<Link>) {
@@ -106,6 +108,7 @@ async fn serve_fetch(
     };
     // Held until the bytes are gone: it is what bounds the memory of a connection.
     let Ok(_permit) = link.fetches.acquire().await else { return Ok(()) };
+    let _ = send.set_priority(BULK);
     let read = read(shared, peer, fetch.version.into(), range);
     let fetched = tokio::select! {
         fetched = read => fetched,
