@@ -281,7 +281,9 @@ mod tests {
         let late = member(Stamp { wall_ms: 1, count: 1 }, "new");
         for order in [[&early, &late], [&late, &early]] {
             let mut state = State::default();
-            order.map(|m| state.merge(m.clone()));
+            for record in order {
+                state.merge(record.clone());
+            }
             assert_eq!(state.members[0].name, "new");
         }
     }

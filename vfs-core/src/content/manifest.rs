@@ -401,7 +401,6 @@ fn hash_leaves(
         }
         Ok(whole)
     })?;
-    drop(shares);
     Ok(whole.then_some(leaves))
 }
 

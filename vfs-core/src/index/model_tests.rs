@@ -347,7 +347,7 @@ fn tree(index: &Index, no: LocationNo) -> BTreeMap<Vec<Name>, Entry> {
     let mut waiting = vec![(Vec::new(), FileId::ROOT)];
     while let Some((path, dir)) = waiting.pop() {
         view.children(no, dir, None, &mut |text, entry| {
-            let path = [path.as_slice(), &[text.clone()]].concat();
+            let path = [path.as_slice(), std::slice::from_ref(text)].concat();
             if entry.attr.file_type == FileType::Directory {
                 waiting.push((path.clone(), entry.file_id));
             }

@@ -22,6 +22,9 @@ const COMMIT_NAMES: usize = 4096;
 /// How many other names of a file are kept alike; beyond it the scan brings them up to date.
 const ALIKE_NAMES: usize = 1024;
 
+/// The subdirectories of a directory.
+type Subdirectories = Vec<(Name, FileId)>;
+
 impl Index {
     /// The location's own folder, as it is now.
     pub fn observe_root(&self, no: LocationNo, root: &Observed) -> Result<(), IndexError> {
@@ -63,7 +66,7 @@ impl Index {
         &self,
         no: LocationNo,
         listings: Vec<(FileId, Vec<Observed>)>,
-    ) -> Result<Vec<Option<Vec<(Name, FileId)>>>, IndexError> {
+    ) -> Result<Vec<Option<Subdirectories>>, IndexError> {
         self.own_location(no)?;
         let (mut found, mut names) = (Vec::new(), Vec::new());
         for (at, (dir, listing)) in listings.into_iter().enumerate() {

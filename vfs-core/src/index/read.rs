@@ -62,12 +62,15 @@ pub(super) fn orphan(
     value.map(|v| decode(&v, "an orphan")).transpose()
 }
 
+/// Sees a key and its value, and says whether to go on.
+type Visit<'a> = &'a mut dyn FnMut(&[u8], &[u8]) -> Result<ControlFlow<()>, IndexError>;
+
 /// Visits the keys that begin with `prefix`, until `visit` breaks or fails.
 pub(super) fn scan_prefix(
     from: &dyn Snapshot,
     table: Table,
     prefix: &[u8],
-    visit: &mut dyn FnMut(&[u8], &[u8]) -> Result<ControlFlow<()>, IndexError>,
+    visit: Visit<'_>,
 ) -> Result<(), IndexError> {
     scan_range(from, table, prefix, key::after_prefix(prefix).as_deref(), visit)
 }
@@ -78,7 +81,7 @@ pub(super) fn scan_range(
     table: Table,
     start: &[u8],
     end: Option<&[u8]>,
-    visit: &mut dyn FnMut(&[u8], &[u8]) -> Result<ControlFlow<()>, IndexError>,
+    visit: Visit<'_>,
 ) -> Result<(), IndexError> {
     let mut outcome = Ok(());
     let scanned: Result<(), StoreError> =

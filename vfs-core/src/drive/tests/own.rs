@@ -667,8 +667,8 @@ fn many_threads_may_call_at_once() {
 fn a_mount_point_in_a_location_is_an_empty_directory() {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
     let mounts = mounts.lines().filter_map(|line| line.split(' ').nth(4));
-    let beneath_dev = mounts.filter_map(|path| path.strip_prefix("/dev/"));
-    let Some(name) = beneath_dev.filter(|name| !name.contains('/')).last() else { return };
+    let mut beneath_dev = mounts.filter_map(|path| path.strip_prefix("/dev/"));
+    let Some(name) = beneath_dev.find(|name| !name.contains('/')) else { return };
     let bench = Bench::new();
     let dev = NewLocation {
         id: LocationId([3; 16]),
