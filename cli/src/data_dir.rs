@@ -94,12 +94,11 @@ impl DataDir {
     /// A directory full of something else is most likely a mistyped `--data-dir`.
     fn refuse_foreign(&self) -> Outcome<()> {
         let mut entries = fs::read_dir(&self.path).map_err(|e| self.unusable(e))?;
-        let ours = |name: &std::ffi::OsStr| {
-            ["config.toml", "library.json", "identity.key", "lost+found", "format.new"]
-                .iter()
-                .any(|known| name == *known)
+        let ours = |name: &str| {
+            ["format", "config.toml", "library.json", "identity.key", "lost+found"].contains(&name)
+                || name.starts_with("format.new-")
         };
-        match entries.any(|e| e.is_ok_and(|e| !ours(&e.file_name()))) {
+        match entries.any(|e| e.is_ok_and(|e| !e.file_name().to_str().is_some_and(ours))) {
             true => Err(Failure::new(
                 Code::Invalid,
                 format!("{} has files in it that are not sd's", self.path.display()),
@@ -110,7 +109,12 @@ impl DataDir {
     }
 
     fn unusable(&self, error: io::Error) -> Failure {
-        Failure::io(format!("cannot use the data directory {}", self.path.display()), error)
+        let failure =
+            Failure::io(format!("cannot use the data directory {}", self.path.display()), error);
+        match failure.hint {
+            Some(_) => failure,
+            None => failure.hint("choose a directory that this user can make, with --data-dir"),
+        }
     }
 
     /// The directory itself.
@@ -160,7 +164,8 @@ impl DataDir {
 
     /// Replaces a small file durably and atomically, mode 0600.
     pub fn write_private(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
-        let temporary = self.path.join(format!("{name}.new"));
+        // Two commands may prepare a new directory at the same time.
+        let temporary = self.path.join(format!("{name}.new-{}", std::process::id()));
         let mut file = OpenOptions::new()
             .write(true)
             .create(true)

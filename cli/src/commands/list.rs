@@ -9,6 +9,7 @@ use crate::paths;
 use crate::reply::Item;
 use std::fmt::Write as _;
 use std::io::IsTerminal;
+use std::path::Path;
 use vfs_core::model::Name;
 use vfs_core::path::SdPath;
 
@@ -24,7 +25,7 @@ pub fn ls(context: &Context, args: &LsArgs) -> Outcome<()> {
             true => text.extend(long_line(item).into_bytes()),
             false => {
                 text.extend(exact_name(item));
-                if std::io::stdout().is_terminal() && item.kind == "directory" {
+                if std::io::stdout().is_terminal() && kind_letter(&item.kind) == 'd' {
                     text.push(b'/');
                 }
                 text.push(b'\n');
@@ -35,7 +36,10 @@ pub fn ls(context: &Context, args: &LsArgs) -> Outcome<()> {
 
 /// The address of a directory before its entries, as `ls -R` does.
 fn heading(item: &Item, above: &mut Option<String>, text: &mut Vec<u8>) {
-    let parent = item.address.rsplit_once('/').map_or("sd://", |(parent, _)| parent);
+    let parent = match item.address.rsplit_once('/') {
+        Some(("sd:/", _)) | None => "sd://",
+        Some((parent, _)) => parent,
+    };
     if above.as_deref() != Some(parent) {
         let gap = if above.is_some() { "\n" } else { "" };
         text.extend(format!("{gap}{parent}:\n").into_bytes());
@@ -91,7 +95,10 @@ pub fn tree(context: &Context, args: &TreeArgs) -> Outcome<()> {
     let target = paths::target(args.address.as_deref())?;
     let request = Request::Tree { target, levels: args.level };
     let mut lasts: Vec<bool> = Vec::new();
+    let top = args.address.as_deref().map_or("sd://".into(), Path::to_string_lossy);
+    let mut heading = Some(format!("{}\n", printable(&top)));
     stream(context, &request, |item, text| {
+        text.extend(heading.take().unwrap_or_default().bytes());
         let depth = item.depth.max(1) as usize - 1;
         lasts.truncate(depth);
         for last in &lasts {
@@ -99,12 +106,17 @@ pub fn tree(context: &Context, args: &TreeArgs) -> Outcome<()> {
         }
         text.extend(if item.last { "└── " } else { "├── " }.bytes());
         lasts.push(item.last);
-        text.extend(exact_name(item));
+        // Drawn for people: a line end in a name must not break the drawing.
+        text.extend(printable(&item.name).bytes());
         if let Some(target) = &item.target {
             text.extend(format!(" -> {}", printable(target)).into_bytes());
         }
         text.push(b'\n');
-    })
+    })?;
+    match (heading, context.out.json) {
+        (Some(nothing_below), false) => context.out.data(&nothing_below),
+        _ => Ok(()),
+    }
 }
 
 /// The name's own bytes for programs; for a terminal, nothing that could steer it.
