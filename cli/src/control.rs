@@ -156,6 +156,8 @@ pub enum Event {
     Progress(Progress),
     /// A ticket, before the wait for its use begins.
     Invitation { ticket: String, expires_at: String },
+    /// A device showed the ticket; it joins when its person agrees to the code.
+    Asked { code: String, device: String },
     /// A part of a long listing.
     Items(Vec<Item>),
     /// Waits for an [`Answer`]: join this library?

@@ -33,7 +33,8 @@ fn both_sides_show_the_same_code_and_the_ticket_stands_alone_on_stdout() {
 
     for device in [&laptop, &nas] {
         let listed = device.json(&["device", "list"]);
-        let names: Vec<_> = listed["devices"].as_array().unwrap().iter().map(|d| &d["name"]).collect();
+        let names: Vec<_> =
+            listed["devices"].as_array().unwrap().iter().map(|d| &d["name"]).collect();
         assert_eq!(names, ["laptop", "nas"]);
     }
     laptop.fails(1, &["device", "remove", "nas"], &["--yes", "removes"]);
@@ -66,6 +67,28 @@ fn a_ticket_that_is_no_good_is_refused_with_the_reason() {
     // Not a wait for something to happen: the ticket must be older than it may become.
     std::thread::sleep(std::time::Duration::from_millis(2200));
     join(&Device::new(), short.trim(), &["expired", "invite"]);
+}
+
+#[test]
+fn a_waiting_invitation_that_is_interrupted_is_withdrawn() {
+    let laptop = Device::with_library("laptop");
+    let mut invite = laptop.command();
+    let mut invite = invite
+        .args(["device", "invite"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut ticket = String::new();
+    BufReader::new(invite.stdout.take().unwrap()).read_line(&mut ticket).unwrap();
+    let pid = rustix::process::Pid::from_child(&invite);
+    rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+    assert!(!invite.wait().unwrap().success());
+
+    // The daemon notices the closed connection before it serves the next one.
+    laptop.ok(&["status"]);
+    let join = ["device", "join", ticket.trim(), "--device-name", "nas", "--yes"];
+    Device::new().fails(1, &join, &["expired"]);
 }
 
 #[test]

@@ -26,7 +26,8 @@ fn wrong_usage_exits_with_2_and_help_with_0() {
         assert!(output.stdout.is_empty() && !output.stderr.is_empty(), "{args:?}");
     }
     let device = Device::new();
-    for args in [&["--help"][..], &["help", "mount"], &["--version"], &["location", "add", "--help"]]
+    for args in
+        [&["--help"][..], &["help", "mount"], &["--version"], &["location", "add", "--help"]]
     {
         let output = device.run(args);
         assert_eq!(output.status.code(), Some(0), "{args:?}");

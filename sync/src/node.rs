@@ -284,6 +284,11 @@ impl Node {
         pair::joined(&self.shared, invitation).await
     }
 
+    /// Ends an invitation that nobody has used yet: its ticket is good for nothing any more.
+    pub fn withdraw(&self, invitation: u64) {
+        self.shared.invitations.withdraw(invitation);
+    }
+
     /// Contacts the inviting device; nothing is changed before [`Node::confirm`].
     pub async fn join(&self, ticket: &str, name: &str) -> Result<PendingJoin, SyncError> {
         let waiting = pair::join(&self.shared, ticket, name).await?;

@@ -283,6 +283,19 @@ impl Invitations {
         if is_asked { Ok(()) } else { Err(PairRefusal::Used) }
     }
 
+    /// Ends an invitation that nobody has used yet.
+    pub(crate) fn withdraw(&self, id: u64) {
+        if let Some(invite) = self.lock().values().find(|i| i.id == id) {
+            invite.stage.send_if_modified(|stage| {
+                let unused = !matches!(stage, Stage::Joined(_));
+                if unused {
+                    *stage = Stage::Withdrawn;
+                }
+                unused
+            });
+        }
+    }
+
     fn done(&self, ticket: &[u8; 16], joined: Joined) {
         if let Some(invite) = self.lock().get_mut(ticket) {
             invite.stage.send_replace(Stage::Joined(joined));

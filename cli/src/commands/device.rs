@@ -36,9 +36,9 @@ fn invite(context: &Context, expires: Duration, detach: bool) -> Outcome<()> {
                     waiting(out, &expires_at);
                 }
             }
-            Event::Confirm { code, inviter, .. } => out.note(format_args!(
+            Event::Asked { code, device } => out.note(format_args!(
                 "“{}” is joining, code {code}: compare it with the one shown there",
-                printable(&inviter)
+                printable(&device)
             )),
             event => return super::unexpected(event),
         }

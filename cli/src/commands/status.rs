@@ -41,7 +41,10 @@ pub fn run(context: &Context, args: &StatusArgs) -> Outcome<()> {
 pub fn require_library(status: &Status) -> Outcome<()> {
     match status.library {
         Some(_) => Ok(()),
-        None => Err(no_library()),
+        None => Err(match status.problems.iter().find(|p| p.code == "removed") {
+            Some(removed) => Failure::new(Code::NoLibrary, &removed.message).hint(&removed.hint),
+            None => no_library(),
+        }),
     }
 }
 
@@ -57,6 +60,7 @@ fn text(status: &Status) -> String {
         (Some(library), Some(device)) => {
             let _ = writeln!(text, "{} on {}\n", printable(&library.name), printable(&device.name));
         }
+        _ if require_library(status).is_err_and(|f| f.message != no_library().message) => {}
         _ => text += "in no library yet: `sd library create NAME` or `sd device join TICKET`\n\n",
     }
     if !status.devices.is_empty() {

@@ -9,7 +9,7 @@ use crate::paths;
 use crate::reply::{DeviceName, DeviceReply, Invited, JoinReply, JoinedReply, LibraryReply};
 use std::ffi::OsStr;
 use std::time::Duration;
-use sync::SyncError;
+use sync::{Node, SyncError};
 use vfs_core::changes::Change;
 use vfs_core::library::{LibraryInfo, Member, State};
 use vfs_core::model::DeviceId;
@@ -79,10 +79,9 @@ impl Daemon {
         if !wait {
             return Ok(Invited { ticket, expires_at, joined: None });
         }
+        let _withdraws = Withdraws { node: &self.node, invitation: invitation.id };
         let asked = self.node.asked(invitation.id).await?;
-        let library = self.membership()?.0.name;
-        let event = Event::Confirm { code: asked.code.clone(), library, inviter: asked.name };
-        link.send(event).await?;
+        link.send(Event::Asked { code: asked.code, device: asked.name }).await?;
         let joined = self.node.joined(invitation.id).await?;
         let device = DeviceName { id: joined.device.to_string(), name: joined.name };
         let joined = Some(JoinedReply { device, code: joined.code });
@@ -167,6 +166,18 @@ impl Daemon {
             let known = state.members.iter().find(|m| m.id == id);
             known.map_or_else(|| id.to_string(), |m| m.name.clone())
         })
+    }
+}
+
+/// Whoever waits for the join and goes away takes the ticket along.
+struct Withdraws<'a> {
+    node: &'a Node,
+    invitation: u64,
+}
+
+impl Drop for Withdraws<'_> {
+    fn drop(&mut self) {
+        self.node.withdraw(self.invitation);
     }
 }
 

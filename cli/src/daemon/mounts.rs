@@ -31,6 +31,8 @@ struct Mounted {
     mount: Mount,
     read_only: bool,
     allow_other: bool,
+    /// It replaced a dead mount, and nobody was told yet.
+    mended: bool,
 }
 
 /// A mount as it is written down.
@@ -104,11 +106,12 @@ impl Daemon {
         let path = asked.map_or_else(|| usual_mountpoint(home), Ok)?;
         let mut mounts = self.mounts.lock();
         mounts.retain(|m| m.mount.is_alive());
-        if let Some(there) = mounts.iter().find(|m| m.mount.mountpoint() == path) {
+        if let Some(there) = mounts.iter_mut().find(|m| m.mount.mountpoint() == path) {
             if there.read_only != read_only || there.allow_other != allow_other {
                 return Err(other_options(&path));
             }
-            return Ok(MountReply { mount: status_of(there), mended: false, already: true });
+            let mended = std::mem::take(&mut there.mended);
+            return Ok(MountReply { mount: status_of(there), mended, already: !mended });
         }
         self.check_mountpoint(&path)?;
         let mended = mount_fuse::mend(&path).map_err(|e| failure(&e))?;
@@ -145,7 +148,7 @@ impl Daemon {
         };
         let mount = mount_fuse::mount(drive, path, options, self.runtime.clone())
             .map_err(|e| failure(&e))?;
-        Ok(Mounted { mount, read_only, allow_other })
+        Ok(Mounted { mount, read_only, allow_other, mended: false })
     }
 
     /// A mount point inside a location would make the drive contain itself.
@@ -267,7 +270,7 @@ impl Daemon {
                 Ok(mounted) => {
                     tracing::info!(mountpoint = %path.display(), "mended a dead mount");
                     done.push(format!("mounted the drive on {} again", path.display()));
-                    mounts.push(mounted);
+                    mounts.push(Mounted { mended: true, ..mounted });
                 }
                 Err(failure) => {
                     tracing::warn!(%failure, mountpoint = %path.display(), "cannot mend a dead mount");

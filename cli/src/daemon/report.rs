@@ -2,6 +2,7 @@
 
 use super::members::device_name;
 use super::parts::Daemon;
+use crate::failure::Failure;
 use crate::reply::{
     CacheStatus, DaemonStatus, DeviceStatus, DeviceTraffic, IndexStatus, IntegrityReport,
     LibraryName, LocationStatus, MemoryStatus, NetworkStatus, PathStatus, Problem, ReplicaStatus,
@@ -196,11 +197,20 @@ impl Daemon {
         }
     }
 
+    /// Why this device is no member, when it was one.
+    fn removed(&self) -> Option<Failure> {
+        let was_member = self.library.with(|state| state.library.is_some());
+        self.membership().err().filter(|_| was_member)
+    }
+
     fn problems(&self, status: &Status) -> Vec<Problem> {
         let mut problems = Vec::new();
         let mut add = |code: &str, message: String, hint: &str| {
             problems.push(Problem { code: code.into(), message, hint: hint.into() });
         };
+        if let (None, Some(failure)) = (&status.library, self.removed()) {
+            add("removed", failure.message, &failure.hint.unwrap_or_default());
+        }
         if let Some(path) = &status.index.set_aside {
             add(
                 "index_set_aside",

@@ -1,4 +1,6 @@
 //! One device on this machine, driven by its command line.
+// Each test file is a program of its own and uses a part of this.
+#![allow(dead_code)]
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
