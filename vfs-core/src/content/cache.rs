@@ -843,8 +843,10 @@ impl CachedFile {
         let Some(file) = unhashed.inner().file.clone() else { return true };
         match hash(&file, self.size) {
             Ok(hashed) if hashed == Some(content) => {
-                let _changing = self.changing();
-                if self.inner().file.is_none() && unhashed.rename_to(self.key) {
+                let (_unhashed, _changing) = (unhashed.changing(), self.changing());
+                if self.inner().file.is_none() {
+                    // Its own reader may have renamed it just before; it is open either way.
+                    unhashed.rename_to(self.key);
                     self.become_whole(file);
                 }
                 true
@@ -860,12 +862,12 @@ impl CachedFile {
         }
     }
 
-    /// Gives the file the name of its content; `false` when that is taken.
-    fn rename_to(&self, key: Key) -> bool {
+    /// Gives the file the name of its content, unless that is taken.
+    fn rename_to(&self, key: Key) {
         let mut state = self.cache.lock();
         let (from, to) = (self.key.path(&self.cache.dir), key.path(&self.cache.dir));
         let renamed = !state.rows.contains(&key) && disk::rename(&from, &to).is_ok();
-        let Some(row) = state.rows.pop(&self.key) else { return false };
+        let Some(row) = state.rows.pop(&self.key) else { return };
         if renamed {
             state.rows.push(key, row);
         } else {
@@ -873,7 +875,6 @@ impl CachedFile {
             state.bytes -= row.bytes;
             let _ = fs::remove_file(from);
         }
-        renamed
     }
 
     /// Forgets what is here; the next readers fetch again.

@@ -368,8 +368,11 @@ async fn fly(pinned: Weak<Pinned>, fetcher: Arc<Fetcher>, flight: Arc<Flight>) {
     match fetcher.fetch(flight.range.clone(), flight.ahead).await {
         Err(failure) => ending.failure = failure,
         Ok(bytes) => {
+            // Before the news: who waits may close the last handle at once, and what was
+            // fetched for it shall still be cached.
+            let pinned = pinned.upgrade();
             flight.landed.send_replace(Some(Ok(bytes.clone())));
-            if let Some(pinned) = pinned.upgrade() {
+            if let Some(pinned) = pinned {
                 pinned.landed(&flight, &bytes).await;
                 pinned.promote_if_hashed().await;
                 pinned.top_up();

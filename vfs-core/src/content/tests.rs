@@ -1,1 +1,790 @@
-//! Tests of reading.
+//! Reading, with a network made up: holders that answer, lie, stall or are gone.
+
+use super::cache::Key;
+use super::manifest::{GROUP_BYTES, groups_of};
+use super::*;
+use crate::index::{LogRow, NewLocation, ROOT_PARENT, open_store};
+use crate::local::Root;
+use crate::model::{Attr, ContentId, FileId, Name, Seq, Stamp};
+use crate::source::{BoxFuture, FetchError, Fetched, MAX_FETCH_BYTES};
+use bytes::Bytes;
+use std::fs;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Instant;
+use tokio::runtime::{Handle, Runtime};
+
+const GROUP: usize = GROUP_BYTES as usize;
+const ME: DeviceId = DeviceId([1; 32]);
+const OWNER: DeviceId = DeviceId([2; 32]);
+const OTHER: DeviceId = DeviceId([3; 32]);
+const FILE: FileId = FileId(2);
+
+fn bytes_of(seed: u8, size: usize) -> Vec<u8> {
+    let mut bytes = vec![0; size];
+    blake3::Hasher::new_keyed(&[seed; 32]).finalize_xof().fill(&mut bytes);
+    bytes
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Behaviour {
+    Serves,
+    FlipsABit,
+    CutsShort,
+    Stalls,
+    Unreachable,
+    IsStale,
+    Refuses,
+}
+
+/// The made up network.
+struct Net {
+    files: HashMap<LocationId, (Bytes, Manifest)>,
+    behaviours: Mutex<HashMap<DeviceId, Behaviour>>,
+    asked: Mutex<Vec<(DeviceId, Range<u64>)>>,
+    /// While shut, requests wait.
+    shut: tokio::sync::watch::Sender<bool>,
+    flying: AtomicUsize,
+    most_flying: AtomicUsize,
+    fetched_bytes: AtomicU64,
+}
+
+impl Net {
+    fn behave(&self, device: DeviceId, behaviour: Behaviour) {
+        lock(&self.behaviours).insert(device, behaviour);
+    }
+
+    fn behave_all(&self, behaviour: Behaviour) {
+        self.behave(OWNER, behaviour);
+        self.behave(OTHER, behaviour);
+    }
+
+    fn behaviour(&self, device: DeviceId) -> Behaviour {
+        lock(&self.behaviours).get(&device).copied().unwrap_or(Behaviour::Serves)
+    }
+
+    fn asked(&self) -> Vec<(DeviceId, Range<u64>)> {
+        lock(&self.asked).clone()
+    }
+
+    async fn answer(
+        &self,
+        device: DeviceId,
+        version: &Version,
+        range: Range<u64>,
+    ) -> Result<Fetched, FetchError> {
+        let (bytes, manifest) = &self.files[&version.location];
+        assert!(manifest::is_fetchable(&range, version.stamp.size), "{range:?}");
+        assert!(range.end - range.start <= MAX_FETCH_BYTES);
+        match self.behaviour(device) {
+            Behaviour::Stalls => std::future::pending().await,
+            Behaviour::Unreachable => return Err(FetchError::Unreachable),
+            Behaviour::IsStale => return Err(FetchError::Stale),
+            Behaviour::Refuses => return Err(FetchError::Refused),
+            Behaviour::Serves | Behaviour::FlipsABit | Behaviour::CutsShort => {}
+        }
+        let proof = match version.content {
+            Some(_) => manifest.proof(range.clone()).unwrap(),
+            None => vec![],
+        };
+        let mut bytes = bytes[range.start as usize..range.end as usize].to_vec();
+        match self.behaviour(device) {
+            Behaviour::FlipsABit => bytes[range.start as usize % 7] ^= 4,
+            Behaviour::CutsShort => bytes.truncate(bytes.len() - 1),
+            _ => {}
+        }
+        self.fetched_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        Ok(Fetched { bytes: bytes.into(), proof })
+    }
+}
+
+impl ContentSource for Net {
+    fn is_reachable(&self, device: DeviceId) -> bool {
+        self.behaviour(device) != Behaviour::Unreachable
+    }
+
+    fn fetch<'a>(
+        &'a self,
+        device: DeviceId,
+        version: &'a Version,
+        range: Range<u64>,
+    ) -> BoxFuture<'a, Result<Fetched, FetchError>> {
+        struct Landing<'a>(&'a AtomicUsize);
+        impl Drop for Landing<'_> {
+            fn drop(&mut self) {
+                self.0.fetch_sub(1, Ordering::Relaxed);
+            }
+        }
+        Box::pin(async move {
+            lock(&self.asked).push((device, range.clone()));
+            let flying = self.flying.fetch_add(1, Ordering::Relaxed) + 1;
+            let _landing = Landing(&self.flying);
+            self.most_flying.fetch_max(flying, Ordering::Relaxed);
+            let mut shut = self.shut.subscribe();
+            shut.wait_for(|shut| !shut).await.unwrap();
+            self.answer(device, version, range).await
+        })
+    }
+}
+
+fn location_of(device: DeviceId) -> LocationId {
+    LocationId([device.0[0]; 16])
+}
+
+fn attr(file_type: FileType, size: u64) -> Attr {
+    let time = Time { secs: 1_700_000_000, nanos: 5 };
+    Attr {
+        file_type,
+        perm: 0o644,
+        uid: 1,
+        gid: 1,
+        nlink: 1,
+        size,
+        blocks: 0,
+        mtime: time,
+        ctime: time,
+        btime: None,
+        rdev: 0,
+    }
+}
+
+fn row(seq: u64, parent: FileId, name: &str, entry: Entry) -> LogRow {
+    let name = Name::new(name.as_bytes()).unwrap();
+    LogRow { seq: Seq(seq), parent, name, entry: Some(entry) }
+}
+
+fn entry(file_id: FileId, attr: Attr, content: Option<ContentId>) -> Entry {
+    Entry { file_id, disk_ino: file_id.0 + 100, generation: 1, attr, content, target: None }
+}
+
+/// This device, with `OWNER`'s and `OTHER`'s replicas of one file.
+struct World {
+    runtime: Runtime,
+    dir: tempfile::TempDir,
+    index: Index,
+    net: Arc<Net>,
+    bytes: Bytes,
+    entry: Entry,
+    limit_bytes: u64,
+    config: ContentConfig,
+}
+
+impl World {
+    fn new(size: usize) -> Self {
+        Self::with(size, true)
+    }
+
+    fn unhashed(size: usize) -> Self {
+        Self::with(size, false)
+    }
+
+    fn with(size: usize, hashed: bool) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let index = dir.path().join("index");
+        fs::create_dir_all(&index).unwrap();
+        let index = Index::open(open_store(&index).unwrap().store, ME).unwrap();
+        let bytes = Bytes::from(bytes_of(7, size));
+        let (content, manifest) = Manifest::of_bytes(&bytes);
+        let entry = entry(FILE, attr(FileType::File, size as u64), hashed.then_some(content));
+        let files = [OWNER, OTHER].map(|d| (location_of(d), (bytes.clone(), manifest.clone())));
+        let net = Net {
+            files: files.into(),
+            behaviours: Mutex::default(),
+            asked: Mutex::default(),
+            shut: tokio::sync::watch::Sender::new(false),
+            flying: 0.into(),
+            most_flying: 0.into(),
+            fetched_bytes: 0.into(),
+        };
+        let world = Self {
+            runtime: tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(2)
+                .enable_all()
+                .build()
+                .unwrap(),
+            dir,
+            index,
+            net: Arc::new(net),
+            bytes,
+            entry,
+            limit_bytes: 1 << 30,
+            config: ContentConfig { read_deadline: Duration::from_secs(20), ..Default::default() },
+        };
+        for device in [OWNER, OTHER] {
+            world.replicate(device, &world.entry);
+        }
+        world
+    }
+
+    fn replicate(&self, device: DeviceId, entry: &Entry) -> LocationNo {
+        let location = self
+            .index
+            .put_location(NewLocation {
+                id: location_of(device),
+                owner: device,
+                name: format!("of-{}", device.0[0]),
+                root: None,
+                read_only: false,
+                shared_with: None,
+            })
+            .unwrap();
+        let root = Entry {
+            disk_ino: 99,
+            ..super::tests::entry(FileId::ROOT, attr(FileType::Directory, 0), None)
+        };
+        let rows = vec![
+            row(1, ROOT_PARENT, "root", root),
+            row(2, FileId::ROOT, "film.mkv", entry.clone()),
+        ];
+        self.index.reset_replica(location.no, 9).unwrap();
+        self.index.apply_replica(location.no, 9, rows, Seq(2)).unwrap();
+        location.no
+    }
+
+    fn cache_dir(&self) -> std::path::PathBuf {
+        self.dir.path().join("cache")
+    }
+
+    fn own(&self, root: Option<Arc<Root>>) -> Arc<OwnFiles> {
+        let manifests = Manifests::open(&self.dir.path().join("manifests")).unwrap();
+        let roots = Box::new(move |_| root.clone().ok_or_else(|| FsError::from(Kind::NotFound)));
+        Arc::new(OwnFiles::with_roots(self.index.clone(), roots, Arc::new(manifests)))
+    }
+
+    /// As after a start of the daemon.
+    fn content(&self) -> Arc<Content> {
+        self.content_with(self.own(None))
+    }
+
+    fn content_with(&self, own: Arc<OwnFiles>) -> Arc<Content> {
+        let cache = Arc::new(Cache::open(&self.cache_dir(), self.limit_bytes));
+        let (net, config) = (self.net.clone(), self.config.clone());
+        let runtime: Handle = self.runtime.handle().clone();
+        Content::new(self.index.clone(), own, cache, net, config, runtime)
+    }
+
+    fn no(&self, device: DeviceId) -> LocationNo {
+        self.index.location_by_id(location_of(device)).unwrap().no
+    }
+
+    fn open(&self, content: &Arc<Content>) -> Reader {
+        content.open(self.no(OWNER), &self.entry).unwrap()
+    }
+
+    fn read(&self, reader: &Reader, offset: usize, len: usize) -> FsResult<Bytes> {
+        match reader.try_read(offset as u64, len) {
+            Some(read) => read,
+            None => self.runtime.block_on(reader.read(offset as u64, len)),
+        }
+    }
+
+    /// Reads the whole file in steps and compares it.
+    fn read_through(&self, reader: &Reader, step: usize) {
+        for at in (0..self.bytes.len()).step_by(step) {
+            let read = self.read(reader, at, step).unwrap();
+            let end = self.bytes.len().min(at + step);
+            assert!(read == self.bytes[at..end], "wrong bytes at {at}");
+        }
+    }
+}
+
+fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !condition() {
+        assert!(Instant::now() < deadline, "in vain: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[test]
+fn a_file_is_read_whole_then_comes_from_the_cache() {
+    let world = World::new(5 * (1 << 20) + 77);
+    let content = world.content();
+    let reader = world.open(&content);
+    assert!(reader.complete_file().is_none());
+    world.read_through(&reader, 100_000);
+    wait_until("the file is complete", || reader.complete_file().is_some());
+    let fetched = world.net.fetched_bytes.load(Ordering::Relaxed);
+    assert_eq!(fetched, world.bytes.len() as u64, "nothing was fetched twice");
+    world.read_through(&reader, 131_072);
+    world.read_through(&world.open(&content), 4096);
+    assert_eq!(world.net.fetched_bytes.load(Ordering::Relaxed), fetched);
+    assert_eq!(content.cache().stats().fetched_bytes, fetched);
+    assert!(content.cache().stats().hits_bytes >= 2 * fetched);
+}
+
+#[test]
+fn a_lone_small_read_fetches_its_group_only() {
+    let world = World::new(1 << 20);
+    let content = world.content();
+    let reader = world.open(&content);
+    assert_eq!(
+        world.read(&reader, 5 * GROUP + 9, 4096).unwrap(),
+        world.bytes[5 * GROUP + 9..][..4096]
+    );
+    assert_eq!(world.net.asked(), [(OWNER, 5 * GROUP_BYTES..6 * GROUP_BYTES)]);
+}
+
+#[test]
+fn reads_at_and_beyond_the_end_are_short() {
+    let world = World::new(GROUP + 10);
+    let content = world.content();
+    let reader = world.open(&content);
+    assert_eq!(world.read(&reader, GROUP + 5, 100).unwrap(), world.bytes[GROUP + 5..]);
+    assert!(world.read(&reader, GROUP + 10, 1).unwrap().is_empty());
+    assert!(world.read(&reader, usize::MAX, usize::MAX).unwrap().is_empty());
+    let empty = World::new(0);
+    let content = empty.content();
+    assert!(empty.read(&empty.open(&content), 0, 10).unwrap().is_empty());
+    assert!(empty.net.asked().is_empty());
+}
+
+#[test]
+fn wrong_bytes_are_reported_and_had_from_another_holder() {
+    for wrong in [Behaviour::FlipsABit, Behaviour::CutsShort] {
+        let world = World::new(3 * GROUP);
+        world.net.behave(OWNER, wrong);
+        let content = world.content();
+        let reader = world.open(&content);
+        assert_eq!(world.read(&reader, 0, 10).unwrap(), world.bytes[..10]);
+        let asked: Vec<_> = world.net.asked().into_iter().map(|(device, _)| device).collect();
+        assert_eq!(asked, [OWNER, OTHER]);
+        world.read_through(&reader, 1000);
+        assert!(world.net.asked()[2..].iter().all(|(device, _)| *device == OTHER));
+        let reports = content.reports();
+        assert_eq!(reports.len(), 1);
+        assert_eq!((reports[0].device, &*reports[0].path), (OWNER, "film.mkv"));
+    }
+}
+
+#[test]
+fn wrong_bytes_everywhere_are_an_error_and_never_kept() {
+    let world = World::new(3 * GROUP);
+    world.net.behave_all(Behaviour::FlipsABit);
+    let content = world.content();
+    let reader = world.open(&content);
+    assert_eq!(world.read(&reader, 0, 10).unwrap_err().kind(), Kind::Io);
+    assert_eq!(world.read(&reader, 0, 10).unwrap_err().kind(), Kind::Io);
+    assert_eq!(content.reports().len(), 2);
+    assert_eq!(content.cache().stats().bytes, 0);
+}
+
+#[test]
+fn holders_known_to_be_offline_fail_a_read_at_once() {
+    let world = World::new(3 * GROUP);
+    world.net.behave_all(Behaviour::Unreachable);
+    let content = world.content();
+    let reader = world.open(&content);
+    let start = Instant::now();
+    assert_eq!(world.read(&reader, 0, 10).unwrap_err().kind(), Kind::HostDown);
+    assert!(start.elapsed() < world.config.read_deadline / 4);
+    assert!(world.net.asked().is_empty());
+    world.net.behave(OTHER, Behaviour::Serves);
+    world.read_through(&reader, 1000);
+}
+
+#[test]
+fn holders_that_stall_fail_a_read_at_the_deadline() {
+    let mut world = World::new(3 * GROUP);
+    world.config.read_deadline = Duration::from_millis(300);
+    world.net.behave_all(Behaviour::Stalls);
+    let content = world.content();
+    let reader = world.open(&content);
+    let start = Instant::now();
+    assert_eq!(world.read(&reader, 0, 10).unwrap_err().kind(), Kind::HostDown);
+    assert!(start.elapsed() >= Duration::from_millis(300));
+    assert!(start.elapsed() < Duration::from_secs(5));
+}
+
+#[test]
+fn a_holder_that_stalls_is_left_for_another() {
+    let world = World::new(3 * GROUP);
+    world.net.behave(OWNER, Behaviour::Stalls);
+    let content = world.content();
+    let reader = world.open(&content);
+    assert_eq!(world.read(&reader, 0, 10).unwrap(), world.bytes[..10]);
+}
+
+#[test]
+fn a_version_that_is_gone_is_stale_and_a_refusal_is_denied() {
+    for (behaviour, kind) in
+        [(Behaviour::IsStale, Kind::Stale), (Behaviour::Refuses, Kind::AccessDenied)]
+    {
+        let world = World::new(3 * GROUP);
+        world.net.behave_all(behaviour);
+        let content = world.content();
+        let reader = world.open(&content);
+        assert_eq!(world.read(&reader, 0, 10).unwrap_err().kind(), kind);
+    }
+}
+
+#[test]
+fn a_sequential_reader_keeps_several_requests_under_way() {
+    let world = World::new(32 << 20);
+    let content = world.content();
+    let reader = world.open(&content);
+    for at in (0..4 << 20).step_by(1 << 17) {
+        assert_eq!(world.read(&reader, at, 1 << 17).unwrap(), world.bytes[at..][..1 << 17]);
+    }
+    world.net.shut.send_replace(true);
+    wait_until("all requests are answered or wait", || {
+        let mut at = 4 << 20;
+        while let Some(read) = reader.try_read(at as u64, 1 << 17) {
+            assert_eq!(read.unwrap(), world.bytes[at..][..1 << 17]);
+            at += 1 << 17;
+        }
+        world.net.flying.load(Ordering::Relaxed) >= 6
+    });
+    assert!(world.net.most_flying.load(Ordering::Relaxed) <= 9, "and not without bounds");
+    world.net.shut.send_replace(false);
+    world.read_through(&reader, 1 << 17);
+}
+
+#[test]
+fn closing_the_last_handle_ends_what_is_under_way() {
+    let world = World::new(4 << 20);
+    let content = world.content();
+    let reader = world.open(&content);
+    world.net.shut.send_replace(true);
+    let task = world.runtime.spawn(async move { reader.read(0, 1 << 20).await });
+    wait_until("it is asked for", || world.net.flying.load(Ordering::Relaxed) > 0);
+    task.abort();
+    wait_until("nothing is under way", || world.net.flying.load(Ordering::Relaxed) == 0);
+}
+
+#[test]
+fn many_random_readers_of_one_file_fetch_each_group_once() {
+    let world = World::new(24 << 20);
+    let content = world.content();
+    let tasks: Vec<_> = (0..500u64)
+        .map(|n| {
+            let (reader, bytes) = (world.open(&content), world.bytes.clone());
+            world.runtime.spawn(async move {
+                let mut at = n * 7_919;
+                for _ in 0..20 {
+                    at = (at * 6_364_136_223 + 1_442_695) % bytes.len() as u64;
+                    let len = 1 + at as usize % 20_000;
+                    let end = bytes.len().min(at as usize + len);
+                    let read = match reader.try_read(at, len) {
+                        Some(read) => read.unwrap(),
+                        None => reader.read(at, len).await.unwrap(),
+                    };
+                    assert!(read == bytes[at as usize..end], "wrong bytes at {at}");
+                }
+            })
+        })
+        .collect();
+    world.runtime.block_on(async {
+        for task in tasks {
+            task.await.unwrap();
+        }
+    });
+    let mut groups: Vec<u64> = world
+        .net
+        .asked()
+        .into_iter()
+        .flat_map(|(_, range)| range.start / GROUP_BYTES..range.end.div_ceil(GROUP_BYTES))
+        .collect();
+    let asked = groups.len();
+    groups.sort_unstable();
+    groups.dedup();
+    assert_eq!(asked, groups.len(), "a group was fetched twice");
+}
+
+#[test]
+fn a_file_larger_than_the_cache_is_read_right_and_hardly_more_than_once() {
+    let mut world = World::new(12 << 20);
+    world.limit_bytes = 3 << 20;
+    let content = world.content();
+    let reader = world.open(&content);
+    world.read_through(&reader, 100_000);
+    assert!(content.cache().stats().bytes <= world.limit_bytes);
+    let fetched = world.net.fetched_bytes.load(Ordering::Relaxed);
+    assert!(fetched <= world.bytes.len() as u64 * 5 / 4, "fetched {fetched}");
+    assert!(reader.complete_file().is_none());
+}
+
+#[test]
+fn what_was_fetched_is_there_after_a_restart_with_the_owner_gone() {
+    let world = World::new(6 * GROUP);
+    {
+        let content = world.content();
+        let reader = world.open(&content);
+        world.read(&reader, 2 * GROUP, 2 * GROUP).unwrap();
+        drop(reader);
+        let key = Key::Content(world.entry.content.unwrap());
+        let size = world.bytes.len() as u64;
+        wait_until("the map is saved", || {
+            Arc::new(Cache::open(&world.cache_dir(), 1 << 30)).file(key, size).missing(2..4) == []
+        });
+    }
+    world.net.behave_all(Behaviour::Unreachable);
+    let content = world.content();
+    let reader = world.open(&content);
+    assert_eq!(
+        world.read(&reader, 2 * GROUP, 2 * GROUP).unwrap(),
+        world.bytes[2 * GROUP..4 * GROUP]
+    );
+    assert_eq!(world.read(&reader, 0, 1).unwrap_err().kind(), Kind::HostDown);
+}
+
+fn files_below(dir: &Path) -> Vec<std::path::PathBuf> {
+    let Ok(entries) = fs::read_dir(dir) else { return vec![] };
+    let paths = entries.map(|entry| entry.unwrap().path());
+    paths.flat_map(|path| if path.is_dir() { files_below(&path) } else { vec![path] }).collect()
+}
+
+#[test]
+fn a_byte_that_flipped_in_a_crash_of_the_machine_is_never_delivered() {
+    let world = World::new(3 * GROUP);
+    {
+        let content = world.content();
+        let reader = world.open(&content);
+        world.read_through(&reader, GROUP);
+        wait_until("the file is complete", || reader.complete_file().is_some());
+    }
+    let cached = &files_below(&world.cache_dir().join("content"))[0];
+    let mut damaged = fs::read(cached).unwrap();
+    damaged[GROUP + 3] ^= 1;
+    fs::write(cached, damaged).unwrap();
+    fs::write(world.cache_dir().join("boot"), "1\nanother boot\n").unwrap();
+    let content = world.content();
+    let reader = world.open(&content);
+    assert!(reader.complete_file().is_none());
+    world.read_through(&reader, 1000);
+    let reports = content.reports();
+    assert_eq!((reports.len(), reports[0].device), (1, ME));
+}
+
+#[test]
+fn a_cache_directory_that_vanishes_fails_no_read() {
+    let world = World::new(40 * GROUP);
+    let content = world.content();
+    let reader = world.open(&content);
+    world.read(&reader, 0, 3 * GROUP).unwrap();
+    let removed = || fs::remove_dir_all(world.cache_dir()).is_ok();
+    wait_until("the directory is gone", removed);
+    world.read_through(&reader, 50_000);
+    drop(reader);
+    // Something may still be written there.
+    let replaced = || removed() && fs::write(world.cache_dir(), b"not a directory").is_ok();
+    wait_until("a file is in its place", replaced);
+    // What is still open needs the directory no more; what is opened afresh misses it.
+    wait_until("the disk's error is told", || {
+        let reader = world.open(&content);
+        world.read_through(&reader, 50_000);
+        world.read_through(&reader, 5_000_000);
+        content.cache().stats().problem.is_some()
+    });
+}
+
+#[test]
+fn an_unhashed_version_streams_unproved_and_becomes_content_once_hashed() {
+    let world = World::unhashed(20 * GROUP);
+    let content = world.content();
+    let reader = world.open(&content);
+    assert_eq!(world.read(&reader, 9 * GROUP, 10).unwrap(), world.bytes[9 * GROUP..][..10]);
+    assert_eq!(world.net.asked(), [(OWNER, 9 * GROUP_BYTES..10 * GROUP_BYTES)]);
+    world.read_through(&reader, 50_000);
+    wait_until("all groups are cached", || {
+        (0..world.bytes.len()).step_by(GROUP).all(|at| reader.try_read(at as u64, 1).is_some())
+    });
+    assert!(reader.complete_file().is_none(), "nothing has verified it");
+    drop(reader);
+
+    let hashed = Entry { content: Some(ContentId::of(&world.bytes)), ..world.entry.clone() };
+    let no = world.replicate(OWNER, &hashed);
+    world.net.behave_all(Behaviour::Unreachable);
+    let reader = content.open(no, &hashed).unwrap();
+    world.read_through(&reader, 50_000);
+    assert!(reader.complete_file().is_some());
+    assert_eq!(content.cache().stats().files, 1);
+}
+
+#[test]
+fn an_unhashed_version_that_proves_to_be_another_is_fetched_again() {
+    let world = World::unhashed(2 * GROUP);
+    world.net.behave(OWNER, Behaviour::FlipsABit);
+    let content = world.content();
+    let reader = world.open(&content);
+    assert_ne!(world.read(&reader, 0, 2 * GROUP).unwrap(), world.bytes);
+    wait_until("it is cached", || reader.try_read(0, 2 * GROUP).is_some());
+    drop(reader);
+    world.net.behave(OWNER, Behaviour::Serves);
+    let hashed = Entry { content: Some(ContentId::of(&world.bytes)), ..world.entry.clone() };
+    let no = world.replicate(OWNER, &hashed);
+    let reader = content.open(no, &hashed).unwrap();
+    world.read_through(&reader, 50_000);
+    assert_eq!(content.reports().len(), 1);
+}
+
+#[test]
+fn a_row_that_claims_a_monstrous_size_costs_nothing() {
+    let world = World::new(GROUP);
+    let content = world.content();
+    let size = i64::MAX as u64;
+    world.net.behave(OWNER, Behaviour::IsStale);
+    let monster = Entry { attr: attr(FileType::File, size), ..world.entry.clone() };
+    let reader = content.open(world.no(OWNER), &monster).unwrap();
+    for at in [0, size / 2, size - 1] {
+        assert!(reader.try_read(at, 10).is_none());
+        let read = world.runtime.block_on(reader.read(at, 10));
+        assert_eq!(read.unwrap_err().kind(), Kind::Stale);
+    }
+    assert_eq!(groups_of(size), 1 << 47);
+}
+
+/// A location of this device, with one file of two groups and a bit.
+struct Own {
+    world: World,
+    folder: std::path::PathBuf,
+    own: Arc<OwnFiles>,
+    no: LocationNo,
+    bytes: Vec<u8>,
+}
+
+const OWN_LOCATION: LocationId = LocationId([1; 16]);
+
+impl Own {
+    fn new() -> Self {
+        let world = World::new(2 * GROUP + 100);
+        let folder = world.dir.path().join("folder");
+        fs::create_dir(&folder).unwrap();
+        let bytes = world.bytes.to_vec();
+        fs::write(folder.join("film.mkv"), &bytes).unwrap();
+        let own = world.own(Some(Arc::new(Root::open(&folder).unwrap())));
+        let no = Self::share(&world, &folder, None);
+        let own = Self { world, folder, own, no, bytes };
+        own.observe();
+        own
+    }
+
+    fn share(world: &World, folder: &Path, shared_with: Option<Vec<DeviceId>>) -> LocationNo {
+        let location = NewLocation {
+            id: OWN_LOCATION,
+            owner: ME,
+            name: "own".into(),
+            root: Some(folder.to_owned()),
+            read_only: false,
+            shared_with,
+        };
+        world.index.put_location(location).unwrap().no
+    }
+
+    fn root(&self) -> Root {
+        Root::open(&self.folder).unwrap()
+    }
+
+    fn observe(&self) {
+        let (index, root) = (&self.world.index, self.root());
+        index.observe_root(self.no, &root.observe_root().unwrap()).unwrap();
+        index.observe_directory(self.no, FileId::ROOT, root.list(&[]).unwrap()).unwrap();
+    }
+
+    fn version(&self) -> Version {
+        let view = self.world.index.view().unwrap();
+        let entry = view.entry(self.no, FileId::ROOT, b"film.mkv").unwrap().unwrap();
+        let (file, stamp, content) = (entry.file_id, entry.stamp(), entry.content);
+        Version { location: OWN_LOCATION, file, stamp, content }
+    }
+
+    fn hashed(&self) -> Version {
+        let Version { file, stamp, .. } = self.version();
+        let content = ContentId::of(&self.bytes);
+        assert!(self.world.index.set_content(self.no, file, &stamp, content).unwrap());
+        self.version()
+    }
+}
+
+fn is_stale(result: &Result<Fetched, FetchError>) -> bool {
+    matches!(result, Err(FetchError::Stale))
+}
+
+#[test]
+fn own_files_are_served_with_proof_also_when_their_tree_is_missing() {
+    let own = Own::new();
+    let version = own.version();
+    let all = own.own.read(OWNER, &version, 0..version.stamp.size).unwrap();
+    assert_eq!(all.bytes, own.bytes);
+    assert!(all.proof.is_empty());
+    let version = own.hashed();
+    let (content, size) = (version.content.unwrap(), version.stamp.size);
+    for range in [0..GROUP_BYTES, GROUP_BYTES..size, 2 * GROUP_BYTES..size, 0..size] {
+        let fetched = own.own.read(OWNER, &version, range.clone()).unwrap();
+        assert!(manifest::verify(content, size, range, &fetched.bytes, &fetched.proof));
+    }
+}
+
+#[test]
+fn own_files_are_served_to_nobody_else_than_shared_with() {
+    let own = Own::new();
+    let version = own.version();
+    Own::share(&own.world, &own.folder, Some(vec![OTHER]));
+    assert!(matches!(own.own.read(OWNER, &version, 0..GROUP_BYTES), Err(FetchError::Refused)));
+    assert!(own.own.read(OTHER, &version, 0..GROUP_BYTES).is_ok());
+    assert!(own.own.read(ME, &version, 0..GROUP_BYTES).is_ok());
+    let replica = Version { location: location_of(OWNER), ..version.clone() };
+    assert!(matches!(own.own.read(OTHER, &replica, 0..GROUP_BYTES), Err(FetchError::Refused)));
+    let unknown = Version { location: LocationId([77; 16]), ..version };
+    assert!(matches!(own.own.read(OTHER, &unknown, 0..GROUP_BYTES), Err(FetchError::Refused)));
+}
+
+#[test]
+fn a_range_off_the_borders_or_too_long_is_refused() {
+    let own = Own::new();
+    let version = own.version();
+    let size = version.stamp.size;
+    #[allow(clippy::reversed_empty_ranges)] // a peer may send one
+    let ranges =
+        [1..GROUP_BYTES, 0..GROUP_BYTES + 1, 0..size + 1, 0..0, 0..u64::MAX, GROUP_BYTES..0];
+    for range in ranges {
+        let read = own.own.read(OWNER, &version, range.clone());
+        assert!(matches!(read, Err(FetchError::Failed(_))), "{range:?}");
+    }
+    let stamp = Stamp { size: u64::MAX, ..version.stamp };
+    let monster = Version { stamp, ..version };
+    assert!(own.own.read(OWNER, &monster, 0..MAX_FETCH_BYTES + GROUP_BYTES).is_err());
+    assert!(is_stale(&own.own.read(OWNER, &monster, 0..GROUP_BYTES)));
+}
+
+#[test]
+fn a_changed_file_is_stale_and_one_with_the_same_bytes_is_not() {
+    let own = Own::new();
+    let unhashed = own.version();
+    let version = own.hashed();
+    let path = own.folder.join("film.mkv");
+    let read = |version: &Version| own.own.read(OWNER, version, 0..GROUP_BYTES);
+
+    let mut permissions = fs::metadata(&path).unwrap().permissions();
+    std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o600);
+    fs::set_permissions(&path, permissions).unwrap();
+    assert!(is_stale(&read(&unhashed)), "its stamp changed, and nothing else tells");
+    assert_eq!(read(&version).unwrap().bytes, own.bytes[..GROUP]);
+    own.observe();
+    assert_eq!(read(&version).unwrap().bytes, own.bytes[..GROUP]);
+
+    let mut changed = own.bytes.clone();
+    changed[5] ^= 1;
+    fs::write(&path, &changed).unwrap();
+    assert!(is_stale(&read(&version)));
+    own.observe();
+    assert!(is_stale(&read(&version)));
+    fs::write(&path, b"short").unwrap();
+    assert!(is_stale(&read(&version)));
+    fs::remove_file(&path).unwrap();
+    assert!(is_stale(&read(&version)));
+    own.observe();
+    assert!(is_stale(&read(&version)));
+}
+
+#[test]
+fn bytes_that_an_own_location_has_are_not_fetched() {
+    let own = Own::new();
+    own.hashed();
+    own.world.net.behave_all(Behaviour::Unreachable);
+    let content = own.world.content_with(own.own.clone());
+    let reader = own.world.open(&content);
+    own.world.read_through(&reader, 50_000);
+    assert!(own.world.net.asked().is_empty());
+}
