@@ -68,7 +68,7 @@ pub enum ManifestError {
 /// The version of the stored form.
 const FORMAT: u8 = 1;
 const MAGIC: &[u8; 7] = b"sd-tree";
-const HEADER_BYTES: usize = 7 + 1 + 8 + 8 + 32;
+const HEADER_BYTES: usize = 7 + 1 + 8 + 8 + 32 + 32;
 
 impl Manifest {
     /// Hashes an open file of which `size` bytes are expected, on several threads
@@ -224,12 +224,15 @@ impl Manifest {
         bytes.extend_from_slice(&(GROUP_BYTES << self.base).to_le_bytes());
         bytes.extend_from_slice(&self.size.to_le_bytes());
         bytes.extend_from_slice(&self.content.0);
+        // The root vouches for the leaves, but not for the last few bits of the size.
+        let check = blake3::hash(&bytes);
+        bytes.extend_from_slice(check.as_bytes());
         bytes.extend(leaves.iter().flatten());
         bytes
     }
 
-    /// From the stored form. Its root is recomputed and must be the content id, so that
-    /// no altered byte goes unnoticed.
+    /// From the stored form. The header has a checksum, and the root of the leaves must be the
+    /// content id, so that no altered byte goes unnoticed.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, ManifestError> {
         let (header, leaves) =
             bytes.split_at_checked(HEADER_BYTES).ok_or(ManifestError::Damaged)?;
@@ -239,11 +242,15 @@ impl Manifest {
         if header[7] > FORMAT {
             return Err(ManifestError::Newer(header[7]));
         }
-        let number = |at: usize| header[at..at + 8].try_into().map(u64::from_le_bytes);
+        let (fields, check) = header.split_last_chunk::<32>().ok_or(ManifestError::Damaged)?;
+        if blake3::hash(fields) != *check {
+            return Err(ManifestError::Damaged);
+        }
+        let number = |at: usize| fields[at..at + 8].try_into().map(u64::from_le_bytes);
         let (Ok(unit), Ok(size)) = (number(8), number(16)) else {
             return Err(ManifestError::Damaged);
         };
-        let content: [u8; 32] = header[24..].try_into().map_err(|_| ManifestError::Damaged)?;
+        let content: [u8; 32] = fields[24..].try_into().map_err(|_| ManifestError::Damaged)?;
         Self::from_parts(unit, size, ContentId(content), leaves).ok_or(ManifestError::Damaged)
     }
 
