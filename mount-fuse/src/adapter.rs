@@ -19,6 +19,7 @@
 
 use crate::convert;
 use crate::io_mode::{IoMode, IoModes};
+use crate::listings::Listings;
 use crate::negotiate::Negotiated;
 use fuser::{
     AccessFlags, BackingId, BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem,
@@ -51,6 +52,7 @@ pub(crate) struct Adapter {
     runtime: Handle,
     negotiated: Arc<Negotiated>,
     modes: IoModes<BackingId>,
+    listings: Arc<Listings>,
 }
 
 /// The call's result as the kernel wants it; a panic is `EIO`.
@@ -81,8 +83,13 @@ fn invalid(attempted: &'static str) -> FsError {
 }
 
 impl Adapter {
-    pub(crate) fn new(drive: Arc<Drive>, runtime: Handle, negotiated: Arc<Negotiated>) -> Self {
-        Self { drive, runtime, negotiated, modes: IoModes::default() }
+    pub(crate) fn new(
+        drive: Arc<Drive>,
+        runtime: Handle,
+        negotiated: Arc<Negotiated>,
+        listings: Arc<Listings>,
+    ) -> Self {
+        Self { drive, runtime, negotiated, modes: IoModes::default(), listings }
     }
 
     fn reply_entry(&self, reply: ReplyEntry, found: Result<Found, Errno>) {
@@ -142,6 +149,16 @@ impl Adapter {
             self.drive.setattr(caller, ino, None, set)?;
         }
         Ok(())
+    }
+
+    fn listing_flags(&self, dir: InodeNo) -> FopenFlags {
+        if self.drive.negative_valid_for(dir) < LISTING_CACHED_FROM {
+            return FopenFlags::empty();
+        }
+        match self.listings.open(dir.0) {
+            true => FopenFlags::FOPEN_CACHE_DIR | FopenFlags::FOPEN_KEEP_CACHE,
+            false => FopenFlags::FOPEN_CACHE_DIR,
+        }
     }
 
     fn open_file(&self, caller: &Caller, ino: InodeNo, flags: OpenFlags) -> FsResult<Opened> {
@@ -479,11 +496,7 @@ impl Filesystem for Adapter {
     fn opendir(&self, _: &Request, node: INodeNo, _: fuser::OpenFlags, reply: ReplyOpen) {
         match run("opendir", || self.drive.opendir(ino(node))) {
             Ok(opened) => {
-                let mut flags = FopenFlags::empty();
-                if self.drive.negative_valid_for(ino(node)) >= LISTING_CACHED_FROM {
-                    flags = FopenFlags::FOPEN_CACHE_DIR | FopenFlags::FOPEN_KEEP_CACHE;
-                }
-                reply.opened(FileHandle(opened.0), flags);
+                reply.opened(FileHandle(opened.0), self.listing_flags(ino(node)));
             }
             Err(errno) => reply.error(errno),
         }

@@ -5,15 +5,15 @@
 //! for the lock of a directory in which a lookup is in progress, and a thread
 //! that is to answer that lookup would wait for itself.
 
+use crate::listings::Listings;
 use crate::notify::Kernel;
-use std::collections::HashSet;
 use std::io;
 use std::sync::Arc;
 use std::thread;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
-use vfs_core::changes::{Change, Next};
-use vfs_core::drive::{Drive, InodeNo, Invalidation};
+use vfs_core::changes::Next;
+use vfs_core::drive::{Drive, Invalidation};
 
 /// The thread; it ends when this is dropped, after the notification it is sending.
 pub(crate) struct Invalidator {
@@ -21,11 +21,17 @@ pub(crate) struct Invalidator {
 }
 
 impl Invalidator {
-    pub(crate) fn start(drive: Arc<Drive>, kernel: Kernel, runtime: &Handle) -> io::Result<Self> {
+    pub(crate) fn start(
+        drive: Arc<Drive>,
+        kernel: Kernel,
+        listings: Arc<Listings>,
+        runtime: &Handle,
+    ) -> io::Result<Self> {
         // From here on nothing is missed, though the thread may start later.
         let mut changes = drive.subscribe();
         let (stop, mut stopped) = oneshot::channel::<()>();
         let runtime = runtime.clone();
+        let tell = Tell { kernel, listings };
         thread::Builder::new().name("sd-invalidate".into()).spawn(move || {
             loop {
                 let next = runtime.block_on(async {
@@ -36,8 +42,10 @@ impl Invalidator {
                     }
                 });
                 match next {
-                    Some(Next::Batch(batch)) => invalidate(&drive, &kernel, &batch),
-                    Some(Next::Missed) => kernel.expire_everything(),
+                    Some(Next::Batch(batch)) => {
+                        drive.invalidations_of(&batch).into_iter().for_each(|i| tell.invalidate(i));
+                    }
+                    Some(Next::Missed) => tell.invalidate(Invalidation::Everything),
                     None => break,
                 }
             }
@@ -46,18 +54,23 @@ impl Invalidator {
     }
 }
 
-fn invalidate(drive: &Drive, kernel: &Kernel, batch: &[Change]) {
-    // Many changes in one directory are one change of its listing.
-    let mut directories = HashSet::<InodeNo>::new();
-    for invalidation in batch.iter().flat_map(|change| drive.invalidations(change)) {
+/// Whom to tell.
+struct Tell {
+    kernel: Kernel,
+    listings: Arc<Listings>,
+}
+
+impl Tell {
+    fn invalidate(&self, invalidation: Invalidation) {
+        let kernel = &self.kernel;
         match invalidation {
             Invalidation::Entry { parent, name } => kernel.expire_entry(parent.0, name.as_bytes()),
-            Invalidation::Directory(ino) => drop(directories.insert(ino)),
+            Invalidation::Directory(ino) | Invalidation::Content(ino) => kernel.drop_pages(ino.0),
             Invalidation::Attributes(ino) => kernel.expire_attributes(ino.0),
-            Invalidation::Content(ino) => kernel.drop_pages(ino.0),
-            Invalidation::Everything => kernel.expire_everything(),
+            Invalidation::Everything => {
+                self.listings.forget_all();
+                kernel.expire_everything();
+            }
         }
     }
-    // After the names: a listing that is read in between then has the new ones.
-    directories.iter().for_each(|ino| kernel.drop_pages(ino.0));
 }

@@ -12,6 +12,7 @@
 //! | `negotiate` | what this mount and this kernel agreed on |
 //! | `adapter` | each request as one call of the drive |
 //! | `io_mode` | passthrough or cached, per open inode |
+//! | `listings` | which directories' listings the kernel may go on using |
 //! | `convert` | attributes, times, errors and flags |
 //! | `invalidate`, `notify` | changes, told to the kernel |
 #![forbid(unsafe_code)]
@@ -22,6 +23,7 @@ mod convert;
 mod error;
 mod invalidate;
 mod io_mode;
+mod listings;
 mod mounts;
 mod negotiate;
 mod notify;

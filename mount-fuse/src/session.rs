@@ -13,6 +13,7 @@ use crate::adapter::Adapter;
 use crate::attach::{self, Detach};
 use crate::error::MountError;
 use crate::invalidate::Invalidator;
+use crate::listings::Listings;
 use crate::mounts::{self, DeviceNo, MountInfo};
 use crate::negotiate::Negotiated;
 use crate::notify::Kernel;
@@ -124,7 +125,13 @@ fn start(
     let failed = |error| MountError::os("cannot talk to the kernel about", mountpoint, error);
     let number = mounts::on(mountpoint).map(|info| info.device);
     let negotiated = Arc::new(Negotiated::new(options.passthrough));
-    let adapter = Adapter::new(Arc::clone(&drive), runtime.clone(), Arc::clone(&negotiated));
+    let listings = Arc::new(Listings::default());
+    let adapter = Adapter::new(
+        Arc::clone(&drive),
+        runtime.clone(),
+        Arc::clone(&negotiated),
+        Arc::clone(&listings),
+    );
     let session = fuser::Session::from_fd(
         adapter,
         device.try_clone().map_err(failed)?,
@@ -139,7 +146,7 @@ fn start(
     }
     let kernel = Kernel::new(Arc::downgrade(&device), negotiated.abi(), number);
     let serving = Serving::start(session, device, mountpoint, number).map_err(failed)?;
-    let invalidator = Invalidator::start(drive, kernel, &runtime).map_err(failed)?;
+    let invalidator = Invalidator::start(drive, kernel, listings, &runtime).map_err(failed)?;
     Ok(Mount {
         mountpoint: mountpoint.to_owned(),
         number,

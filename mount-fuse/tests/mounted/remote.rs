@@ -1,12 +1,13 @@
 //! Another device's files through a real mount: what waits for the network, and what does not.
 
-use crate::common::{DEADLINE, Rig, drive, eventually};
+use crate::common::{DEADLINE, Rig, Standing, can_mount, drive, eventually};
 use mount_fuse::MountError;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
+use vfs_core::changes::Change;
 
 fn theirs(rig: &Rig, name: &str) -> PathBuf {
     drive::peer_folder(rig.mount.mountpoint()).join(name)
@@ -97,6 +98,31 @@ fn what_changes_at_the_owner_is_seen() {
         eventually("a removed name", || !folder.join("a").exists());
         eventually("the listing", || names().is_empty());
     }
+}
+
+#[test]
+fn what_was_missed_is_seen_nonetheless() {
+    const TOO_MANY: usize = 5_000;
+    if !can_mount("what_was_missed_is_seen_nonetheless") {
+        return;
+    }
+    let rig = Rig::with_passthrough(true);
+    let folder = drive::peer_folder(rig.mount.mountpoint());
+    let feed = rig.parts.index.feed().clone();
+    let flood = || (0..TOO_MANY).for_each(|_| feed.publish(vec![Change::Devices]));
+    // Stays where it is, whatever the kernel is told.
+    let standing = Standing::in_directory(&folder);
+    for id in 2..12 {
+        let path = folder.join(id.to_string());
+        assert!(!path.exists());
+        flood();
+        rig.parts.add_peer_file(id, &id.to_string(), b"content");
+        flood();
+        eventually("a new name", || path.exists());
+        eventually("the listing", || fs::read_dir(&folder).unwrap().count() as u64 == id - 1);
+    }
+    let place = fs::read_link(format!("/proc/{}/cwd", standing.0.id())).unwrap();
+    assert_eq!(place, folder);
 }
 
 #[test]

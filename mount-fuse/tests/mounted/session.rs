@@ -1,6 +1,6 @@
 //! Mounts come and go: what is refused, who is named, what is mended, and as whom.
 
-use crate::common::{Rig, can_mount, drive, eventually, has_program, open_to_all};
+use crate::common::{Rig, Standing, can_mount, drive, eventually, has_program, open_to_all};
 use mount_fuse::{MountError, MountOptions, is_dead, mend, mounts};
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs::{self, File};
@@ -145,12 +145,11 @@ fn a_symbolic_link_leads_to_the_mount_point() {
 fn a_busy_mount_names_its_holders_and_goes_on() {
     for rig in Rig::both("a_busy_mount_names_its_holders_and_goes_on") {
         fs::write(rig.path("a"), b"content").unwrap();
-        let mut holder =
-            Command::new("sleep").arg("1000").current_dir(rig.folder()).spawn().unwrap();
+        let holder = Standing::in_directory(&rig.folder());
         let open = File::open(rig.path("a")).unwrap();
         let busy = rig.mount.unmount(false).unwrap_err();
         let MountError::Busy { holders, .. } = &busy else { panic!("{busy:?}") };
-        for pid in [holder.id(), std::process::id()] {
+        for pid in [holder.0.id(), std::process::id()] {
             assert!(holders.iter().any(|h| h.pid == pid && !h.command.is_empty()), "{holders:?}");
         }
         assert_eq!(fs::read(rig.path("a")).unwrap(), b"content");
@@ -159,8 +158,6 @@ fn a_busy_mount_names_its_holders_and_goes_on() {
         assert!(!is_mounted(rig.mount.mountpoint()));
         eventually("the session ends", || !rig.mount.is_alive());
         drop(open);
-        holder.kill().unwrap();
-        holder.wait().unwrap();
     }
 }
 

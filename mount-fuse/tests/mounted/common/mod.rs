@@ -5,7 +5,7 @@ pub mod drive;
 use mount_fuse::{Mount, MountOptions, Passthrough};
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
@@ -121,4 +121,20 @@ pub fn open_to_all() -> TempDir {
 /// Opens for reading and writing, without truncating.
 pub fn open_rw(path: &Path) -> File {
     File::options().read(true).write(true).open(path).unwrap()
+}
+
+/// A process that stands in a directory and does not outlive its test.
+pub struct Standing(pub Child);
+
+impl Standing {
+    pub fn in_directory(dir: &Path) -> Self {
+        Self(Command::new("sleep").arg("1000").current_dir(dir).spawn().unwrap())
+    }
+}
+
+impl Drop for Standing {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
