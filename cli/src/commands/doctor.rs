@@ -145,7 +145,7 @@ fn fuse(checks: &mut Checks) {
         (Err(e), _) => checks.problem(
             "fuse",
             format!("/dev/fuse cannot be used: {e}"),
-            "modprobe fuse; a container needs --device /dev/fuse",
+            "modprobe fuse, or chmod 666 /dev/fuse; a container needs --device /dev/fuse",
         ),
     }
 }

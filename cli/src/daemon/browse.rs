@@ -261,7 +261,7 @@ impl Daemon {
         directory: &Directory,
         mut visit: impl FnMut(&[(Name, Entry)], bool) -> Outcome<()>,
     ) -> Outcome<()> {
-        self.scan_if_own(directory.location, directory.id, &directory.address)?;
+        self.scan_if_own(directory.location, directory.id, &directory.address);
         let mut after: Option<Name> = None;
         loop {
             let mut page = Vec::with_capacity(PAGE);
@@ -287,13 +287,12 @@ impl Daemon {
         }
     }
 
-    fn scan_if_own(&self, no: LocationNo, dir: FileId, address: &SdPath) -> Outcome<()> {
+    fn scan_if_own(&self, no: LocationNo, dir: FileId, address: &SdPath) {
         let own = self.index.location(no).is_some_and(|l| l.owner == self.me);
         if own && let Err(error) = self.indexer.scan_now(no, dir) {
             // What was known before is still shown, as for a device that is offline.
             tracing::debug!(%error, %address, "cannot scan");
         }
-        Ok(())
     }
 
     fn send(&self, link: &Link, items: Vec<Item>) -> Outcome<()> {
@@ -388,24 +387,18 @@ impl Daemon {
     }
 
     fn resolve(&self, location: &Location, path: &[Name], address: &SdPath) -> Outcome<Entry> {
-        let mut known = self.entry_at(location, &[])?;
+        // A location just added has no row before its first scan.
+        self.scan_if_own(location.no, FileId::ROOT, address);
+        let top = self.entry_at(location, &[])?;
+        let mut known = top.ok_or_else(|| nothing_known(address))?;
         for depth in 0..path.len() {
-            match &known {
-                Some(entry) if is_directory(entry) => {
-                    self.scan_if_own(location.no, entry.file_id, address)?;
-                }
-                _ => break,
+            if is_directory(&known) {
+                self.scan_if_own(location.no, known.file_id, address);
             }
-            known = self.entry_at(location, &path[..=depth])?;
+            let below = self.entry_at(location, &path[..=depth])?;
+            known = below.ok_or_else(|| self.no_such_entry(location, path, address))?;
         }
-        match known {
-            Some(entry) => Ok(entry),
-            None if path.is_empty() => {
-                Err(Failure::new(Code::NotFound, format!("nothing is known of {address} yet"))
-                    .hint("its first scan, or the first contact with its device, is still to come"))
-            }
-            None => Err(self.no_such_entry(location, path, address)),
-        }
+        Ok(known)
     }
 
     fn entry_at(&self, location: &Location, path: &[Name]) -> Outcome<Option<Entry>> {
@@ -496,7 +489,7 @@ impl Branch<'_> {
         if directory.depth >= self.levels {
             return Ok(None);
         }
-        self.daemon.scan_if_own(directory.location, directory.id, &directory.address)?;
+        self.daemon.scan_if_own(directory.location, directory.id, &directory.address);
         Ok(Some(Level {
             directory: Directory {
                 location: directory.location,
@@ -549,6 +542,11 @@ impl Level {
         self.page = page.into_iter();
         Ok(())
     }
+}
+
+fn nothing_known(address: &SdPath) -> Failure {
+    Failure::new(Code::NotFound, format!("nothing is known of {address} yet"))
+        .hint("its first scan, or the first contact with its device, is still to come")
 }
 
 fn address_in_drive(path: &Path, below: &Path) -> Outcome<SdPath> {

@@ -391,8 +391,12 @@ pub fn failure(error: &MountError) -> Failure {
         }
         MountError::NoFuse { source } => {
             let text = Failure::io(&text, std::io::Error::from(source.kind())).message;
-            Failure::new(Code::Io, text)
-                .hint("load it: modprobe fuse; a container needs --device /dev/fuse")
+            Failure::new(Code::Io, text).hint(match source.kind() {
+                std::io::ErrorKind::PermissionDenied => {
+                    "only root may use it here; usually everybody may: chmod 666 /dev/fuse"
+                }
+                _ => "load it: modprobe fuse; a container needs --device /dev/fuse",
+            })
         }
         MountError::NoHelper => {
             worded(Code::NotFound, "install it: the package is called fuse3".into())
