@@ -1,7 +1,7 @@
 //! Own files through a real mount behave as files on the disk do, with the kernel's
 //! passthrough and without it.
 
-use crate::common::{Rig, can_mount, eventually, open_rw};
+use crate::common::{Rig, can_mount, eventually, open_rw, skipped};
 use mount_fuse::MountOptions;
 use rustix::fs::{FallocateFlags, RenameFlags, SeekFrom, XattrFlags};
 use rustix::io::Errno;
@@ -297,7 +297,7 @@ fn extended_attributes_pass_through() {
         fs::write(&path, b"").unwrap();
         let set = |value: &[u8], flags| rustix::fs::setxattr(&path, "user.test", value, flags);
         if set(b"one", XattrFlags::empty()) == Err(Errno::OPNOTSUPP) {
-            eprintln!("SKIPPED extended_attributes_pass_through: the disk has none");
+            skipped("extended_attributes_pass_through", "a disk that has them");
             continue;
         }
         assert_eq!(set(b"two", XattrFlags::CREATE), Err(Errno::EXIST));

@@ -4,6 +4,7 @@ pub mod drive;
 
 use mount_fuse::{Mount, MountOptions, Passthrough};
 use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -36,8 +37,9 @@ pub fn has_program(test: &str, program: &str) -> bool {
     found || skipped(test, program)
 }
 
-fn skipped(test: &str, missing: &str) -> bool {
-    eprintln!("SKIPPED {test}: it needs {missing}");
+/// Says so past the test program's capture, which hides what a passing test prints.
+pub fn skipped(test: &str, missing: &str) -> bool {
+    let _ = writeln!(std::io::stderr(), "SKIPPED {test}: it needs {missing}");
     let required = std::env::var("SD_TEST_REQUIRE").is_ok_and(|value| value == "all");
     assert!(!required, "{test} must run here, and it needs {missing}");
     false
