@@ -37,6 +37,14 @@ pub enum MountError {
         /// The mount point.
         path: PathBuf,
     },
+    /// Something else is mounted there, which the drive would hide.
+    #[error("{path} is the mount point of another file system ({fs_type})", path = .path.display())]
+    Occupied {
+        /// The mount point.
+        path: PathBuf,
+        /// What is mounted, as `tmpfs`.
+        fs_type: String,
+    },
     /// No drive is mounted there.
     #[error("no drive is mounted on {path}", path = .path.display())]
     NotMounted {

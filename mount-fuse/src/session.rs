@@ -96,6 +96,9 @@ fn checked_mountpoint(path: &Path) -> Result<PathBuf, MountError> {
     }
     // The last component may be a symbolic link.
     let path = spelled.canonicalize().map_err(|error| missing_or_os(&spelled, error))?;
+    if let Some(other) = mounts::on(&path) {
+        return Err(MountError::Occupied { path, fs_type: other.fs_type });
+    }
     let mut entries = std::fs::read_dir(&path).map_err(|error| match error.kind() {
         io::ErrorKind::NotADirectory => MountError::NotADirectory { path: path.clone() },
         _ => MountError::os("cannot read the directory", &path, error),

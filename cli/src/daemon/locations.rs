@@ -78,6 +78,7 @@ impl Daemon {
                 "add its folders one by one, or mount the drive elsewhere",
             );
         }
+        self.library.with(|state| check_overlap(root, &state.locations))?;
         if root.starts_with(self.dir.path()) {
             return refuse(
                 format!("{shown} is inside sd's own data directory"),
@@ -90,7 +91,7 @@ impl Daemon {
                 "add its folders one by one, or move the data directory with --data-dir",
             );
         }
-        self.library.with(|state| check_overlap(root, &state.locations))
+        Ok(())
     }
 
     pub fn remove_location(&self, name: &str, dry_run: bool) -> Outcome<LocationReply> {

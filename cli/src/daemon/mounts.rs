@@ -375,6 +375,9 @@ pub fn failure(error: &MountError) -> Failure {
             Code::Busy,
             "another daemon serves it; choose another directory, or unmount it there".into(),
         ),
+        MountError::Occupied { .. } => {
+            worded(Code::Busy, "choose an empty directory that nothing is mounted on".into())
+        }
         MountError::Dead { path } => {
             worded(Code::Busy, format!("detach it: sd unmount --force {}", path.display()))
         }
