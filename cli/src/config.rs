@@ -85,6 +85,12 @@ pub const KEYS: &[Key] = &[
         form: Form::Count { max: 64 },
     },
     Key {
+        name: "index.hash",
+        default: "true",
+        about: "hash files in the background; without it reads by other devices are not checked against a hash",
+        form: Form::Bool,
+    },
+    Key {
         name: "index.hash_threads",
         default: "0",
         about: "threads that hash files; 0 chooses by the number of processors",
@@ -209,6 +215,11 @@ impl Config {
     /// `network.relay`
     pub fn relay(&self) -> Option<String> {
         Some(self.text("network.relay").trim().to_owned()).filter(|r| !r.is_empty())
+    }
+
+    /// `index.hash`
+    pub fn hashes(&self) -> bool {
+        self.text("index.hash") == "true"
     }
 
     /// `network.discovery`

@@ -55,7 +55,9 @@ fn places_that_cannot_be_a_location() {
     assert_helpful(&device.fails(1, &["location", "add", text(&absent)]), "absent");
     let inside = lab.folder("location/inside");
     assert_helpful(&device.fails(1, &["location", "add", text(&inside)]), "files");
-    assert_helpful(&device.fails(1, &["location", "add", text(lab.dir())]), "files");
+    device.add_location(&lab.folder("outer/inner"), "inner");
+    let outer = lab.dir().join("outer");
+    assert_helpful(&device.fails(1, &["location", "add", text(&outer)]), "inner");
     let again = device.fails(1, &["location", "add", text(&location), "--name", "again"]);
     assert_helpful(&again, "files");
     let other = lab.folder("other");
@@ -67,7 +69,7 @@ fn places_that_cannot_be_a_location() {
     device.fails(1, &["location", "add", text(&mountpoint)]);
     device.fails(1, &["location", "add", text(&device.at("solo"))]);
     let rows = device.status()["locations"].as_array().unwrap().len();
-    assert_eq!(rows, 1, "nothing was added");
+    assert_eq!(rows, 2, "nothing else was added");
 }
 
 #[test]
@@ -83,9 +85,11 @@ fn places_that_cannot_be_a_mount_point() {
     assert_helpful(&device.fails(1, &["mount", text(&inside)]), "files");
     let location = lab.dir().join("location");
     device.fails(1, &["mount", text(&location)]);
-    let busy = lab.folder("busy");
-    proc::run_args("mount", &["-t", "tmpfs", "none", text(&busy)], Duration::from_secs(10)).ok();
-    assert_helpful(&device.fails(1, &["mount", text(&busy)]), "busy");
+    let other = lab.device("other");
+    other.sd(&["library", "create", "elsewhere", "--device-name", "other"]).ok();
+    let busy = other.mount();
+    assert_helpful(&device.fails(1, &["mount", text(&busy)]), text(&busy));
+    assert!(busy.join("other").is_dir(), "the drive that was there still works");
     device.fails(1, &["mount", "/proc/absent"]);
     device.fails(1, &["unmount", text(&full)]);
     assert!(!is_mounted(&full) && !is_mounted(&inside) && !is_mounted(&location));

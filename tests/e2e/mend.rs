@@ -74,9 +74,7 @@ fn an_ordinary_user_mounts_reads_and_writes() {
     device.start();
     device.sd(&["library", "create", "home", "--device-name", "user"]).ok();
     device.add_location(&folder, "files");
-    // The user makes the mount point, so that it is the user's.
-    run(&device, "mkdir -p drive");
-    device.sd(&["mount".as_ref(), device.mountpoint().as_os_str()]).ok();
+    device.mount();
     run(&device, "echo text > drive/user/files/file && cat drive/user/files/file | grep -qx text");
     assert_eq!(fs::read_to_string(folder.join("file")).unwrap(), "text\n");
     run(&device, "mkdir drive/user/files/d && mv drive/user/files/file drive/user/files/d/moved");
@@ -89,7 +87,7 @@ fn an_ordinary_user_mounts_reads_and_writes() {
         shell(&device, "ls drive").status.code() != Some(0)
     });
     device.start();
-    device.sd(&["mount".as_ref(), device.mountpoint().as_os_str()]).ok();
+    device.mount();
     run(&device, "grep -qx text drive/user/files/d/moved");
     device.stop();
     detach_mounts_below(&device.mountpoint());

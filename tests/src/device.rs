@@ -265,6 +265,10 @@ impl Device {
     #[track_caller]
     pub fn mount(&self) -> PathBuf {
         let mountpoint = self.mountpoint();
+        if !is_mounted(&mountpoint) {
+            std::fs::create_dir_all(&mountpoint).expect("a mount point");
+            std::os::unix::fs::chown(&mountpoint, self.user, self.user).expect("its owner");
+        }
         self.sd(&["mount".as_ref(), mountpoint.as_os_str()]).ok();
         assert!(is_mounted(&mountpoint), "sd mount returned, and nothing is mounted");
         mountpoint

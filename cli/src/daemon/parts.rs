@@ -190,7 +190,10 @@ fn indexer_config(config: &Config) -> IndexerConfig {
     let default = IndexerConfig::default();
     IndexerConfig {
         scan_threads: config.count("index.scan_threads").unwrap_or(default.scan_threads),
-        hash_threads: config.count("index.hash_threads").unwrap_or(default.hash_threads),
+        hash_threads: match config.hashes() {
+            true => config.count("index.hash_threads").unwrap_or(default.hash_threads),
+            false => 0,
+        },
         ..default
     }
 }
