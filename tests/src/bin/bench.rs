@@ -207,7 +207,7 @@ fn own_files() -> Result<Vec<Row>> {
 fn lan() -> Result<Vec<Row>> {
     let lab = lab_or_reason(Lab::lan(&[Need::Root, Need::Fuse]))?;
     let source = lab.folder("source");
-    files::real_tree(&source.join("tree"), 20_000);
+    files::real_tree(&lab.folder("source/tree"), 20_000);
     let size = 512 * MIB;
     files::random_file(&source.join("big"), size, 2);
     for n in 0..16 {
