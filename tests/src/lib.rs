@@ -4,7 +4,7 @@
 //! network namespaces with a real link, mounts are the kernel's. Everything made is removed again
 //! when the value is dropped, also by a failing test; a failing test prints the daemons' logs.
 //!
-//! A test takes the whole machine ([`machine`]) and says what it needs of it; where that is
+//! A test takes the whole machine ([`mod@machine`]) and says what it needs of it; where that is
 //! missing it is skipped, or fails with `SD_TEST_REQUIRE=all`.
 
 pub mod device;

@@ -217,31 +217,39 @@ pub(super) fn open_kind(kind: &StoreKind, dir: &Path) -> Result<OpenedStore, Sto
 /// foresee; an index is rebuildable, so that too only means to begin anew.
 fn open_checked(kind: &StoreKind, path: &Path) -> Result<Arc<dyn Store>, StoreError> {
     let attempt = || {
+        let is_new = !path.exists();
         let store = (kind.open)(path)?;
-        check_format(&*store, path)?;
+        match format(&*store, path)? {
+            Some(FORMAT) => {}
+            Some(found) => return Err(StoreError::NewerFormat { found }),
+            None if is_new => write_format(&*store)?,
+            // A store may mend damage by forgetting everything; that is not hidden.
+            None => return Err(corrupt(path, "it has no format")),
+        }
         Ok(store)
     };
-    std::panic::catch_unwind(attempt).unwrap_or_else(|_| {
-        Err(StoreError::Corrupt { path: path.to_owned(), reason: "the store gave up".into() })
-    })
+    std::panic::catch_unwind(attempt).unwrap_or_else(|_| Err(corrupt(path, "the store gave up")))
 }
 
 const FORMAT_KEY: &[u8] = b"format";
 
-fn check_format(store: &dyn Store, path: &Path) -> Result<(), StoreError> {
-    let found = store.snapshot()?.get(Table::Meta, FORMAT_KEY)?;
-    let Some(found) = found else {
-        let mut batch = Batch::default();
-        batch.put(Table::Meta, FORMAT_KEY, FORMAT.to_be_bytes());
-        return store.commit(batch, Durability::Durable);
-    };
-    let corrupt = || StoreError::Corrupt { path: path.to_owned(), reason: "no format".into() };
-    let found = u32::from_be_bytes(found.try_into().map_err(|_| corrupt())?);
-    match found {
-        FORMAT => Ok(()),
-        0 => Err(corrupt()),
-        _ => Err(StoreError::NewerFormat { found }),
+fn format(store: &dyn Store, path: &Path) -> Result<Option<u32>, StoreError> {
+    let Some(found) = store.snapshot()?.get(Table::Meta, FORMAT_KEY)? else { return Ok(None) };
+    let found: Result<[u8; 4], _> = found.try_into();
+    match found.map(u32::from_be_bytes) {
+        Ok(found @ FORMAT..) => Ok(Some(found)),
+        _ => Err(corrupt(path, "its format is none")),
     }
+}
+
+fn write_format(store: &dyn Store) -> Result<(), StoreError> {
+    let mut batch = Batch::default();
+    batch.put(Table::Meta, FORMAT_KEY, FORMAT.to_be_bytes());
+    store.commit(batch, Durability::Durable)
+}
+
+fn corrupt(path: &Path, reason: &str) -> StoreError {
+    StoreError::Corrupt { path: path.to_owned(), reason: reason.to_owned() }
 }
 
 /// Beside the store; there when damage was met while it was in use.
