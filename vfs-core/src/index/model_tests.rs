@@ -7,7 +7,7 @@
 use super::store::Table;
 use super::tests::{ID, ME, PEER, check_invariants, dump, location, name, observed, open};
 use super::*;
-use crate::model::{ContentId, FileType};
+use crate::model::{ContentId, FileType, Time};
 use proptest::prelude::*;
 use proptest::sample::Index as Pick;
 use std::collections::BTreeMap;
@@ -34,7 +34,6 @@ enum Act {
     Scan,
     /// The replica gets a batch of about this many bytes.
     Replicate(u16),
-    SweepReplica(u8),
     ReopenOwner,
     ReopenReplica,
 }
@@ -62,7 +61,6 @@ fn acts() -> impl Strategy<Value = Vec<Act>> {
         3 => Just(Act::Hash),
         2 => Just(Act::Scan),
         6 => (1..2000u16).prop_map(Act::Replicate),
-        1 => (1..20u8).prop_map(Act::SweepReplica),
         1 => Just(Act::ReopenOwner),
         1 => Just(Act::ReopenReplica),
     ];
@@ -195,8 +193,6 @@ struct World {
     ids: BTreeMap<(u64, Option<Time>), FileId>,
 }
 
-use crate::model::Time;
-
 impl World {
     fn new() -> Self {
         let folders = [(); 2].map(|()| tempfile::tempdir().unwrap());
@@ -219,7 +215,6 @@ impl World {
             Act::Hash => self.hash(),
             Act::Scan => self.scan(),
             Act::Replicate(bytes) => drop(self.replicate(usize::from(*bytes))),
-            Act::SweepReplica(n) => drop(self.replica.sweep_orphans(usize::from(*n)).unwrap()),
             Act::ReopenOwner => self.reopen_owner(),
             Act::ReopenReplica => self.reopen_replica(),
             _ if at.is_empty() => {}
@@ -317,7 +312,6 @@ impl World {
 
     fn converge(&mut self) {
         while self.replicate(700) {}
-        while self.replica.sweep_orphans(5).unwrap() > 0 {}
         check_invariants(&self.replica, self.no);
         use Table::{Content, Entries, Log, Nodes, Tombstones};
         for table in [Entries, Nodes, Log, Tombstones, Content] {

@@ -30,7 +30,8 @@ impl Index {
         self.memory().state(no).map_or(Seq(0), |s| s.head)
     }
 
-    /// Applies rows of the owner's log and moves the cursor to `upto`, in one commit.
+    /// Applies rows of the owner's log and moves the cursor to `upto`, in one commit; then
+    /// drops, in commits of their own, the rows of directories that are gone for good.
     ///
     /// A replica that follows no log yet takes this one; one that follows another is to be
     /// reset first ([`IndexError::OtherLog`]).
@@ -49,7 +50,10 @@ impl Index {
             check_order(state.head, &rows, upto)?;
             state.head = upto;
             rows.into_iter().try_for_each(|row| apply(tx, no, row))
-        })
+        })?;
+        // What the owner said is gone for good; nobody else tends a replica.
+        while self.sweep_location(no, COMMIT_ROWS)? > 0 {}
+        Ok(())
     }
 
     /// Empties a replica, to follow another log from its beginning.

@@ -11,8 +11,11 @@ use std::fs::File;
 use std::ops::Bound;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 const CACHE_BYTES: u64 = 32 << 20;
+/// How long a store that was closed may take to give up its lock.
+const RELEASE_WITHIN: Duration = Duration::from_secs(5);
 /// Keys that a scan reads from the tree at a time.
 const SCAN_KEYS: usize = 256;
 
@@ -58,7 +61,7 @@ impl SledStore {
     pub fn open(path: &Path) -> Result<Self, StoreError> {
         let lock = lock(path)?;
         let config = sled::Config::new().path(path).cache_capacity(CACHE_BYTES);
-        let db = config.open().map_err(|e| open_failure(path, e))?;
+        let db = open_when_released(&config, path)?;
         let (versions, writer) = Default::default();
         Ok(Self { db, path: path.to_owned(), versions, writer, _lock: lock })
     }
@@ -228,6 +231,23 @@ fn lock(path: &Path) -> Result<File, StoreError> {
         Ok(()) => Ok(lock),
         Err(rustix::io::Errno::WOULDBLOCK) => Err(StoreError::InUse { path: path.to_owned() }),
         Err(other) => Err(io(other.into())),
+    }
+}
+
+/// Threads of a store that was closed hold sled's own lock for a moment longer; sled says
+/// so with the same kind of error as for damage, but in its own words.
+fn open_when_released(config: &sled::Config, path: &Path) -> Result<sled::Db, StoreError> {
+    let deadline = Instant::now() + RELEASE_WITHIN;
+    loop {
+        match config.open() {
+            Err(sled::Error::Io(e)) if e.to_string().contains("could not acquire lock") => {
+                if Instant::now() > deadline {
+                    return Err(StoreError::InUse { path: path.to_owned() });
+                }
+                std::thread::sleep(RELEASE_WITHIN / 500);
+            }
+            opened => return opened.map_err(|e| open_failure(path, e)),
+        }
     }
 }
 

@@ -21,14 +21,23 @@ use std::ops::ControlFlow;
 const COMMIT_ROWS: usize = 2048;
 
 impl Index {
-    /// Removes at most about `limit` rows of what lost its name and did not get one again;
-    /// returns how many, 0 when there are none. Call it when no scan is under way: a file that
-    /// moved to a directory not yet scanned again would lose its id.
+    /// Removes at most about `limit` rows of what lost its name and did not get one again, in
+    /// any location; returns how many, 0 when there are none. Call it when no scan is under
+    /// way: a file that moved to a directory not yet scanned again would lose its id.
     pub fn sweep_orphans(&self, limit: usize) -> Result<usize, IndexError> {
+        self.sweep(limit, b"")
+    }
+
+    /// The same for one location.
+    pub fn sweep_location(&self, no: LocationNo, limit: usize) -> Result<usize, IndexError> {
+        self.sweep(limit, &key::location(no))
+    }
+
+    fn sweep(&self, limit: usize, prefix: &[u8]) -> Result<usize, IndexError> {
         let mut swept = 0;
         while swept < limit {
             let budget = COMMIT_ROWS.min(limit - swept);
-            let removed = self.write(|tx| self.sweep_some(tx, budget))?;
+            let removed = self.write(|tx| self.sweep_some(tx, prefix, budget))?;
             if removed == 0 {
                 break;
             }
@@ -37,9 +46,14 @@ impl Index {
         Ok(swept)
     }
 
-    fn sweep_some(&self, tx: &mut Tx<'_>, budget: usize) -> Result<usize, IndexError> {
+    fn sweep_some(
+        &self,
+        tx: &mut Tx<'_>,
+        prefix: &[u8],
+        budget: usize,
+    ) -> Result<usize, IndexError> {
         let mut removed = 0;
-        for (no, file, orphan) in self.orphans(tx, budget)? {
+        for (no, file, orphan) in self.orphans(tx, prefix, budget)? {
             if removed >= budget {
                 break;
             }
@@ -53,10 +67,11 @@ impl Index {
     fn orphans(
         &self,
         tx: &Tx<'_>,
+        prefix: &[u8],
         limit: usize,
     ) -> Result<Vec<(LocationNo, FileId, Orphan)>, IndexError> {
         let mut found = Vec::new();
-        read::scan_prefix(tx, Table::Orphans, b"", &mut |key, value| {
+        read::scan_prefix(tx, Table::Orphans, prefix, &mut |key, value| {
             let location = key::first_location(key).ok_or(IndexError::DamagedRow("an orphan"))?;
             let file = key::last_file(key).ok_or(IndexError::DamagedRow("an orphan"))?;
             if self.location(location).is_some() {

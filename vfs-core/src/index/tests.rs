@@ -620,6 +620,40 @@ fn a_reset_that_was_cut_off_must_be_done_again() {
 }
 
 #[test]
+fn a_replica_knows_a_holder_until_the_last_name_of_the_file_has_other_bytes() {
+    let f = replica();
+    let content = ContentId::of(b"both");
+    let linked = |content| Some(Entry { content, ..entry(5, FileType::File) });
+    let rows = ["a", "b"].iter().zip(1..);
+    let rows = rows.map(|(n, seq)| log_row(seq, FileId::ROOT, n, linked(Some(content))));
+    f.index.apply_replica(f.no, 9, rows.collect(), Seq(2)).unwrap();
+    for (seq, (text, now)) in (3..).zip([("a", linked(None)), ("b", None)]) {
+        let holders = f.index.view().unwrap().holders(content).unwrap();
+        assert_eq!(holders, [(f.no, FileId(5))]);
+        let row = log_row(seq, FileId::ROOT, text, now);
+        f.index.apply_replica(f.no, 9, vec![row], Seq(seq)).unwrap();
+        check_invariants(&f.index, f.no);
+    }
+    assert_eq!(f.index.view().unwrap().holders(content).unwrap(), []);
+}
+
+#[test]
+fn a_replica_drops_the_rows_of_a_directory_once_it_is_gone_for_good() {
+    let f = replica();
+    let rows = vec![
+        log_row(1, FileId::ROOT, "d", Some(entry(5, FileType::Directory))),
+        log_row(2, FileId(5), "a", Some(entry(6, FileType::File))),
+        log_row(3, FileId::ROOT, "d", None),
+    ];
+    f.index.apply_replica(f.no, 9, rows, Seq(3)).unwrap();
+    assert!(f.entry(FileId(5), "a").is_some(), "the directory may get another name");
+    f.index.apply_replica(f.no, 9, vec![log_row(4, ROOT_PARENT, "5", None)], Seq(4)).unwrap();
+    assert_eq!(f.entry(FileId(5), "a"), None);
+    assert_eq!(f.index.counts(f.no), Counts::default());
+    check_invariants(&f.index, f.no);
+}
+
+#[test]
 fn directories_in_a_circle_have_no_path() {
     let f = replica();
     let dir = |id| Some(entry(id, FileType::Directory));

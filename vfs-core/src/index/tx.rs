@@ -18,6 +18,10 @@ use crate::model::{Entry, FileId, FileType, LocationNo, Name, Seq};
 use std::collections::BTreeMap;
 use std::ops::{Bound, ControlFlow};
 
+/// How many names of one file are looked at, and kept alike; beyond it, scans bring the
+/// others up to date.
+pub(super) const NAMES_ALIKE: usize = 1024;
+
 /// The name of a row: its directory and its name there.
 #[derive(Clone, Copy)]
 pub(super) struct Place<'a> {
@@ -122,8 +126,8 @@ impl<'a> Tx<'a> {
         if old.entry.file_id != new.file_id {
             return self.unname(place, &old.entry);
         }
-        if let Some(content) = old.entry.content.filter(|c| new.content != Some(*c)) {
-            self.batch.delete(Table::Content, key::content(content, place.no, new.file_id));
+        if old.entry.content != new.content {
+            self.drop_content(place, &old.entry)?;
         }
         if old.entry.attr.mtime.secs != new.attr.mtime.secs {
             self.dequeue(place.no, &old.entry);
@@ -193,16 +197,28 @@ impl<'a> Tx<'a> {
         self.batch.put(Table::Log, key::log(place.no, seq), value);
     }
 
-    /// The file loses one name; with the last one what is known by its id alone goes too.
+    /// The file loses one name; with the last one it leaves the queue.
     fn unname(&mut self, place: Place<'_>, entry: &Entry) -> Result<(), IndexError> {
         self.batch.delete(Table::Nodes, place.node_key(entry.file_id));
-        if entry.attr.file_type != FileType::File || self.has_name(place.no, entry.file_id)? {
-            return Ok(());
+        self.drop_content(place, entry)?;
+        if !self.has_name(place.no, entry.file_id)? {
+            self.dequeue(place.no, entry);
         }
-        if let Some(content) = entry.content {
-            self.batch.delete(Table::Content, key::content(content, place.no, entry.file_id));
+        Ok(())
+    }
+
+    /// This name no longer has the content of its old row. Another name of the file may: a
+    /// replica learns of the names of one file one after the other.
+    fn drop_content(&mut self, place: Place<'_>, old: &Entry) -> Result<(), IndexError> {
+        let Some(content) = old.content else { return Ok(()) };
+        for (parent, name) in read::names(self, place.no, old.file_id, NAMES_ALIKE)? {
+            let other = Place { no: place.no, parent, name: &name };
+            let is_this = parent == place.parent && name == *place.name;
+            if !is_this && self.row(other)?.is_some_and(|r| r.entry.content == Some(content)) {
+                return Ok(());
+            }
         }
-        self.dequeue(place.no, entry);
+        self.batch.delete(Table::Content, key::content(content, place.no, old.file_id));
         Ok(())
     }
 

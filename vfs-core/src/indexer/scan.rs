@@ -106,7 +106,7 @@ impl Core {
         *lock(&place.sweep_at) = None;
         let lost = std::mem::take(&mut *lock(&place.lost));
         loop {
-            match self.index.sweep_orphans(SWEEP_ROWS) {
+            match self.index.sweep_location(place.no, SWEEP_ROWS) {
                 Ok(0) => break,
                 Ok(_) if self.is_stopping() => break,
                 Ok(_) => {}
