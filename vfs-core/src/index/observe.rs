@@ -10,7 +10,7 @@ use super::key;
 use super::read;
 use super::row::{Orphan, Row, decode, encode};
 use super::store::Table;
-use super::tx::{Place, Tx};
+use super::tx::{NAMES_ALIKE, Place, Tx};
 use super::{Index, IndexError, Observed, ROOT_PARENT};
 use crate::model::{ContentId, Entry, FileId, FileType, LocationNo, Name, Stamp};
 use std::ops::ControlFlow;
@@ -18,9 +18,6 @@ use std::ops::ControlFlow;
 /// Names of one listing that are written in one commit: bounds the memory of a commit, and
 /// how long other writers wait.
 const COMMIT_NAMES: usize = 4096;
-
-/// How many other names of a file are kept alike; beyond it the scan brings them up to date.
-const ALIKE_NAMES: usize = 1024;
 
 /// The subdirectories of a directory.
 type Subdirectories = Vec<(Name, FileId)>;
@@ -312,7 +309,7 @@ fn update_other_names(tx: &mut Tx<'_>, this: Place<'_>, entry: &Entry) -> Result
     if is_directory(entry) {
         return Ok(());
     }
-    for (parent, name) in read::names(tx, this.no, entry.file_id, ALIKE_NAMES)? {
+    for (parent, name) in read::names(tx, this.no, entry.file_id, NAMES_ALIKE)? {
         let place = Place { no: this.no, parent, name: &name };
         let old = tx.row(place)?.ok_or(IndexError::DamagedRow("a name without a row"))?;
         if old.entry != *entry {
@@ -351,7 +348,7 @@ fn link(
     let (entry, hash) = next_version(&known, now)?;
     if is_directory(&entry) {
         // It has one name only: the other is where it was before.
-        for (parent, name) in read::names(tx, no, entry.file_id, ALIKE_NAMES)? {
+        for (parent, name) in read::names(tx, no, entry.file_id, NAMES_ALIKE)? {
             let before = Place { no, parent, name: &name };
             if let Some(old) = tx.row(before)? {
                 let seq = tx.next_seq(no)?;
@@ -404,7 +401,7 @@ fn set_content(
     let generation = old.generation.wrapping_add(u32::from(other_bytes));
     tx.dequeue(no, &old);
     let entry = Entry { generation, content: Some(content), ..old };
-    for (parent, name) in read::names(tx, no, file, ALIKE_NAMES)? {
+    for (parent, name) in read::names(tx, no, file, NAMES_ALIKE)? {
         let place = Place { no, parent, name: &name };
         let old = tx.row(place)?.ok_or(IndexError::DamagedRow("a name without a row"))?;
         if old.entry != entry {
