@@ -428,7 +428,7 @@ impl Drive {
         visit: &mut readdir::Visit<'_>,
     ) -> FsResult<ControlFlow<()>> {
         let Some(fd) = &own.fd else { return Ok(ControlFlow::Continue(())) };
-        let seen = match Seen::at(fd.as_fd(), &entry.name) {
+        let seen = match Seen::listed(fd.as_fd(), &entry.name, entry.file_type) {
             Ok(seen) => seen,
             // It vanished since the listing was read.
             Err(e) if e.kind() == Kind::NotFound => return Ok(ControlFlow::Continue(())),
@@ -758,7 +758,8 @@ fn write_own(open: &OwnFile, offset: u64, bytes: &[u8]) -> FsResult<usize> {
     let mut done = 0;
     while done < bytes.len() {
         let rest = [std::io::IoSlice::new(&bytes[done..])];
-        match rustix::io::pwritev2(&open.file, &rest, offset + done as u64, flags) {
+        let at = offset.saturating_add(done as u64);
+        match rustix::io::pwritev2(&open.file, &rest, at, flags) {
             Ok(0) => break,
             Ok(n) => done += n,
             Err(rustix::io::Errno::INTR) => {}

@@ -20,7 +20,7 @@ use crate::index::Index;
 use crate::indexer::Indexer;
 use crate::local::{self, Root};
 use crate::model::{Attr, FileType, LocationNo, Name, Time};
-use rustix::fs::{CWD, Mode, OFlags, Statx};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, Statx, StatxAttributes};
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -71,6 +71,21 @@ impl Seen {
             Ok(handle) => Self::of_fd(handle.as_fd()),
             Err(e) if e.kind() == Kind::CrossDevice => Self::mount_point(dir, name),
             Err(e) => Err(e),
+        }
+    }
+
+    /// An entry whose type a listing told: only directories need a handle to be told from the
+    /// mount points among them, which no `statx` may touch.
+    pub fn listed(dir: BorrowedFd<'_>, name: &Name, told: Option<FileType>) -> FsResult<Self> {
+        if matches!(told, None | Some(FileType::Directory)) {
+            return Self::at(dir, name);
+        }
+        let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
+        let stat = rustix::fs::statx(dir, name.as_bytes(), flags, local::STATX_WANTED)
+            .map_err(|e| FsError::os("stat", e))?;
+        match stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT) {
+            true => Self::mount_point(dir, name),
+            false => Ok(Self::of(&stat)),
         }
     }
 

@@ -246,6 +246,21 @@ impl Bench {
         names
     }
 
+    /// What the kernel is told, until it is told this.
+    fn told_until(&self, changes: &mut Subscription, wanted: &Invalidation) -> Vec<Invalidation> {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let mut told = Vec::new();
+        while !told.contains(wanted) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let next = async { tokio::time::timeout(left, changes.next()).await };
+            let Ok(Some(crate::changes::Next::Batch(batch))) = self.runtime.block_on(next) else {
+                panic!("waited in vain for {wanted:?}, but was told {told:?}");
+            };
+            told.extend(self.drive.invalidations_of(&batch));
+        }
+        told
+    }
+
     /// Rows of the peer's location, with its folder.
     fn replicate(&self, rows: Vec<(u64, &str, Entry)>) {
         let rows = rows.into_iter().map(|(parent, name, entry)| (parent, name, Some(entry)));

@@ -614,16 +614,7 @@ fn what_owners_change_is_told_to_the_kernel() {
     bench.put("file", b"1");
     let mine = bench.mine();
     let file = bench.in_mine("file").unwrap().ino;
-    let mut until = |wanted: &Invalidation| {
-        loop {
-            let Some(crate::changes::Next::Batch(batch)) = changes.blocking_next() else {
-                panic!("waited in vain for {wanted:?}");
-            };
-            if bench.drive.invalidations_of(&batch).contains(wanted) {
-                return;
-            }
-        }
-    };
+    let mut until = |wanted: &Invalidation| bench.told_until(&mut changes, wanted);
     bench.put("file", b"longer");
     until(&Invalidation::Content(file));
     bench.put("other", b"");

@@ -282,15 +282,8 @@ fn changes_name_what_a_kernel_holds() {
     let (dir, sub) =
         (bench.ino(&["there", "theirs", "dir"]), bench.ino(&["there", "theirs", "dir", "sub"]));
     bench.replicate(vec![(3, "new", remote_entry(20, FileType::File, 1))]);
-    let mut told = Vec::new();
     let name = Name::new(*b"new").unwrap();
-    let entry = Invalidation::Entry { parent: sub, name: name.clone() };
-    while !told.contains(&entry) {
-        let Some(crate::changes::Next::Batch(batch)) = changes.blocking_next() else {
-            panic!("the change is announced");
-        };
-        told.extend(bench.drive.invalidations_of(&batch));
-    }
+    let told = bench.told_until(&mut changes, &Invalidation::Entry { parent: sub, name });
     assert!(told.contains(&Invalidation::Directory(sub)));
     let of = |file: u64| {
         let (location, file) = (bench.remote, FileId(file));
