@@ -237,7 +237,7 @@ impl Core {
     /// if it gets a name again; after any other failure it is listed again later.
     fn look_failed(&self, place: &Place, dir: FileId, e: &FsError) {
         if is_gone(e) {
-            lock(&place.scanned).remove(dir);
+            self.went_astray(place, dir);
         } else {
             tracing::debug!(location = place.no.0, dir = dir.0, "not looked at: {e}");
             lock(&place.unread).insert(dir);

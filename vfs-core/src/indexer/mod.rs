@@ -39,7 +39,7 @@ use watch::Watcher;
 pub struct IndexerConfig {
     /// Threads that scan directories.
     pub scan_threads: usize,
-    /// Threads that hash files.
+    /// Threads that hash files; with none, files stay in the index's queue.
     pub hash_threads: usize,
     /// A file is hashed only when it was left alone for this long.
     pub settle: Duration,
@@ -350,10 +350,9 @@ impl Core {
                 watch: Watch::Watching,
             };
         };
-        let idle_or_hashing = || match lock(&place.hash).is_busy(files_to_hash > 0) {
-            true => State::Hashing,
-            false => State::Idle,
-        };
+        let is_hashing =
+            || self.config.hash_threads > 0 && lock(&place.hash).is_busy(files_to_hash > 0);
+        let idle_or_hashing = || if is_hashing() { State::Hashing } else { State::Idle };
         Progress {
             state: place.state().unwrap_or_else(idle_or_hashing),
             indexed: place.indexed.load(Ordering::Acquire),

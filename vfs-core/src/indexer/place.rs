@@ -38,6 +38,7 @@ pub(super) struct Place {
     /// Directories that lost their name; if they get one again, what changed below
     /// them meanwhile was not seen.
     pub lost: Mutex<HashSet<FileId>>,
+    pub strays: Mutex<Strays>,
     pub sweep_at: Mutex<Option<Instant>>,
     pub degraded: Mutex<Degraded>,
     pub hash: Mutex<HashQueue>,
@@ -173,6 +174,42 @@ impl Scanned {
     }
 }
 
+/// Directories that were not where the index has them when someone looked: one
+/// above them was just being renamed, or they are gone. They are scanned when found.
+#[derive(Default)]
+pub(super) struct Strays {
+    dirs: HashSet<FileId>,
+    /// When to look for them.
+    pub at: Option<Instant>,
+    looked: Option<Instant>,
+    tries: u32,
+}
+
+impl Strays {
+    /// A rename is seen whole within this time, mostly.
+    const FIRST_LOOK: Duration = Duration::from_millis(50);
+    const MOST_DOUBLINGS: u32 = 5;
+
+    pub fn insert(&mut self, dir: FileId, now: Instant) {
+        self.dirs.insert(dir);
+        if self.looked.is_none_or(|at| now > at + Self::FIRST_LOOK * (2 << Self::MOST_DOUBLINGS)) {
+            self.tries = 0;
+        }
+        self.at.get_or_insert(now + Self::FIRST_LOOK * (1 << self.tries));
+    }
+
+    /// Those to look for now; the longer they are not found, the rarer.
+    pub fn take(&mut self, now: Instant) -> HashSet<FileId> {
+        if self.at.is_none_or(|at| at > now) {
+            return HashSet::new();
+        }
+        self.at = None;
+        self.looked = Some(now);
+        self.tries = (self.tries + 1).min(Self::MOST_DOUBLINGS);
+        std::mem::take(&mut self.dirs)
+    }
+}
+
 /// Why changes may go unseen, and until when.
 #[derive(Default)]
 pub(super) struct Degraded {
@@ -234,6 +271,7 @@ impl Place {
             scanned: Mutex::default(),
             unread: Mutex::default(),
             lost: Mutex::default(),
+            strays: Mutex::default(),
             sweep_at: Mutex::default(),
             degraded: Mutex::default(),
             hash: Mutex::default(),
@@ -347,9 +385,12 @@ impl Place {
         queue.waiting() > 0 || queue.pass.is_some()
     }
 
-    /// Asks for the rows of what lost its name to be dropped, once renames had time to end.
+    /// Asks for the rows of what lost its name to be dropped, once renames had time to
+    /// end. An earlier request stands, so that steady changes do not put it off for ever.
     pub fn sweep_after(&self, delay: Duration) {
-        *lock(&self.sweep_at) = Some(Instant::now() + delay);
+        let at = Instant::now() + delay;
+        let mut sweep_at = lock(&self.sweep_at);
+        *sweep_at = Some(sweep_at.map_or(at, |earlier| earlier.min(at)));
     }
 }
 

@@ -8,7 +8,7 @@
 //! A directory that cannot be read keeps its rows and is tried again later.
 
 use super::Core;
-use super::place::{Job, Place, lock};
+use super::place::{Job, Place, Strays, lock};
 use crate::error::{FsError, FsResult, Kind};
 use crate::index::Observed;
 use crate::local::{Listing, Root, ino_of, list_dir, observe_at, stat_of};
@@ -55,8 +55,10 @@ impl Core {
     /// The last jobs of a pass end the pass, and run until they did.
     fn end_jobs(&self, place: &Place, count: usize) {
         let mut queue = lock(&place.scan);
-        let ended = if queue.waiting() == count { queue.pass.take() } else { None };
-        if let Some(began) = ended {
+        // More than once when the next pass began, and its jobs ended, meanwhile.
+        while queue.waiting() == count
+            && let Some(began) = queue.pass.take()
+        {
             drop(queue);
             self.end_pass(place, began);
             queue = lock(&place.scan);
@@ -76,6 +78,7 @@ impl Core {
         lock(&place.scanned).restart();
         lock(&place.degraded).begin_pass();
         lock(&place.unread).clear();
+        *lock(&place.strays) = Strays::default();
         queue.push(Job::once(FileId::ROOT));
         drop(queue);
         self.scan_work.notify();
@@ -83,9 +86,7 @@ impl Core {
 
     fn end_pass(&self, place: &Place, began: Instant) {
         place.sweep_after(Duration::ZERO);
-        if let Err(e) = self.index.flush() {
-            tracing::warn!(location = place.no.0, "the index could not be written: {e}");
-        }
+        self.flush();
         let again = lock(&place.scan).again;
         let pause = place.config.rescan_after.max(began.elapsed() * RESCAN_SHARE);
         lock(&place.degraded).end_pass(again, Instant::now() + pause);
@@ -188,9 +189,17 @@ impl Core {
     /// Needs that no order is held.
     fn scan_failed(&self, place: &Place, dir: FileId, e: &FsError) {
         tracing::debug!(location = place.no.0, dir = dir.0, "not scanned: {e}");
-        if dir == FileId::ROOT {
+        if place.root().is_err() {
+            // Offline, for a reason that is known already.
+        } else if dir == FileId::ROOT {
             self.go_offline(place, e.to_string());
-        } else if !is_gone(e) || self.refresh_own(place, dir).is_err_and(|e| !is_gone(&e)) {
+        } else if is_gone(e) {
+            self.went_astray(place, dir);
+            // It may have been replaced by another one.
+            if let Err(e) = self.refresh_own(place, dir) {
+                tracing::debug!(location = place.no.0, dir = dir.0, "not looked at: {e}");
+            }
+        } else {
             lock(&place.unread).insert(dir);
             // Whoever asks for it gets the rows there are, not another failing scan.
             let mut scanned = lock(&place.scanned);

@@ -5,32 +5,67 @@
 //! looked after by one thread about once a second.
 
 use super::Core;
-use super::place::{Job, Place, lock};
+use super::place::{Job, Place, Strays, lock};
 use crate::error::FsResult;
 use crate::local::Root;
+use crate::model::FileId;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+/// How often the index is made durable; without changes that costs nothing.
+const FLUSH_EVERY: Duration = Duration::from_secs(1);
 /// How often directories that could not be read are tried again.
 const RETRY_EVERY: Duration = Duration::from_secs(60);
 
 impl Core {
     /// The thread that tends, until the stop.
     pub(super) fn tend_loop(&self) {
-        let mut next = Instant::now();
-        let is_due = |core: &Self, next: Instant, due: &mut Option<Instant>| {
-            *due = Some(next);
-            (core.tend_now.swap(false, Ordering::AcqRel) || Instant::now() >= next).then_some(())
-        };
-        while let Some(()) = self.tend_work.wait(self, |core, due| is_due(core, next, due)) {
+        let (mut next, mut flushed) = (Instant::now(), Instant::now());
+        while let Some(()) = self.tend_work.wait(self, |core, due| core.tend_due(next, due)) {
             next = Instant::now() + self.config.root_check;
             self.places().iter().for_each(|place| self.tend(place));
-            // What was committed last is otherwise durable only with the next change.
-            if let Err(e) = self.index.flush() {
-                tracing::warn!("the index could not be written: {e}");
+            if flushed.elapsed() >= FLUSH_EVERY {
+                flushed = Instant::now();
+                self.flush();
             }
         }
+    }
+
+    /// What was committed last is otherwise durable only with the next change.
+    pub(super) fn flush(&self) {
+        if let Err(e) = self.index.flush() {
+            tracing::warn!("the index could not be written: {e}");
+        }
+    }
+
+    fn tend_due(&self, next: Instant, due: &mut Option<Instant>) -> Option<()> {
+        let strays = self.places().iter().filter_map(|place| lock(&place.strays).at).min();
+        let at = strays.map_or(next, |at| at.min(next));
+        *due = Some(at);
+        (self.tend_now.swap(false, Ordering::AcqRel) || Instant::now() >= at).then_some(())
+    }
+
+    /// Notes that a directory was not found, and must be scanned once it is.
+    pub(super) fn went_astray(&self, place: &Place, dir: FileId) {
+        lock(&place.scanned).remove(dir);
+        lock(&place.strays).insert(dir, Instant::now());
+        self.tend_work.notify();
+    }
+
+    fn seek_strays(&self, place: &Place) {
+        let strays = lock(&place.strays).take(Instant::now());
+        if strays.is_empty() {
+            return;
+        }
+        let Ok(view) = self.index.view() else { return };
+        // Without any name it was deleted; with one it may be found below a new one.
+        let exists = |dir: &FileId| !matches!(view.node(place.no, *dir), Ok(None));
+        let jobs: Vec<_> = strays.into_iter().filter(exists).map(Job::once).collect();
+        let mut queue = lock(&place.scan);
+        jobs.into_iter().for_each(|job| queue.push_urgent(job));
+        drop(queue);
+        self.scan_work.notify();
     }
 
     /// Makes the tending thread look now.
@@ -41,6 +76,8 @@ impl Core {
 
     fn tend(&self, place: &Place) {
         if !self.is_there(place) {
+            // All of it is scanned when the folder is back.
+            *lock(&place.strays) = Strays::default();
             return;
         }
         let now = Instant::now();
@@ -48,6 +85,7 @@ impl Core {
         if lock(&place.sweep_at).is_some_and(|at| at <= now) && !scanning() {
             self.sweep(place);
         }
+        self.seek_strays(place);
         if lock(&place.degraded).rescan_at.is_some_and(|at| at <= now) && !place.is_scanning() {
             self.begin_pass(place);
         }

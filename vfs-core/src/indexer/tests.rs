@@ -458,6 +458,16 @@ fn hashing_resumes_after_a_restart() {
 }
 
 #[test]
+fn without_hashing_files_stay_queued() {
+    let device = Device::new(IndexerConfig { hash_threads: 0, ..quick() });
+    populate(&device.at(""), 2, 2);
+    device.start();
+    device.until("rest", || device.progress().state == State::Idle);
+    assert_eq!(device.progress().files_to_hash, 4);
+    assert_eq!(device.index.next_unhashed(device.no, 9).unwrap().len(), 4);
+}
+
+#[test]
 fn changes_while_stopped_are_seen_at_the_next_start() {
     let device = Device::new(quick());
     populate(&device.at(""), 10, 10);
