@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`model`], [`path`] | ids, names, attributes, versions; addresses |
 //! | [`error`] | failures in POSIX terms |
+//! | [`ops`] | changes asked of another device, and what became of them |
 //! | [`index`] | rows of every location of every device, on an embedded store |
 //! | [`library`] | what must survive a lost index: members, own locations |
 //! | [`local`] | this device's own files, beneath a location's root |
@@ -25,5 +26,6 @@ pub mod indexer;
 pub mod library;
 pub mod local;
 pub mod model;
+pub mod ops;
 pub mod path;
 pub mod source;
