@@ -5,6 +5,7 @@
 //! | [`model`], [`path`] | ids, names, attributes, versions; addresses |
 //! | [`error`] | failures in POSIX terms |
 //! | [`ops`] | changes asked of another device, and what became of them |
+//! | [`outbox`] | writes to other devices' files: accepted, durable, delivered later |
 //! | [`index`] | rows of every location of every device, on an embedded store |
 //! | [`library`] | what must survive a lost index: members, own locations |
 //! | [`local`] | this device's own files, beneath a location's root |
@@ -27,5 +28,6 @@ pub mod library;
 pub mod local;
 pub mod model;
 pub mod ops;
+pub mod outbox;
 pub mod path;
 pub mod source;

@@ -1,0 +1,125 @@
+//! What the outbox says to people and to delivery.
+
+use crate::model::{DeviceId, LocationNo, Name, Time};
+use crate::ops::Conflict;
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// Settings of writing to other devices' files.
+#[derive(Clone, Debug)]
+pub struct OutboxConfig {
+    /// Free bytes of the disk that staging leaves to others; less is `NoSpace` to the writer.
+    pub min_free_bytes: u64,
+    /// How long a new file waits for its first close before it travels without its bytes.
+    pub hold_back: std::time::Duration,
+}
+
+impl Default for OutboxConfig {
+    fn default() -> Self {
+        Self { min_free_bytes: 256 << 20, hold_back: std::time::Duration::from_secs(2) }
+    }
+}
+
+/// What was found when the outbox was opened.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    /// Operations that still wait.
+    pub pending: usize,
+    /// Bytes of drafts that nothing refers to any more, removed.
+    pub orphan_bytes: u64,
+    /// The journal ended in a record that was never acknowledged.
+    pub torn_tail: bool,
+    /// Parts of the journal that were damaged and set aside, for people to look at.
+    pub set_aside: Vec<PathBuf>,
+    /// Operations that could not be understood or whose bytes are missing, in words.
+    pub lost: Vec<String>,
+}
+
+/// Why there is no outbox.
+#[derive(Debug, thiserror::Error)]
+pub enum OutboxError {
+    /// Its disk failed.
+    #[error("cannot use the outbox in {path}: {source}")]
+    Io {
+        /// Its directory.
+        path: PathBuf,
+        /// The cause.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A newer program wrote it.
+    #[error("the outbox in {path} was written by a newer version")]
+    NewerFormat {
+        /// Its directory.
+        path: PathBuf,
+    },
+    /// Another process has it open.
+    #[error("the outbox in {path} is in use")]
+    InUse {
+        /// Its directory.
+        path: PathBuf,
+    },
+}
+
+/// In which stream an operation travels.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Lane {
+    /// In order: operations whose bytes, if any, travel inside.
+    Small,
+    /// One at a time: operations whose bytes the owner pulls.
+    Bulk,
+}
+
+/// An operation that its owner has not settled.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pending {
+    /// Its number.
+    pub no: u64,
+    /// Who is to do it.
+    pub owner: DeviceId,
+    /// This device's number of the location; `None` once that was removed.
+    pub location: Option<LocationNo>,
+    /// The path when it was asked for, below the location's folder.
+    pub path: Vec<Name>,
+    /// What, in one word: `create`, `write`, `rename`, …
+    pub what: String,
+    /// Written bytes that travel.
+    pub bytes: u64,
+    /// When it was asked for.
+    pub since: Time,
+    /// How often it was sent.
+    pub attempts: u32,
+    /// Why it is still here.
+    pub state: PendingState,
+}
+
+/// Why an operation is still pending.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PendingState {
+    /// For its owner to be reachable, or for its turn.
+    Waiting,
+    /// It was sent; the answer has not come.
+    Sent,
+    /// A file that was made is still being written.
+    Held,
+    /// Its owner cannot, or will not, do it, for this reason; it can be exported.
+    Blocked(String),
+}
+
+/// A meeting of two changes, for a person to look at.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConflictRecord {
+    /// Names it in [`super::Outbox::resolve`].
+    pub id: u64,
+    /// When it was learned.
+    pub at: Time,
+    /// Whose location it is.
+    pub owner: DeviceId,
+    /// This device's number of the location; `None` once that was removed.
+    pub location: Option<LocationNo>,
+    /// The path as the writer knew it.
+    pub path: Vec<Name>,
+    /// What was asked for, in one word.
+    pub what: String,
+    /// How it ended.
+    pub ended: Conflict,
+}
