@@ -6,6 +6,7 @@
 //! | [`error`] | failures in POSIX terms |
 //! | [`ops`] | changes asked of another device, and what became of them |
 //! | [`outbox`] | writes to other devices' files: accepted, durable, delivered later |
+//! | [`apply`] | operations of other devices, carried out on own locations |
 //! | [`index`] | rows of every location of every device, on an embedded store |
 //! | [`library`] | what must survive a lost index: members, own locations |
 //! | [`local`] | this device's own files, beneath a location's root |
@@ -18,6 +19,7 @@
 //! Nothing here names `fuser`, `iroh` or `clap`: adapters translate.
 #![forbid(unsafe_code)]
 
+pub mod apply;
 pub mod changes;
 pub mod content;
 pub mod drive;
