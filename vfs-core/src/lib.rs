@@ -12,6 +12,8 @@
 //! | [`local`] | this device's own files, beneath a location's root |
 //! | [`indexer`] | scan, hash and watch of own locations |
 //! | [`content`] | hash trees, the content cache, the read plan |
+//! | [`journal`] | a durable, ordered log of records |
+//! | [`staging`] | bytes written to other devices' files, until their owner has them |
 //! | [`changes`] | one ordered feed of what changed, for mounts and replication |
 //! | [`source`] | what this crate needs from a network: bytes of a version |
 //! | [`drive`] | the operations of a file system, for every kind of mount |
@@ -26,6 +28,7 @@ pub mod drive;
 pub mod error;
 pub mod index;
 pub mod indexer;
+pub mod journal;
 pub mod library;
 pub mod local;
 pub mod model;
@@ -33,3 +36,4 @@ pub mod ops;
 pub mod outbox;
 pub mod path;
 pub mod source;
+pub mod staging;
