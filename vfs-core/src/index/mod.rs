@@ -29,7 +29,7 @@ mod read;
 mod redb;
 mod replica;
 mod row;
-#[cfg(feature = "sled")]
+#[cfg(any(test, feature = "sled"))]
 mod sled;
 mod store;
 mod sweep;

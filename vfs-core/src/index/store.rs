@@ -181,18 +181,26 @@ pub(super) struct StoreKind {
     pub(super) open: fn(&Path) -> Result<Arc<dyn Store>, StoreError>,
 }
 
-/// Every kind that this build has; the first is the one in use.
+/// Every kind that this build has; the first is the one in use. Tests have them all, so that
+/// one build runs the suite over each.
 pub(super) const KINDS: &[StoreKind] = &[
-    StoreKind {
-        file: "index.redb",
-        open: |path| Ok(Arc::new(super::redb::RedbStore::open(path)?)),
-    },
     #[cfg(feature = "sled")]
-    StoreKind {
-        file: "index.sled",
-        open: |path| Ok(Arc::new(super::sled::SledStore::open(path)?)),
-    },
+    SLED,
+    REDB,
+    #[cfg(all(test, not(feature = "sled")))]
+    SLED,
 ];
+
+const REDB: StoreKind = StoreKind {
+    file: "index.redb",
+    open: |path| Ok(Arc::new(super::redb::RedbStore::open(path)?)),
+};
+
+#[cfg(any(test, feature = "sled"))]
+const SLED: StoreKind = StoreKind {
+    file: "index.sled",
+    open: |path| Ok(Arc::new(super::sled::SledStore::open(path)?)),
+};
 
 pub(super) fn open_kind(kind: &StoreKind, dir: &Path) -> Result<OpenedStore, StoreError> {
     let path = dir.join(kind.file);
