@@ -15,6 +15,7 @@
 //! | [`journal`] | a durable, ordered log of records |
 //! | [`staging`] | bytes written to other devices' files, until their owner has them |
 //! | [`changes`] | one ordered feed of what changed, for mounts and replication |
+//! | [`overlay`] | what is shown already, though its owner has not said so yet |
 //! | [`source`] | what this crate needs from a network: bytes of a version |
 //! | [`drive`] | the operations of a file system, for every kind of mount |
 //!
@@ -34,6 +35,7 @@ pub mod local;
 pub mod model;
 pub mod ops;
 pub mod outbox;
+pub mod overlay;
 pub mod path;
 pub mod source;
 pub mod staging;

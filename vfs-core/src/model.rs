@@ -109,6 +109,12 @@ impl Name {
     }
 }
 
+impl std::borrow::Borrow<[u8]> for Name {
+    fn borrow(&self) -> &[u8] {
+        &self.0
+    }
+}
+
 impl AsRef<std::ffi::OsStr> for Name {
     fn as_ref(&self) -> &std::ffi::OsStr {
         std::os::unix::ffi::OsStrExt::from_bytes(&self.0)

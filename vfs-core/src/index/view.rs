@@ -49,6 +49,16 @@ impl<'a> View<'a> {
         Ok(entry.map(|entry| Node { parent, name, entry }))
     }
 
+    /// At most `limit` names of a file, with their directories.
+    pub fn names(
+        &self,
+        no: LocationNo,
+        file: FileId,
+        limit: usize,
+    ) -> Result<Vec<(FileId, Name)>, IndexError> {
+        read::names(&*self.snapshot, no, file, limit)
+    }
+
     /// The entries of a directory after a name, in byte order of their names.
     pub fn children(
         &self,

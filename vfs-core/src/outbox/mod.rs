@@ -1,34 +1,114 @@
 //! Writes to other devices' files: accepted here, durable here, delivered later.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | `names`, `attributes` | what programs ask for, checked against what they see, and accepted |
+//! | `written` | bytes of one file that is being written, shared by its handles |
+//! | `record` | the form of the journal's records |
+//! | `queue`, `order` | the accepted operations, and which waits for which |
+//! | `deliver` | what to send, and what becomes of the answers |
+//! | `tend` | what happens by itself: syncing, letting go, what is seen in the index by now |
+//! | `recover` | taking up the journal of the last run |
+//! | `people` | what waits and why, conflicts, export |
+//! | `whole` | bytes whose base the owner has no more |
+//!
+//! **An operation's way.** A program's call is checked against the merged view
+//! and appended to the journal: from then on it survives the end of this
+//! process. It is shown at once ([`crate::overlay`]). `close` and `fsync` wait for
+//! the journal's disk, and so does everything before it is sent. Its owner
+//! answers; the answer is journaled. When the index has the rows of the answer,
+//! the overlay goes, and the bytes in staging with it.
+//!
+//! **What may be lost.** Nothing that `close` or `fsync` returned for. A power
+//! failure may take the last 50 ms of what was only accepted, from the end.
+//!
+//! **Locks**, in this order: a file's [`Written`], `state`, `overlay`; a file's base is a leaf.
+//! None is held over the network; `state` is held over appends to the journal, which do not
+//! wait for the disk, and over its rare checkpoints.
 
+mod attributes;
+mod deliver;
+mod names;
+mod order;
+mod people;
+mod queue;
+mod record;
+mod recover;
+mod tend;
 mod types;
+mod whole;
+mod written;
 
+#[cfg(test)]
+mod tests;
+
+pub use names::{Made, MoveFlags};
 pub use types::{ConflictRecord, Lane, OutboxConfig, OutboxError, Pending, PendingState, Report};
+pub use written::Written;
 
-use crate::error::FsResult;
+use crate::changes;
+use crate::content::Content;
+use crate::error::{FsError, FsResult, Kind};
 use crate::index::Index;
-use crate::model::{DeviceId, LocationId, LocationNo, Name};
-use crate::ops::{Op, Outcome};
+use crate::journal::{Journal, Lsn};
+use crate::model::{DeviceId, FileId, Location, LocationNo, Name, Time};
+use crate::ops::Change;
+use crate::overlay::{self, Merged, Overlay};
+use crate::staging::{Snapshot, Staging};
 use bytes::Bytes;
-use std::ops::Range;
-use std::path::Path;
-use std::sync::Arc;
-use std::time::Duration;
+use dashmap::DashMap;
+use queue::{OpBytes, Progress, Queued, State};
+use record::{OpRecord, Record};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockWriteGuard};
+use std::time::Instant;
+use tend::Tender;
 use tokio::sync::watch;
+use written::OpenFile;
 
 /// The writes of this device to others' files.
 pub struct Outbox {
+    index: Index,
+    journal: Journal,
+    staging: Arc<Staging>,
+    config: OutboxConfig,
+    state: Mutex<State>,
+    overlay: RwLock<Overlay>,
+    files: DashMap<(LocationNo, FileId), OpenFile>,
+    /// Where bytes of bases come from; there once the drive is.
+    content: OnceLock<Arc<Content>>,
     changed: watch::Sender<u64>,
+    settled: watch::Sender<u64>,
+    tender: Arc<Tender>,
 }
 
-#[allow(clippy::unimplemented, unused_variables)]
+/// An operation to be accepted.
+struct NewOp {
+    location: Arc<Location>,
+    change: Change,
+    is_directory: bool,
+    path: Vec<Name>,
+    bytes: Option<NewBytes>,
+    /// A new file that is still being written.
+    is_held: bool,
+}
+
+/// The bytes of an operation to be accepted.
+struct NewBytes {
+    bytes: OpBytes,
+    snapshot: Option<Snapshot>,
+    fill: Vec<(u64, Bytes)>,
+}
+
 impl Outbox {
-    /// Opens it and takes up what was pending; before anything is mounted.
-    pub fn open(
-        dir: &Path,
-        index: Index,
-        config: OutboxConfig,
-    ) -> Result<(Arc<Self>, Report), OutboxError> {
-        unimplemented!()
+    /// What programs of this device see.
+    pub fn view(&self) -> Merged<'_> {
+        Merged::new(&self.index, &self.overlay)
+    }
+
+    /// Where the bytes of bases are read from; the drive says it once.
+    pub(crate) fn attach(&self, content: &Arc<Content>) {
+        // A second drive over the same parts has the same content.
+        let _ = self.content.set(Arc::clone(content));
     }
 
     /// Ticks when there may be something to send.
@@ -36,77 +116,156 @@ impl Outbox {
         self.changed.subscribe()
     }
 
-    /// Those for whom something is pending.
-    pub fn owners(&self) -> Vec<DeviceId> {
-        unimplemented!()
-    }
-
     /// Drawn when the journal was made; part of every operation's id.
     pub fn epoch(&self) -> u64 {
-        unimplemented!()
+        self.state().epoch
     }
 
-    /// Every operation for this owner with a smaller number is settled and noted as such.
-    pub fn settled_below(&self, owner: DeviceId) -> u64 {
-        unimplemented!()
+    /// Everything that was accepted until now survives a power failure when this returns.
+    pub fn sync(&self) -> FsResult<()> {
+        let last = self.state().last;
+        self.sync_upto(last)
     }
 
-    /// What to send next; it counts as sent from now on. May read staged bytes: not for a
-    /// runtime's thread.
-    ///
-    /// In [`Lane::Small`] operations come in order. In [`Lane::Bulk`] at most one comes, which
-    /// depends on no unsettled earlier one.
-    pub fn take(&self, owner: DeviceId, lane: Lane, max_ops: usize, max_bytes: usize) -> Vec<Op> {
-        unimplemented!()
+    fn sync_upto(&self, lsn: Lsn) -> FsResult<()> {
+        if self.journal.durable() < lsn {
+            self.journal.sync(lsn)?;
+            self.tick();
+        }
+        Ok(())
     }
 
-    /// Staged bytes of an operation for this owner; the range lies within one of its extents.
-    pub fn read(&self, owner: DeviceId, no: u64, range: Range<u64>) -> FsResult<Bytes> {
-        unimplemented!()
+    fn tick(&self) {
+        self.changed.send_modify(|n| *n = n.wrapping_add(1));
     }
 
-    /// The owner's answer. Durable when it returns, but for [`Outcome::Later`].
-    pub fn settle(&self, owner: DeviceId, no: u64, outcome: Outcome) {
-        unimplemented!()
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Changed only after what may fail: a panic elsewhere leaves it whole.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What was sent to this owner and not settled is to be sent again.
-    pub fn connection_lost(&self, owner: DeviceId) {
-        unimplemented!()
+    fn overlay(&self) -> RwLockWriteGuard<'_, Overlay> {
+        self.overlay.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What waits, the oldest first.
-    pub fn pending(&self) -> Vec<Pending> {
-        unimplemented!()
+    fn overlay_ref(&self) -> std::sync::RwLockReadGuard<'_, Overlay> {
+        self.overlay.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes that met others' and were not looked at yet, the oldest first.
-    pub fn conflicts(&self) -> Vec<ConflictRecord> {
-        unimplemented!()
+    /// Accepts an operation: it is in the journal and shown when this returns.
+    fn accept(&self, state: &mut State, new: NewOp) -> FsResult<u64> {
+        let NewOp { location, change, is_directory, path, bytes, is_held } = new;
+        let (shown, snapshot, fill) = match bytes {
+            Some(NewBytes { bytes, snapshot, fill }) => (Some(bytes), snapshot, fill),
+            None => (None, None, Vec::new()),
+        };
+        let record = OpRecord {
+            no: state.next_no,
+            owner: location.owner,
+            location: location.id,
+            change,
+            is_directory,
+            generation: shown.as_ref().map_or(0, |b| b.shown.generation),
+            snapshot,
+            at: Time::now(),
+            path,
+        };
+        let lsn = self.note_op(state, &record, fill)?;
+        state.next_no += 1;
+        state.locations.insert(location.id, location.no);
+        let no = record.no;
+        self.advance_base(state, location.no, &record);
+        self.show(location.no, &record, shown.as_ref());
+        let progress = match is_held {
+            true => Progress::Held(Instant::now() + self.config.hold_back),
+            false => Progress::Waiting(None),
+        };
+        state.add(Queued {
+            record,
+            bytes: shown,
+            lsn,
+            progress,
+            attempts: 0,
+            may_be_sent: false,
+            digest: None,
+            obstacle: None,
+        });
+        Ok(no)
     }
 
-    /// A person has dealt with this conflict; `false`: there is none of this id.
-    pub fn resolve(&self, id: u64) -> FsResult<bool> {
-        unimplemented!()
-    }
-
-    /// Waits until everything that is pending now (below this place) has reached its owner.
-    pub async fn drained(
+    /// Writes an operation, and the bytes that only the journal has, into the journal.
+    fn note_op(
         &self,
-        below: Option<(LocationNo, Vec<Name>)>,
-        timeout: Duration,
-    ) -> Result<(), Vec<Pending>> {
-        unimplemented!()
+        state: &mut State,
+        record: &OpRecord,
+        fill: Vec<(u64, Bytes)>,
+    ) -> FsResult<Lsn> {
+        let draft = record.snapshot.as_ref().map_or(0, |s| s.draft.0);
+        // Before the operation that needs them: a journal that ends between them has bytes that
+        // nobody asks for, never the reverse.
+        for (at, bytes) in fill {
+            self.note(state, &Record::Fill { draft, at, bytes })?;
+        }
+        self.note(state, &Record::Op(std::borrow::Cow::Borrowed(record)))
     }
 
-    /// Writes what waits for this location, or for all of this owner's, into a folder and drops
-    /// it from the outbox: for owners that are no members any more. How many were exported.
-    pub fn export(
-        &self,
-        owner: DeviceId,
-        location: Option<LocationId>,
-        to: &Path,
-    ) -> FsResult<u64> {
-        unimplemented!()
+    fn note(&self, state: &mut State, record: &Record<'_>) -> FsResult<Lsn> {
+        let lsn = self.journal.append(&record.encode())?;
+        self.noted(state, lsn);
+        Ok(lsn)
+    }
+
+    /// For what lets space be freed: a full disk takes it too.
+    fn note_reserved(&self, state: &mut State, record: &Record<'_>) -> FsResult<Lsn> {
+        let lsn = self.journal.append_reserved(&record.encode())?;
+        self.noted(state, lsn);
+        Ok(lsn)
+    }
+
+    fn noted(&self, state: &mut State, lsn: Lsn) {
+        state.last = state.last.max(lsn);
+        if !std::mem::replace(&mut state.unsynced, true) {
+            self.tender.wake();
+        }
+    }
+
+    fn show(&self, location: LocationNo, record: &OpRecord, bytes: Option<&OpBytes>) {
+        self.overlay().apply(
+            location,
+            overlay::Shown {
+                no: record.no,
+                at: record.at,
+                change: &record.change,
+                bytes: bytes.map(|b| b.shown.clone()),
+                is_directory: record.is_directory,
+            },
+        );
+    }
+
+    /// A location of another device that may be written to.
+    fn writable(&self, no: LocationNo) -> FsResult<Arc<Location>> {
+        let location = self.index.location(no);
+        let location = location
+            .ok_or_else(|| FsError::new(Kind::Stale, "change a location that was removed"))?;
+        if location.read_only {
+            return Err(FsError::new(Kind::ReadOnly, "change a read-only location"));
+        }
+        if location.owner == self.index.me() {
+            return Err(FsError::new(Kind::ReadOnly, "change an own location that is not there"));
+        }
+        Ok(location)
+    }
+
+    fn publish(&self, changes: Vec<changes::Change>) {
+        self.index.feed().publish(changes);
+    }
+
+    /// Those for whom something is pending.
+    pub fn owners(&self) -> Vec<DeviceId> {
+        let state = self.state();
+        let mut owners: Vec<_> = state.ops.values().map(|op| op.record.owner).collect();
+        owners.sort();
+        owners.dedup();
+        owners
     }
 }

@@ -1,0 +1,414 @@
+//! What to send, and what becomes of the answers.
+
+use super::queue::{OpBytes, Progress, Queued, Renamed, Retiring, written_bytes};
+use super::record::{Record, content_mut, word};
+use super::{ConflictRecord, Lane, Outbox, State};
+use crate::error::{FsError, FsResult, Kind};
+use crate::model::{Attr, ContentId, DeviceId, Entry, FileId, FileType, LocationNo, Stamp, Time};
+use crate::ops::{Applied, Base, Change, Conflict, NewContent, Obstacle, Op, Outcome, Refusal};
+use crate::staging::Snapshot;
+use bytes::{Bytes, BytesMut};
+use std::borrow::Cow;
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+/// How long an operation waits after its owner could not carry it out: doubled each time.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+
+/// An operation that was picked to be sent, and its bytes.
+struct Picked {
+    op: Op,
+    bytes: Option<OpBytes>,
+    snapshot: Option<Snapshot>,
+    digest: Option<([u8; 32], Option<ContentId>)>,
+    lane: Lane,
+}
+
+impl Outbox {
+    /// Every operation for this owner with a smaller number is settled and noted as such.
+    pub fn settled_below(&self, owner: DeviceId) -> u64 {
+        let durable = self.journal.durable();
+        let mut state = self.state();
+        state.noted.retain(|_, (_, lsn)| *lsn > durable);
+        let waiting = state.ops.iter().find(|(_, op)| op.record.owner == owner);
+        let noted = state.noted.iter().find(|(_, (o, _))| *o == owner);
+        let first = waiting.map(|(no, _)| *no).into_iter().chain(noted.map(|(no, _)| *no)).min();
+        first.unwrap_or(state.next_no)
+    }
+
+    /// What to send next; it counts as sent from now on. May read staged bytes: not for a
+    /// runtime's thread.
+    ///
+    /// In [`Lane::Small`] operations come in order, bytes inside, about `max_bytes` of them. In
+    /// [`Lane::Bulk`] at most one comes. None depends on an unsettled one, and all are durable
+    /// here.
+    pub fn take(&self, owner: DeviceId, lane: Lane, max_ops: usize, max_bytes: usize) -> Vec<Op> {
+        let max_ops = if lane == Lane::Bulk { max_ops.min(1) } else { max_ops };
+        let picked = self.pick(owner, lane, max_ops, max_bytes);
+        picked.into_iter().filter_map(|picked| self.complete(picked)).collect()
+    }
+
+    fn pick(&self, owner: DeviceId, lane: Lane, max_ops: usize, max_bytes: usize) -> Vec<Picked> {
+        let (durable, now) = (self.journal.durable(), Instant::now());
+        let mut state = self.state();
+        let state = &mut *state;
+        let Some(ready) = state.ready.get_mut(&owner) else { return Vec::new() };
+        let (mut picked, mut bytes) = (Vec::new(), 0);
+        for no in ready.iter().copied() {
+            if picked.len() == max_ops || bytes >= max_bytes {
+                break;
+            }
+            let Some(op) = state.ops.get_mut(&no) else { continue };
+            let is_due =
+                matches!(op.progress, Progress::Waiting(at) if at.is_none_or(|a| a <= now));
+            if !is_due || op.lsn > durable || op.lane() != lane {
+                continue;
+            }
+            bytes += op.record.snapshot.as_ref().map_or(0, written_bytes) as usize + 256;
+            op.progress = Progress::Sent;
+            op.may_be_sent = true;
+            op.attempts = op.attempts.saturating_add(1);
+            picked.push(Picked::of(op));
+        }
+        for picked in &picked {
+            ready.remove(&picked.op.no);
+        }
+        picked
+    }
+
+    /// Adds what is only in staging.
+    fn complete(&self, mut picked: Picked) -> Option<Op> {
+        let no = picked.op.no;
+        let Some(content) = content_mut(&mut picked.op.change) else { return Some(picked.op) };
+        let completed = match (&picked.bytes, &picked.snapshot) {
+            (Some(bytes), Some(snapshot)) => {
+                fill_in(content, bytes, snapshot, picked.digest, picked.lane == Lane::Small)
+            }
+            _ => {
+                fill_in_nothing(content);
+                Ok(())
+            }
+        };
+        if let Err(error) = completed {
+            tracing::error!(no, %error, "staged bytes cannot be read");
+            self.block(no, format!("its bytes cannot be read on this device: {error}"));
+            return None;
+        }
+        if let (None, Some(content)) = (picked.digest, picked.op.change.content())
+            && let Some(op) = self.state().ops.get_mut(&no)
+        {
+            op.digest = Some((content.digest, content.whole));
+        }
+        Some(picked.op)
+    }
+
+    fn block(&self, no: u64, why: String) {
+        let mut state = self.state();
+        if let Some(op) = state.ops.get_mut(&no) {
+            (op.progress, op.obstacle) = (Progress::Blocked, Some(why));
+            state.place(no);
+        }
+    }
+
+    /// Staged bytes of an operation for this owner; the range lies within one of its extents.
+    pub fn read(&self, owner: DeviceId, no: u64, range: Range<u64>) -> FsResult<Bytes> {
+        let (draft, snapshot) = {
+            let state = self.state();
+            let op = state.ops.get(&no).filter(|op| op.record.owner == owner);
+            let found = op.and_then(|op| Some((op.bytes.as_ref()?, op.record.snapshot.as_ref()?)));
+            let (bytes, snapshot) =
+                found.ok_or_else(|| FsError::new(Kind::NotFound, "read staged bytes"))?;
+            (bytes.draft.clone(), snapshot.clone())
+        };
+        let within = snapshot
+            .extents
+            .iter()
+            .any(|e| e.at <= range.start && range.start < range.end && range.end <= e.at + e.len);
+        if !within {
+            return Err(FsError::new(Kind::Invalid, "read staged bytes"));
+        }
+        draft.snapshot_read(&snapshot, range).map_err(|e| FsError::os("read staged bytes", e))
+    }
+
+    /// What was sent to this owner and not settled is to be sent again.
+    pub fn connection_lost(&self, owner: DeviceId) {
+        let mut state = self.state();
+        let sent = state
+            .ops
+            .iter()
+            .filter(|(_, op)| op.record.owner == owner && op.progress == Progress::Sent);
+        for no in sent.map(|(no, _)| *no).collect::<Vec<_>>() {
+            if let Some(op) = state.ops.get_mut(&no) {
+                op.progress = Progress::Waiting(None);
+            }
+            state.place(no);
+        }
+        drop(state);
+        self.tick();
+    }
+
+    /// The owner's answer. In the journal when it returns, but for [`Outcome::Later`].
+    pub fn settle(&self, owner: DeviceId, no: u64, outcome: Outcome) {
+        let mut state = self.state();
+        let Some(op) = state.ops.get_mut(&no).filter(|op| op.record.owner == owner) else {
+            // Answered twice, or never asked by this device.
+            return;
+        };
+        let progress = match &outcome {
+            Outcome::Later(obstacle) => {
+                op.obstacle = Some(word_obstacle(obstacle));
+                Some(Progress::Waiting(Some(Instant::now() + pause(op.attempts))))
+            }
+            Outcome::Refused(refusal) if op.bytes.is_some() || makes(&op.record.change) => {
+                op.obstacle = Some(word_refusal(refusal));
+                Some(Progress::Blocked)
+            }
+            Outcome::Refused(_) | Outcome::Applied(_) => None,
+        };
+        if let Some(progress) = progress {
+            op.progress = progress;
+            state.place(no);
+            if outcome == Outcome::Refused(Refusal::NeedsWhole) {
+                self.tender.needs_whole(no);
+            }
+        } else {
+            self.done(&mut state, no, &outcome);
+        }
+        drop(state);
+        self.tick();
+        self.settled.send_modify(|n| *n = n.wrapping_add(1));
+    }
+
+    fn done(&self, state: &mut State, no: u64, outcome: &Outcome) {
+        let at = Time::now();
+        match self
+            .note_reserved(state, &Record::Settled { no, at, outcome: Cow::Borrowed(outcome) })
+        {
+            Ok(lsn) => {
+                let owner = state.ops.get(&no).map(|op| op.record.owner);
+                state.noted.extend(owner.map(|owner| (no, (owner, lsn))));
+            }
+            // The owner still remembers; after a restart it is asked again, and answers the same.
+            Err(error) => {
+                tracing::warn!(no, %error, "an answer could not be noted");
+                let owner = state.ops.get(&no).map(|op| op.record.owner);
+                let never = crate::journal::Lsn(u64::MAX);
+                state.noted.extend(owner.map(|owner| (no, (owner, never))));
+            }
+        }
+        self.settled(state, no, outcome, at);
+    }
+
+    /// What an answer changes in memory; the same when it is read from the journal.
+    pub(super) fn settled(&self, state: &mut State, no: u64, outcome: &Outcome, at: Time) {
+        match outcome {
+            Outcome::Applied(applied) => self.applied(state, no, applied, at),
+            Outcome::Refused(refusal) => {
+                let Some(op) = state.remove(no) else { return };
+                let why = Conflict::OwnerStands(word_refusal(refusal));
+                self.met(state, &op, no, why, at);
+                self.unshow(state, op);
+            }
+            Outcome::Later(_) => {}
+        }
+    }
+
+    fn applied(&self, state: &mut State, no: u64, applied: &Applied, at: Time) {
+        let Some(op) = state.ops.get(&no) else { return };
+        let (location, file) = (op.record.location, op.record.change.file());
+        let content = op.digest.and_then(|(_, whole)| whole);
+        let version = applied.version.map(|stamp| Base::Seen { stamp, content });
+        let no_of = state.locations.get(&location).copied();
+        let elsewhere = applied.file.filter(|new| *new != file);
+        if let Some(version) = &version {
+            state.rebase(no, version);
+            if state.versions.get(&(location, file)).is_none_or(|(n, _)| *n < no) {
+                state.versions.insert((location, file), (no, version.clone()));
+            }
+        }
+        if let (Some(version), Some(no_of)) = (&version, no_of) {
+            self.learned(no_of, file, no, version, elsewhere);
+        }
+        let Some(op) = state.remove(no) else { return };
+        if let (Some(bytes), Some(snapshot)) = (&op.bytes, &op.record.snapshot) {
+            bytes.draft.delivered(snapshot);
+        }
+        if let Some(conflict) = &applied.conflict {
+            self.met(state, &op, no, conflict.clone(), at);
+        }
+        if let Some(new) = elsewhere {
+            let how = match (&op.record.change, &applied.conflict) {
+                (Change::Write { .. }, Some(Conflict::KeptAs(_))) => Renamed::InWrites,
+                _ => Renamed::Everywhere,
+            };
+            state.rename_file(location, file, new, how);
+        }
+        let Queued { record, bytes, .. } = op;
+        let applied = applied.clone();
+        let (settled, reached) = (Instant::now(), None);
+        state.retiring.insert(no, Retiring { record, bytes, applied, settled, reached });
+        if elsewhere.is_some() {
+            self.show_again(state, location);
+        }
+        self.tender.wake();
+    }
+
+    /// Who writes the file goes on from its new version.
+    fn learned(
+        &self,
+        location: LocationNo,
+        file: FileId,
+        no: u64,
+        version: &Base,
+        elsewhere: Option<FileId>,
+    ) {
+        let Some(open) = self.files.get(&(location, file)) else { return };
+        let Base::Seen { stamp, content } = version else { return };
+        for written in open.written.iter().chain(&open.older) {
+            if written.learned(no, version, elsewhere) {
+                let file = elsewhere.unwrap_or(file);
+                written.rest_on(version_row(file, written.generation(), stamp, *content));
+            }
+        }
+    }
+
+    /// Keeps for people that two changes met.
+    fn met(&self, state: &mut State, op: &Queued, id: u64, ended: Conflict, at: Time) {
+        let record = &op.record;
+        let conflict = ConflictRecord {
+            id,
+            at,
+            owner: record.owner,
+            location: state.locations.get(&record.location).copied(),
+            path: record.path.clone(),
+            what: word(&record.change).to_owned(),
+            ended,
+        };
+        state.conflicts.insert(id, conflict);
+    }
+
+    /// An operation came to nothing: what it showed goes at once.
+    pub(super) fn unshow(&self, state: &mut State, op: Queued) {
+        let Queued { record, bytes, .. } = op;
+        if let Some(no_of) = state.locations.get(&record.location).copied() {
+            self.overlay().retire(no_of, record.no, &record.change);
+            self.publish(super::tend::changes_of(no_of, &record.change));
+            state.let_go(&record, bytes.as_ref());
+            self.let_go_if_unused(state, no_of, record.change.file());
+        } else {
+            state.let_go(&record, bytes.as_ref());
+        }
+    }
+
+    /// Takes back an operation that its owner never heard of.
+    pub(super) fn drop_op(&self, state: &mut State, _: LocationNo, no: u64) -> FsResult<()> {
+        self.note_reserved(state, &Record::Dropped { no })?;
+        if let Some(op) = state.remove(no) {
+            let Queued { record, bytes, .. } = op;
+            if let Some(no_of) = state.locations.get(&record.location).copied() {
+                self.overlay().retire(no_of, record.no, &record.change);
+            }
+            state.let_go(&record, bytes.as_ref());
+        }
+        Ok(())
+    }
+}
+
+impl Picked {
+    fn of(op: &Queued) -> Self {
+        let record = &op.record;
+        let (location, change) = (record.location, record.change.clone());
+        Self {
+            op: Op { no: record.no, location, change },
+            bytes: op.bytes.clone(),
+            snapshot: record.snapshot.clone(),
+            digest: op.digest,
+            lane: op.lane(),
+        }
+    }
+}
+
+/// Whether other operations may build on what this one makes.
+fn makes(change: &Change) -> bool {
+    matches!(change, Change::Create { .. })
+}
+
+fn fill_in(
+    content: &mut NewContent,
+    bytes: &OpBytes,
+    snapshot: &Snapshot,
+    digest: Option<([u8; 32], Option<ContentId>)>,
+    is_inline: bool,
+) -> FsResult<()> {
+    let failed = |e| FsError::os("read staged bytes", e);
+    content.extents = snapshot.extents.iter().map(|e| e.at..e.at + e.len).collect();
+    (content.digest, content.whole) = match digest {
+        Some(known) => known,
+        None => bytes.draft.digest(snapshot).map_err(failed)?,
+    };
+    if is_inline {
+        let mut inline = BytesMut::new();
+        for extent in &content.extents {
+            let read = bytes.draft.snapshot_read(snapshot, extent.clone()).map_err(failed)?;
+            inline.extend_from_slice(&read);
+        }
+        content.inline = Some(inline.freeze());
+    }
+    Ok(())
+}
+
+/// The content of an empty file.
+fn fill_in_nothing(content: &mut NewContent) {
+    content.digest = *blake3::hash(&[]).as_bytes();
+    content.whole = Some(ContentId::of(&[]));
+    content.inline = Some(Bytes::new());
+}
+
+fn pause(attempts: u32) -> Duration {
+    let doubled = FIRST_PAUSE.saturating_mul(1 << attempts.saturating_sub(1).min(10));
+    doubled.min(LONGEST_PAUSE)
+}
+
+/// The row of a version that is known by its stamp alone: enough to read its bytes.
+pub(super) fn version_row(
+    file: FileId,
+    generation: u32,
+    stamp: &Stamp,
+    content: Option<ContentId>,
+) -> Entry {
+    let Stamp { disk_ino, size, mtime, ctime } = *stamp;
+    let attr = Attr {
+        file_type: FileType::File,
+        perm: 0o600,
+        uid: 0,
+        gid: 0,
+        nlink: 1,
+        size,
+        blocks: size.div_ceil(512),
+        mtime,
+        ctime,
+        btime: None,
+        rdev: 0,
+    };
+    Entry { file_id: file, disk_ino, generation, attr, content, target: None }
+}
+
+pub(super) fn word_obstacle(obstacle: &Obstacle) -> String {
+    match obstacle {
+        Obstacle::NoSpace => "the owner's disk, or its quota, is full".into(),
+        Obstacle::Offline => "the location's disk is not connected".into(),
+        Obstacle::Failed(why) => format!("the owner failed: {why}"),
+        Obstacle::NoBytes => "the owner did not get the bytes".into(),
+    }
+}
+
+pub(super) fn word_refusal(refusal: &Refusal) -> String {
+    match refusal {
+        Refusal::ReadOnly => "the location is read-only, or not shared with this device".into(),
+        Refusal::Permission => "the owner's user may not do it".into(),
+        Refusal::NeedsWhole => "the owner no longer has the version that was changed".into(),
+        Refusal::Malformed => "the owner does not understand it".into(),
+        Refusal::Impossible(why) => format!("the owner's file system cannot do it: {why}"),
+    }
+}

@@ -1,0 +1,263 @@
+//! The operations in memory: what waits, what was sent, what is done but not seen yet.
+
+use super::order::Order;
+use super::record::OpRecord;
+use super::{ConflictRecord, Lane};
+use crate::journal::Lsn;
+use crate::model::{ContentId, DeviceId, FileId, LocationId, LocationNo};
+use crate::ops::{Base, Change, INLINE_MAX_BYTES, Place};
+use crate::overlay;
+use crate::staging::{Draft, DraftId, Snapshot, Staging};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// An operation that its owner has not settled.
+pub(super) struct Queued {
+    pub record: OpRecord,
+    pub bytes: Option<OpBytes>,
+    /// Of its last record in the journal.
+    pub lsn: Lsn,
+    pub progress: Progress,
+    pub attempts: u32,
+    /// Its owner may have applied it: it must stay as it is for ever. True also after a restart.
+    pub may_be_sent: bool,
+    /// Of the staged bytes, once computed.
+    pub digest: Option<([u8; 32], Option<ContentId>)>,
+    /// The last obstacle.
+    pub obstacle: Option<String>,
+}
+
+/// The bytes of an operation.
+#[derive(Clone)]
+pub(super) struct OpBytes {
+    pub draft: Arc<Draft>,
+    pub shown: overlay::Bytes,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Progress {
+    /// A new file that is still being written; it goes at this time at the latest.
+    Held(Instant),
+    /// Not before this time.
+    Waiting(Option<Instant>),
+    Sent,
+    /// Never as it stands.
+    Blocked,
+}
+
+/// An operation that is done, until the index shows it.
+pub(super) struct Retiring {
+    pub record: OpRecord,
+    pub bytes: Option<OpBytes>,
+    pub applied: crate::ops::Applied,
+    pub settled: Instant,
+    /// When the index had its rows.
+    pub reached: Option<Instant>,
+}
+
+/// Everything that waits.
+pub(super) struct State {
+    pub epoch: u64,
+    pub next_no: u64,
+    pub ops: BTreeMap<u64, Queued>,
+    pub order: Order,
+    /// Waiting, and for no other operation; in order.
+    pub ready: HashMap<DeviceId, BTreeSet<u64>>,
+    pub retiring: BTreeMap<u64, Retiring>,
+    /// Settled, but the journal may not have it on the disk yet.
+    pub noted: BTreeMap<u64, (DeviceId, Lsn)>,
+    pub conflicts: BTreeMap<u64, ConflictRecord>,
+    pub drafts: Drafts,
+    /// Where each location was last seen in the index.
+    pub locations: HashMap<LocationId, LocationNo>,
+    /// The last version of a file that an operation of this device made.
+    pub versions: HashMap<(LocationId, FileId), (u64, Base)>,
+    /// The last record.
+    pub last: Lsn,
+    /// A record came after what the journal has on the disk.
+    pub unsynced: bool,
+    /// How long the journal was after its last checkpoint.
+    pub checkpoint_bytes: u64,
+}
+
+/// Drafts with how many need each.
+pub(super) struct Drafts {
+    pub staging: Arc<Staging>,
+    uses: HashMap<DraftId, usize>,
+}
+
+impl Drafts {
+    pub fn new(staging: Arc<Staging>) -> Self {
+        Self { staging, uses: HashMap::new() }
+    }
+
+    pub fn hold(&mut self, draft: &Draft) {
+        *self.uses.entry(draft.id()).or_default() += 1;
+    }
+
+    pub fn needed(&self) -> impl Iterator<Item = DraftId> + '_ {
+        self.uses.keys().copied()
+    }
+
+    pub fn let_go(&mut self, draft: &Draft) {
+        let Some(uses) = self.uses.get_mut(&draft.id()) else { return };
+        *uses -= 1;
+        if *uses == 0 {
+            self.uses.remove(&draft.id());
+            self.staging.remove(draft.id());
+        }
+    }
+}
+
+impl Queued {
+    pub fn lane(&self) -> Lane {
+        match self.record.snapshot.as_ref().map_or(0, written_bytes) {
+            n if n <= INLINE_MAX_BYTES => Lane::Small,
+            _ => Lane::Bulk,
+        }
+    }
+
+    /// Whether it may still be changed, or taken back.
+    pub fn is_here_only(&self) -> bool {
+        !self.may_be_sent && matches!(self.progress, Progress::Held(_) | Progress::Waiting(_))
+    }
+}
+
+pub(super) fn written_bytes(snapshot: &Snapshot) -> u64 {
+    snapshot.extents.iter().map(|e| e.len).sum()
+}
+
+impl State {
+    pub fn new(staging: Arc<Staging>) -> Self {
+        Self {
+            epoch: 0,
+            next_no: 1,
+            ops: BTreeMap::new(),
+            order: Order::default(),
+            ready: HashMap::new(),
+            retiring: BTreeMap::new(),
+            noted: BTreeMap::new(),
+            conflicts: BTreeMap::new(),
+            drafts: Drafts::new(staging),
+            locations: HashMap::new(),
+            versions: HashMap::new(),
+            last: Lsn(0),
+            unsynced: false,
+            checkpoint_bytes: 0,
+        }
+    }
+
+    /// Puts an operation where [`super::Outbox::take`] looks, or takes it away from there.
+    pub fn place(&mut self, no: u64) {
+        let Some(op) = self.ops.get(&no) else { return };
+        let ready = self.ready.entry(op.record.owner).or_default();
+        match matches!(op.progress, Progress::Waiting(_)) && self.order.is_free(no) {
+            true => drop(ready.insert(no)),
+            false => drop(ready.remove(&no)),
+        }
+    }
+
+    pub fn add(&mut self, op: Queued) {
+        let (no, record) = (op.record.no, &op.record);
+        self.order.add(no, record.location, &record.change);
+        if let Some(bytes) = &op.bytes {
+            self.drafts.hold(&bytes.draft);
+        }
+        self.ops.insert(no, op);
+        self.place(no);
+    }
+
+    /// Takes an operation out of the queue; whoever waited for it no longer does. Its draft
+    /// stays held.
+    pub fn remove(&mut self, no: u64) -> Option<Queued> {
+        let op = self.ops.remove(&no)?;
+        if let Some(ready) = self.ready.get_mut(&op.record.owner) {
+            ready.remove(&no);
+        }
+        for free in self.order.remove(no) {
+            self.place(free);
+        }
+        Some(op)
+    }
+
+    /// The operation's bytes are needed no more.
+    pub fn let_go(&mut self, record: &OpRecord, bytes: Option<&OpBytes>) {
+        let Some(OpBytes { draft, .. }) = bytes else { return };
+        if let Some(snapshot) = &record.snapshot {
+            draft.release(snapshot);
+        }
+        self.drafts.let_go(draft);
+    }
+
+    /// The version of a file that this device sees, when it made it itself.
+    pub fn base(&self, location: LocationId, file: FileId) -> Option<Base> {
+        if let Some(no) = self.order.last_change(location, file) {
+            return Some(Base::After(no));
+        }
+        self.versions.get(&(location, file)).map(|(_, base)| base.clone())
+    }
+
+    /// The version that an operation left is known: those that build on it say so.
+    pub fn rebase(&mut self, no: u64, seen: &Base) {
+        let after = Base::After(no);
+        for later in self.order.needed_by(no) {
+            let Some(op) = self.ops.get_mut(&later) else { continue };
+            for base in bases_mut(&mut op.record.change) {
+                if *base == after {
+                    *base = seen.clone();
+                }
+            }
+        }
+    }
+
+    /// The owner calls a file by another id than this device did.
+    pub fn rename_file(&mut self, location: LocationId, old: FileId, new: FileId, how: Renamed) {
+        let ops = self.ops.iter_mut();
+        for (_, op) in ops.filter(|(_, op)| op.record.location == location) {
+            let is_write = matches!(op.record.change, Change::Write { .. });
+            if how == Renamed::Everywhere || is_write {
+                let files = files_mut(&mut op.record.change);
+                files.into_iter().filter(|f| **f == old).for_each(|f| *f = new);
+            }
+        }
+    }
+}
+
+/// Which operations follow a file to its new id.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Renamed {
+    /// All: the file is the same.
+    Everywhere,
+    /// Those that write: the bytes went into a copy, the name stayed with the owner's file.
+    InWrites,
+}
+
+fn bases_mut(change: &mut Change) -> Vec<&mut Base> {
+    match change {
+        Change::Write { base, .. } => vec![base],
+        Change::Unlink { base, .. } => base.iter_mut().collect(),
+        Change::Rename { replaced: Some((_, base)), .. } => base.iter_mut().collect(),
+        _ => Vec::new(),
+    }
+}
+
+fn files_mut(change: &mut Change) -> Vec<&mut FileId> {
+    fn dir(at: &mut Place) -> &mut FileId {
+        &mut at.dir
+    }
+    match change {
+        Change::Create { at, file, .. }
+        | Change::Link { file, at }
+        | Change::Unlink { file, at, .. }
+        | Change::Rmdir { file, at } => vec![file, dir(at)],
+        Change::Rename { file, from, to, replaced, .. } => {
+            let mut files = vec![file, dir(from), dir(to)];
+            files.extend(replaced.iter_mut().map(|(f, _)| f));
+            files
+        }
+        Change::Write { file, .. } | Change::SetAttr { file, .. } | Change::Xattr { file, .. } => {
+            vec![file]
+        }
+    }
+}

@@ -1,0 +1,254 @@
+//! Taking up the journal of the last run.
+
+use super::deliver::version_row;
+use super::names::random;
+use super::queue::{OpBytes, Progress, Queued, State};
+use super::record::{OpRecord, Record};
+use super::tend::Tender;
+use super::written::Written;
+use super::{Outbox, OutboxConfig, OutboxError, Report};
+use crate::index::Index;
+use crate::journal::{Journal, JournalError, Lsn, Recovered};
+use crate::model::{LocationId, LocationNo};
+use crate::ops::{Base, Change};
+use crate::overlay::{self, FIRST_GENERATION, Live};
+use crate::staging::Staging;
+use bytes::Bytes;
+use std::collections::{HashMap, HashSet};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+/// The bytes of drafts that only the journal has.
+type Fills = HashMap<u64, Vec<(u64, Bytes)>>;
+
+impl Outbox {
+    /// Opens it and takes up what was pending; before anything is mounted.
+    pub fn open(
+        dir: &Path,
+        index: Index,
+        config: OutboxConfig,
+    ) -> Result<(Arc<Self>, Report), OutboxError> {
+        let failed = |source: Box<dyn std::error::Error + Send + Sync>| OutboxError::Io {
+            path: dir.to_owned(),
+            source,
+        };
+        let mut records = Vec::new();
+        let opened = Journal::open_with(&dir.join("journal"), &mut |lsn, bytes| {
+            records.push((lsn, Record::decode(&bytes)));
+        });
+        let (journal, recovered) = opened.map_err(|error| match error {
+            JournalError::InUse { .. } => OutboxError::InUse { path: dir.to_owned() },
+            JournalError::NewerFormat { .. } => OutboxError::NewerFormat { path: dir.to_owned() },
+            error => failed(error.into()),
+        })?;
+        let staging = Staging::open(&dir.join("staging")).map_err(|e| failed(e.into()))?;
+        staging.set_min_free_bytes(config.min_free_bytes);
+        let outbox = Arc::new(Self {
+            index,
+            journal,
+            state: Mutex::new(State::new(Arc::clone(&staging))),
+            staging,
+            config,
+            overlay: Default::default(),
+            files: Default::default(),
+            content: Default::default(),
+            changed: Default::default(),
+            settled: Default::default(),
+            tender: Arc::new(Tender::default()),
+        });
+        let report = outbox.take_up(records, &recovered).map_err(|e| failed(e.into()))?;
+        Tender::start(&outbox).map_err(|e| failed(e.into()))?;
+        Ok((outbox, report))
+    }
+
+    fn take_up(
+        &self,
+        records: Vec<(Lsn, Option<Record<'static>>)>,
+        recovered: &Recovered,
+    ) -> crate::error::FsResult<Report> {
+        let mut report = Report {
+            torn_tail: recovered.torn_tail,
+            set_aside: recovered.damage.iter().map(|d| d.set_aside.clone()).collect(),
+            ..Report::default()
+        };
+        let mut state = self.state();
+        let mut fills = Fills::new();
+        for (lsn, record) in records {
+            match record {
+                Some(record) => self.replay(&mut state, &mut fills, lsn, record),
+                None => report.lost.push(format!("record {} is of no known form", lsn.0)),
+            }
+        }
+        // A number that was lost may have been sent: under another epoch it is nobody's.
+        if state.epoch == 0 || !recovered.damage.is_empty() {
+            state.epoch = random().max(1);
+            let begin = Record::Begin { epoch: state.epoch, next_no: state.next_no };
+            let lsn = self.note(&mut state, &begin)?;
+            self.journal.sync(lsn)?;
+        }
+        self.forget_seen(&mut state);
+        self.restore_drafts(&mut state, &fills, &mut report);
+        let needed: HashSet<_> = state.drafts.needed().collect();
+        report.orphan_bytes = self.staging.remove_all_but(&needed)?;
+        let mut all: Vec<_> = state.ops.values().map(|op| op.record.location).collect();
+        all.extend(state.retiring.values().map(|done| done.record.location));
+        all.sort();
+        all.dedup();
+        for location in all {
+            self.take_over(&mut state, location);
+        }
+        report.pending = state.ops.len();
+        Ok(report)
+    }
+
+    fn replay(&self, state: &mut State, fills: &mut Fills, lsn: Lsn, record: Record<'static>) {
+        state.last = state.last.max(lsn);
+        match record {
+            Record::Begin { epoch, next_no } => {
+                state.epoch = epoch;
+                state.next_no = state.next_no.max(next_no);
+            }
+            Record::Op(record) => replay_op(state, lsn, record.into_owned()),
+            Record::Fill { draft, at, bytes } => {
+                fills.entry(draft).or_default().push((at, bytes));
+            }
+            Record::Settled { no, at, outcome } => self.settled(state, no, &outcome, at),
+            Record::Dropped { no } => drop(state.remove(no)),
+            Record::Conflict(conflict) => {
+                state.conflicts.insert(conflict.id, conflict.into_owned());
+            }
+            Record::Resolved { id } => drop(state.conflicts.remove(&id)),
+        }
+    }
+
+    /// What the index has shown before the restart needs nothing any more.
+    fn forget_seen(&self, state: &mut State) {
+        state.retiring.retain(|_, done| {
+            let location = self.index.location_by_id(done.record.location);
+            location.is_some_and(|l| {
+                let is_its_log = self.index.log_id(l.no) == done.applied.log_id;
+                !(is_its_log && self.index.head(l.no) >= done.applied.seq)
+            })
+        });
+        let State { versions, retiring, .. } = state;
+        versions.retain(|_, (no, _)| retiring.contains_key(no));
+    }
+
+    fn restore_drafts(&self, state: &mut State, fills: &Fills, report: &mut Report) {
+        let mut all: Vec<u64> = state.ops.keys().chain(state.retiring.keys()).copied().collect();
+        all.sort_unstable();
+        for no in all {
+            let record = match (state.ops.get(&no), state.retiring.get(&no)) {
+                (Some(op), _) => &op.record,
+                (None, Some(done)) => &done.record,
+                (None, None) => continue,
+            };
+            if record.change.content().is_none() {
+                continue;
+            }
+            match self.restore(record, fills) {
+                Ok(bytes) => {
+                    state.drafts.hold(&bytes.draft);
+                    if let Some(op) = state.ops.get_mut(&no) {
+                        op.bytes = Some(bytes);
+                    } else if let Some(done) = state.retiring.get_mut(&no) {
+                        done.bytes = Some(bytes);
+                    }
+                }
+                Err(error) => bytes_lost(state, no, &error, report),
+            }
+        }
+    }
+
+    fn restore(&self, record: &OpRecord, fills: &Fills) -> crate::error::FsResult<OpBytes> {
+        let none = Vec::new();
+        let draft = match &record.snapshot {
+            Some(snapshot) => {
+                let fill = fills.get(&snapshot.draft.0).unwrap_or(&none);
+                self.staging.restore(snapshot, fill)?
+            }
+            None => self.staging.create(0)?,
+        };
+        let content = record.change.content();
+        let mtime = content.map_or(record.at, |c| c.mtime);
+        let size = record.snapshot.as_ref().map_or(0, |s| s.size);
+        let generation = record.generation.max(FIRST_GENERATION);
+        Ok(OpBytes { draft, shown: overlay::Bytes { live: Live::new(size, mtime), generation } })
+    }
+
+    /// Shows what waits for a location that nobody could use until now.
+    pub(super) fn take_over(&self, state: &mut State, id: LocationId) {
+        self.show_again(state, id);
+        let Some(location) = state.locations.get(&id).copied() else { return };
+        let waiting = state.ops.values().map(|op| (&op.record, op.bytes.as_ref()));
+        let done = state.retiring.values().map(|done| (&done.record, done.bytes.as_ref()));
+        let mut all: Vec<_> = waiting
+            .chain(done)
+            .filter(|(record, _)| record.location == id)
+            .filter_map(|(record, bytes)| Some((record.clone(), bytes?.clone())))
+            .collect();
+        all.sort_by_key(|(record, _)| record.no);
+        for (record, bytes) in &all {
+            self.adopt_bytes(state, location, (record, bytes));
+        }
+    }
+
+    /// Programs that open the file go on with its draft.
+    fn adopt_bytes(
+        &self,
+        state: &mut State,
+        location: LocationNo,
+        (record, bytes): (&OpRecord, &OpBytes),
+    ) {
+        let file = record.change.file();
+        let mut open = self.files.entry((location, file)).or_default();
+        let is_same = |w: &Arc<Written>| Arc::ptr_eq(&w.draft, &bytes.draft);
+        let under = match (&record.change, &open.written) {
+            (Change::Write { base: Base::Seen { stamp, content }, .. }, _) => {
+                version_row(file, bytes.shown.generation, stamp, *content)
+            }
+            // Over an earlier operation that waits as well: what lies under that one.
+            (Change::Write { .. }, Some(earlier)) if is_same(earlier) => (*earlier.under()).clone(),
+            _ => overlay::new_file_row(file, record.at),
+        };
+        let parts = (Arc::clone(&bytes.draft), bytes.shown.clone());
+        let written =
+            Written::new((location, file), parts, Base::After(record.no), Arc::new(under));
+        written.lock().op = Some(record.no);
+        state.drafts.hold(&bytes.draft);
+        if let Some(before) = open.written.replace(written) {
+            state.drafts.let_go(&before.draft);
+        }
+    }
+}
+
+fn replay_op(state: &mut State, lsn: Lsn, record: OpRecord) {
+    state.next_no = state.next_no.max(record.no + 1);
+    if let Some(op) = state.ops.get_mut(&record.no) {
+        (op.record, op.lsn) = (record, lsn);
+        return;
+    }
+    state.add(Queued {
+        record,
+        bytes: None,
+        lsn,
+        progress: Progress::Waiting(None),
+        attempts: 0,
+        may_be_sent: true,
+        digest: None,
+        obstacle: None,
+    });
+}
+
+fn bytes_lost(state: &mut State, no: u64, error: &crate::error::FsError, report: &mut Report) {
+    // What was delivered is with its owner; only this device's view of it waits for the index.
+    if state.retiring.remove(&no).is_some() {
+        return;
+    }
+    let Some(op) = state.ops.get_mut(&no) else { return };
+    let why = format!("its bytes cannot be read on this device: {error}");
+    let path: Vec<_> = op.record.path.iter().map(|n| n.display()).collect();
+    report.lost.push(format!("{}: {why}", path.join("/")));
+    (op.progress, op.obstacle) = (Progress::Blocked, Some(why));
+    state.place(no);
+}

@@ -1,0 +1,394 @@
+//! What happens by itself: a thread that makes durable what nobody waits for, sends new files
+//! that stay open long, and lets go of what the index shows by now.
+
+use super::queue::{Progress, Retiring};
+use super::record::Record;
+use super::{Outbox, State};
+use crate::changes::Change as Shown;
+use crate::error::FsResult;
+use crate::model::{Entry, FileId, LocationNo, Name};
+use crate::ops::{Change, Place};
+use std::borrow::Cow;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// The longest that an accepted operation is not yet on the disk.
+const SYNC_AFTER: Duration = Duration::from_millis(50);
+/// How often it looks while there is something to wait for.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// Rows of the index are told to kernels in this time: while they are, what they say is
+/// covered, and costs no kernel anything that it holds.
+const COVERED_FOR: Duration = Duration::from_millis(300);
+/// An owner whose log began anew has told everything by then.
+const OTHER_LOG_AFTER: Duration = Duration::from_secs(30);
+/// A journal this long is worth a checkpoint.
+const CHECKPOINT_BYTES: u64 = 16 << 20;
+
+/// The thread, and how it is told what to do.
+pub(super) struct Tender {
+    signals: Mutex<Signals>,
+    bell: Condvar,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+#[derive(Default)]
+struct Signals {
+    wake: bool,
+    stop: bool,
+    needs_whole: Vec<u64>,
+}
+
+impl Default for Tender {
+    fn default() -> Self {
+        let (signals, bell, thread) = Default::default();
+        Self { signals, bell, thread }
+    }
+}
+
+impl Tender {
+    fn lock(&self) -> MutexGuard<'_, Signals> {
+        // Flags and numbers, whole after every statement.
+        self.signals.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// There is something to do, or to wait for.
+    pub fn wake(&self) {
+        self.lock().wake = true;
+        self.bell.notify_one();
+    }
+
+    /// An operation's bytes are needed from the first to the last.
+    pub fn needs_whole(&self, no: u64) {
+        self.lock().needs_whole.push(no);
+        self.wake();
+    }
+
+    pub fn start(outbox: &Arc<Outbox>) -> std::io::Result<()> {
+        let weak = Arc::downgrade(outbox);
+        let builder = std::thread::Builder::new().name("outbox".into());
+        let tender = Arc::clone(&outbox.tender);
+        let thread = builder.spawn(move || run(&tender, &weak))?;
+        *outbox.tender.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
+        Ok(())
+    }
+
+    fn stop(&self) {
+        self.lock().stop = true;
+        self.bell.notify_one();
+    }
+
+    fn join(&self) {
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread
+            && thread.thread().id() != std::thread::current().id()
+        {
+            // It was traced when it panicked.
+            let _ = thread.join();
+        }
+    }
+
+    /// Waits until there is something to do; `None`: nothing ever again.
+    fn wait(&self, timeout: Option<Duration>) -> Option<Vec<u64>> {
+        let signals = self.lock();
+        let is_quiet = |s: &mut Signals| !s.wake && !s.stop;
+        let mut signals = match timeout {
+            None => self.bell.wait_while(signals, is_quiet).unwrap_or_else(PoisonError::into_inner),
+            Some(timeout) => {
+                let waited = self.bell.wait_timeout_while(signals, timeout, is_quiet);
+                waited.unwrap_or_else(PoisonError::into_inner).0
+            }
+        };
+        if signals.stop {
+            return None;
+        }
+        signals.wake = false;
+        Some(std::mem::take(&mut signals.needs_whole))
+    }
+}
+
+fn run(tender: &Tender, outbox: &Weak<Outbox>) {
+    let mut is_busy = true;
+    while let Some(needs_whole) = tender.wait(is_busy.then_some(LOOK_EVERY)) {
+        // Only while it works does the thread keep the outbox alive.
+        let Some(outbox) = outbox.upgrade() else { return };
+        is_busy = outbox.tend();
+        for no in needs_whole {
+            outbox.make_whole(no);
+        }
+    }
+}
+
+impl Outbox {
+    /// Ends what happens by itself, and makes everything durable.
+    pub fn close(&self) -> FsResult<()> {
+        self.tender.stop();
+        self.tender.join();
+        self.sync()
+    }
+
+    /// One round; whether there is something to wait for.
+    fn tend(&self) -> bool {
+        self.sync_later();
+        self.release_holds();
+        self.retire_all();
+        self.follow_locations();
+        self.checkpoint_if_due();
+        let state = self.state();
+        state.unsynced || !state.ops.is_empty() || !state.retiring.is_empty()
+    }
+
+    /// What nobody waits for is durable soon all the same, many at a time.
+    fn sync_later(&self) {
+        let last = {
+            let mut state = self.state();
+            if !std::mem::take(&mut state.unsynced) {
+                return;
+            }
+            state.last
+        };
+        if self.journal.durable() < last {
+            std::thread::sleep(SYNC_AFTER);
+        }
+        if let Err(error) = self.sync_upto(last) {
+            tracing::error!(%error, "accepted writes could not be made durable");
+            self.state().unsynced = true;
+        }
+        self.tick();
+    }
+
+    fn release_holds(&self) {
+        let now = Instant::now();
+        let mut state = self.state();
+        let held = state.ops.iter().filter(|(_, op)| match op.progress {
+            Progress::Held(until) => until <= now,
+            _ => false,
+        });
+        let due: Vec<u64> = held.map(|(no, _)| *no).collect();
+        let paused = state.ops.values().any(|op| match op.progress {
+            Progress::Waiting(Some(at)) => at <= now,
+            _ => false,
+        });
+        for no in &due {
+            if let Some(op) = state.ops.get_mut(no) {
+                op.progress = Progress::Waiting(None);
+            }
+            state.place(*no);
+        }
+        drop(state);
+        if paused || !due.is_empty() {
+            self.tick();
+        }
+    }
+
+    /// Lets go of what the index shows.
+    fn retire_all(&self) {
+        let now = Instant::now();
+        let mut state = self.state();
+        let mut due = Vec::new();
+        for (no, done) in &mut state.retiring {
+            let place = self.index.location_by_id(done.record.location);
+            let is_there = place.is_none_or(|l| self.has_reached(l.no, done, now));
+            if is_there && now >= *done.reached.get_or_insert(now) + COVERED_FOR {
+                due.push(*no);
+            }
+        }
+        for no in due {
+            self.retire(&mut state, no);
+        }
+    }
+
+    fn has_reached(&self, no: LocationNo, done: &Retiring, now: Instant) -> bool {
+        match self.index.log_id(no) == done.applied.log_id {
+            true => self.index.head(no) >= done.applied.seq,
+            false => now >= done.settled + OTHER_LOG_AFTER,
+        }
+    }
+
+    fn retire(&self, state: &mut State, no: u64) {
+        let Some(done) = state.retiring.remove(&no) else { return };
+        let Retiring { record, bytes, applied, .. } = done;
+        let file = record.change.file();
+        state.versions.retain(|_, (by, _)| *by != no);
+        if let Some(location) = self.index.location_by_id(record.location) {
+            let before = self.looks(location.no, &record.change);
+            if let (Some(bytes), None) = (&bytes, applied.file.filter(|f| *f != file)) {
+                self.keep_number(location.no, file, bytes.shown.generation, &applied);
+            }
+            self.overlay().retire(location.no, no, &record.change);
+            let after = self.looks(location.no, &record.change);
+            self.publish(differences(location.no, before, after));
+            state.let_go(&record, bytes.as_ref());
+            self.let_go_if_unused(state, location.no, file);
+        } else {
+            state.let_go(&record, bytes.as_ref());
+        }
+    }
+
+    /// The owner's row is the version that was written here: it keeps its inode number.
+    fn keep_number(
+        &self,
+        location: LocationNo,
+        file: FileId,
+        shown: u32,
+        applied: &crate::ops::Applied,
+    ) {
+        let row = self.index.view().and_then(|view| view.node(location, file));
+        let Ok(Some(row)) = row else { return };
+        let is_ours = applied.version.is_some_and(|stamp| {
+            let attr = &row.entry.attr;
+            // An attribute that was set since moves only the ctime.
+            (stamp.disk_ino, stamp.size, stamp.mtime) == (row.entry.disk_ino, attr.size, attr.mtime)
+        });
+        if is_ours {
+            self.overlay().keep(location, file, row.entry.generation, shown);
+        }
+    }
+
+    /// How the names and files of a change look now.
+    fn looks(&self, location: LocationNo, change: &Change) -> Vec<(Place, Option<Entry>)> {
+        let view = self.view();
+        let mut places: Vec<Place> = places_of(change);
+        if places.is_empty()
+            && let Ok(Some(node)) = view.node(location, change.file())
+        {
+            places.push(Place { dir: node.parent, name: node.name });
+        }
+        let look = |p: &Place| view.entry(location, p.dir, p.name.as_bytes()).ok().flatten();
+        let mut looks: Vec<_> = places.iter().map(|p| (p.clone(), look(p))).collect();
+        looks.sort_by(|a, b| a.0.cmp(&b.0));
+        looks
+    }
+
+    /// Locations come, go and get other numbers when an index is rebuilt.
+    fn follow_locations(&self) {
+        let mut state = self.state();
+        let ops = state.ops.values().map(|op| op.record.location);
+        let done = state.retiring.values().map(|done| done.record.location);
+        let mut all: Vec<_> = ops.chain(done).collect();
+        all.sort();
+        all.dedup();
+        for id in all {
+            let there = self.index.location_by_id(id).map(|l| l.no);
+            if there != state.locations.get(&id).copied() {
+                self.take_over(&mut state, id);
+            }
+        }
+    }
+
+    /// Shows all that waits for a location, from nothing.
+    pub(super) fn show_again(&self, state: &mut State, id: crate::model::LocationId) {
+        if let Some(before) = state.locations.remove(&id) {
+            self.overlay().clear(before);
+        }
+        let Some(location) = self.index.location_by_id(id) else { return };
+        state.locations.insert(id, location.no);
+        let done = state.retiring.values().map(|done| (&done.record, done.bytes.as_ref()));
+        let waiting = state.ops.values().map(|op| (&op.record, op.bytes.as_ref()));
+        let mut all: Vec<_> =
+            done.chain(waiting).filter(|(record, _)| record.location == id).collect();
+        all.sort_by_key(|(record, _)| record.no);
+        for (record, bytes) in all {
+            self.show(location.no, record, bytes);
+        }
+        self.publish(vec![Shown::Locations]);
+    }
+
+    fn checkpoint_if_due(&self) {
+        let live = self.journal.live_bytes();
+        let is_due = {
+            let mut state = self.state();
+            let is_due = live > CHECKPOINT_BYTES.max(4 * state.checkpoint_bytes);
+            if is_due {
+                state.checkpoint_bytes = live;
+            }
+            is_due
+        };
+        if is_due && let Err(error) = self.checkpoint() {
+            tracing::warn!(%error, "the journal could not be shortened");
+        }
+    }
+
+    /// Rewrites the journal to what is still needed.
+    pub fn checkpoint(&self) -> FsResult<()> {
+        // Most of it without the lock; what came meanwhile is little.
+        self.staging.sync()?;
+        let mut state = self.state();
+        self.staging.sync()?;
+        let records = live_records(&state);
+        self.journal.checkpoint(&mut records.into_iter())?;
+        state.checkpoint_bytes = self.journal.live_bytes();
+        Ok(())
+    }
+}
+
+impl Drop for Outbox {
+    fn drop(&mut self) {
+        self.tender.stop();
+    }
+}
+
+fn live_records(state: &State) -> Vec<Vec<u8>> {
+    let mut records = vec![Record::Begin { epoch: state.epoch, next_no: state.next_no }.encode()];
+    for done in state.retiring.values() {
+        records.push(Record::Op(Cow::Borrowed(&done.record)).encode());
+        let outcome = crate::ops::Outcome::Applied(done.applied.clone());
+        let (no, at) = (done.record.no, done.record.at);
+        records.push(Record::Settled { no, at, outcome: Cow::Owned(outcome) }.encode());
+    }
+    for conflict in state.conflicts.values() {
+        records.push(Record::Conflict(Cow::Borrowed(conflict)).encode());
+    }
+    for op in state.ops.values() {
+        records.push(Record::Op(Cow::Borrowed(&op.record)).encode());
+    }
+    records
+}
+
+fn places_of(change: &Change) -> Vec<Place> {
+    match change {
+        Change::Create { at, .. }
+        | Change::Link { at, .. }
+        | Change::Unlink { at, .. }
+        | Change::Rmdir { at, .. } => vec![at.clone()],
+        Change::Rename { from, to, .. } => vec![from.clone(), to.clone()],
+        Change::Write { .. } | Change::SetAttr { .. } | Change::Xattr { .. } => Vec::new(),
+    }
+}
+
+/// What kernels are told when a change comes to nothing.
+pub(super) fn changes_of(location: LocationNo, change: &Change) -> Vec<Shown> {
+    let file = change.file();
+    let mut changes: Vec<_> = places_of(change)
+        .into_iter()
+        .map(|Place { dir, name }| Shown::Entry { location, parent: dir, name })
+        .collect();
+    changes.push(Shown::Attributes { location, file, generation: 0 });
+    changes
+}
+
+/// What kernels are told when what they see changes.
+fn differences(
+    location: LocationNo,
+    before: Vec<(Place, Option<Entry>)>,
+    after: Vec<(Place, Option<Entry>)>,
+) -> Vec<Shown> {
+    let mut changes = Vec::new();
+    for ((place, before), (_, after)) in before.into_iter().zip(after) {
+        let Place { dir: parent, name } = place;
+        let number = |e: &Option<Entry>| e.as_ref().map(|e| (e.file_id, e.generation));
+        if number(&before) != number(&after) {
+            changes.push(entry(location, parent, name));
+        } else if let (Some(before), Some(after)) = (before, after)
+            && before.attr != after.attr
+        {
+            let (file, generation) = (after.file_id, after.generation);
+            changes.push(Shown::Attributes { location, file, generation });
+        }
+    }
+    changes
+}
+
+fn entry(location: LocationNo, parent: FileId, name: Name) -> Shown {
+    Shown::Entry { location, parent, name }
+}

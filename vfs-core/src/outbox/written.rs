@@ -1,0 +1,526 @@
+//! Bytes of a file that is being written.
+//!
+//! All handles of a file share one [`Written`]: its draft holds what was written,
+//! everything else is the base's. It is made by the first write, and stays as long
+//! as a handle is open or its bytes are not seen in the index: so a handle reads
+//! on what it read before, whatever was delivered meanwhile.
+//!
+//! A file that its owner changed too, and that is opened anew, gets another
+//! `Written` over the newer version. Who has the older one open may go on
+//! writing; the owner keeps both.
+
+use super::queue::{OpBytes, Progress};
+use super::record::{content, content_mut};
+use super::{NewBytes, NewOp, Outbox, State};
+use crate::content::Reader;
+use crate::error::{FsError, FsResult, Kind};
+use crate::journal::Lsn;
+use crate::model::{Entry, FileId, LocationNo, Time};
+use crate::ops::{Base, Change, INLINE_MAX_BYTES};
+use crate::overlay::{self, Live};
+use crate::staging::{Committed, Draft, Piece};
+use bytes::{Bytes, BytesMut};
+use dashmap::mapref::entry::Entry as Slot;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// A file that is open, or being written.
+#[derive(Default)]
+pub(super) struct OpenFile {
+    pub handles: usize,
+    /// Over the version that whoever opens it now gets.
+    pub written: Option<Arc<Written>>,
+    /// Over versions that its owner has changed since.
+    pub older: Vec<Arc<Written>>,
+}
+
+/// The bytes of one file, as its writers here have made them.
+pub struct Written {
+    pub(super) location: LocationNo,
+    /// By which this device knows it.
+    pub(super) file: FileId,
+    pub(super) draft: Arc<Draft>,
+    pub(super) shown: overlay::Bytes,
+    pub(super) state: Mutex<Writing>,
+    /// What the next operation is based on. A leaf among the locks.
+    basis: Mutex<Basis>,
+    /// The version whose bytes are read where nothing was written. A leaf among the locks.
+    entry: Mutex<Under>,
+}
+
+/// What the next operation is based on.
+struct Basis {
+    base: Base,
+    /// By which the owner knows the file.
+    target: FileId,
+}
+
+/// What changes with each commit.
+pub(super) struct Writing {
+    /// The last operation with its bytes.
+    pub op: Option<u64>,
+    /// Of that operation's record.
+    pub lsn: Lsn,
+}
+
+/// A version that is written over.
+struct Under {
+    entry: Arc<Entry>,
+    reader: Option<Arc<Reader>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Replaced whole, so a panic elsewhere leaves it right.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Written {
+    pub(super) fn new(
+        (location, file): (LocationNo, FileId),
+        (draft, shown): (Arc<Draft>, overlay::Bytes),
+        base: Base,
+        entry: Arc<Entry>,
+    ) -> Arc<Self> {
+        let state = Writing { op: None, lsn: Lsn(0) };
+        let basis = Basis { base, target: file };
+        Arc::new(Self {
+            location,
+            file,
+            draft,
+            shown,
+            state: Mutex::new(state),
+            basis: Mutex::new(basis),
+            entry: Mutex::new(Under { entry, reader: None }),
+        })
+    }
+
+    /// The generation under which this device shows the file.
+    pub fn generation(&self) -> u32 {
+        self.shown.generation
+    }
+
+    /// Bytes of the file.
+    pub fn size(&self) -> u64 {
+        self.shown.live.size()
+    }
+
+    /// Size and times, for `stat`.
+    pub fn live(&self) -> &Live {
+        &self.shown.live
+    }
+
+    pub(super) fn bytes(&self) -> OpBytes {
+        OpBytes { draft: Arc::clone(&self.draft), shown: self.shown.clone() }
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, Writing> {
+        lock(&self.state)
+    }
+
+    /// The next operation builds on this one.
+    pub(super) fn build_on(&self, no: u64) {
+        lock(&self.basis).base = Base::After(no);
+    }
+
+    /// The operation has become a version of the owner's, perhaps of another file; whether this
+    /// builds on it.
+    pub(super) fn learned(&self, no: u64, version: &Base, target: Option<FileId>) -> bool {
+        let mut basis = lock(&self.basis);
+        let builds_on_it = basis.base == Base::After(no);
+        if builds_on_it {
+            basis.base = version.clone();
+            basis.target = target.unwrap_or(basis.target);
+        }
+        builds_on_it
+    }
+
+    /// What was written over has become this version of the owner.
+    pub(super) fn rest_on(&self, version: Entry) {
+        *lock(&self.entry) = Under { entry: Arc::new(version), reader: None };
+    }
+
+    pub(super) fn under(&self) -> Arc<Entry> {
+        Arc::clone(&lock(&self.entry).entry)
+    }
+
+    fn reader(&self, outbox: &Outbox) -> FsResult<Arc<Reader>> {
+        let mut under = lock(&self.entry);
+        if let Some(reader) = &under.reader {
+            return Ok(Arc::clone(reader));
+        }
+        let content = outbox.content.get();
+        let content = content.ok_or_else(|| FsError::new(Kind::Io, "read before it is ready"))?;
+        let reader = Arc::new(content.open(self.location, &under.entry)?);
+        Ok(Arc::clone(under.reader.insert(reader)))
+    }
+
+    fn within(&self, offset: u64, len: usize) -> u64 {
+        self.draft.size().saturating_sub(offset).min(len as u64)
+    }
+
+    /// The bytes, when they are at hand without a network.
+    pub fn try_read(&self, outbox: &Outbox, offset: u64, len: usize) -> Option<FsResult<Bytes>> {
+        let pieces = match self.draft.read(offset, self.within(offset, len)) {
+            Ok(pieces) => pieces,
+            Err(error) => return Some(Err(error)),
+        };
+        let mut parts = Vec::with_capacity(pieces.len());
+        for piece in pieces {
+            parts.push(match piece {
+                Piece::Here(bytes) => bytes,
+                Piece::Zero(len) => zeros(len),
+                Piece::Base(range) => match self.reader(outbox) {
+                    Ok(reader) => match reader.try_read(range.start, length(&range))? {
+                        Ok(bytes) => padded(bytes, &range),
+                        Err(error) => return Some(Err(error)),
+                    },
+                    Err(error) => return Some(Err(error)),
+                },
+            });
+        }
+        Some(Ok(joined(parts)))
+    }
+
+    /// The bytes, those of the base fetched from a holder if need be.
+    pub async fn read(&self, outbox: &Outbox, offset: u64, len: usize) -> FsResult<Bytes> {
+        let mut parts = Vec::new();
+        for piece in self.draft.read(offset, self.within(offset, len))? {
+            parts.push(match piece {
+                Piece::Here(bytes) => bytes,
+                Piece::Zero(len) => zeros(len),
+                Piece::Base(range) => self.read_base(outbox, range).await?,
+            });
+        }
+        Ok(joined(parts))
+    }
+
+    pub(super) async fn read_base(&self, outbox: &Outbox, range: Range<u64>) -> FsResult<Bytes> {
+        let bytes = self.reader(outbox)?.read(range.start, length(&range)).await?;
+        Ok(padded(bytes, &range))
+    }
+}
+
+fn length(range: &Range<u64>) -> usize {
+    usize::try_from(range.end - range.start).unwrap_or(usize::MAX)
+}
+
+fn zeros(len: u64) -> Bytes {
+    Bytes::from(vec![0; usize::try_from(len).unwrap_or(usize::MAX)])
+}
+
+/// A base is as long as its row says; what a holder has less of it reads as zeros, as after a
+/// truncation there.
+fn padded(bytes: Bytes, range: &Range<u64>) -> Bytes {
+    if bytes.len() == length(range) {
+        return bytes;
+    }
+    let mut all = BytesMut::from(&bytes[..]);
+    all.resize(length(range), 0);
+    all.freeze()
+}
+
+fn joined(mut parts: Vec<Bytes>) -> Bytes {
+    match parts.len() {
+        0 => Bytes::new(),
+        1 => parts.swap_remove(0),
+        _ => Bytes::from(parts.concat()),
+    }
+}
+
+/// Where a write goes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Offset {
+    /// Here.
+    At(u64),
+    /// To the end of the file.
+    End,
+}
+
+impl Outbox {
+    /// A handle of a file was opened.
+    pub(crate) fn opened(&self, location: LocationNo, file: FileId) {
+        self.files.entry((location, file)).or_default().handles += 1;
+    }
+
+    /// A handle of a file was closed; `generation` is that of the version it had.
+    pub(crate) fn closed(&self, location: LocationNo, file: FileId) {
+        if let Slot::Occupied(mut slot) = self.files.entry((location, file)) {
+            let open = slot.get_mut();
+            open.handles = open.handles.saturating_sub(1);
+        }
+        self.let_go_if_unused(&mut self.state(), location, file);
+    }
+
+    /// The bytes of a file as this device's programs have made them, if they did.
+    pub(crate) fn written(
+        &self,
+        location: LocationNo,
+        file: FileId,
+        is_version: impl Fn(u32) -> bool,
+    ) -> Option<Arc<Written>> {
+        if self.files.is_empty() {
+            return None;
+        }
+        let open = self.files.get(&(location, file))?;
+        let mut all = open.written.iter().chain(&open.older);
+        all.find(|w| is_version(w.generation())).cloned()
+    }
+
+    /// The same, made when there is none. `shown` is what programs see, `row` the version that
+    /// is written over.
+    pub(crate) fn writing(
+        &self,
+        location: LocationNo,
+        generation: u32,
+        row: &Arc<Entry>,
+    ) -> FsResult<Arc<Written>> {
+        let place = self.writable(location)?;
+        let file = row.file_id;
+        let mut state = self.state();
+        let mut open = self.files.entry((location, file)).or_default();
+        if let Some(written) = &open.written
+            && written.generation() == generation
+        {
+            return Ok(Arc::clone(written));
+        }
+        let draft = self.staging.create(row.attr.size)?;
+        let live = Live::new(row.attr.size, row.attr.mtime);
+        let shown = overlay::Bytes { live, generation };
+        let row_base = Base::Seen { stamp: row.stamp(), content: row.content };
+        let base = state.base(place.id, file).unwrap_or(row_base);
+        let written =
+            Written::new((location, file), (Arc::clone(&draft), shown), base, Arc::clone(row));
+        state.drafts.hold(&draft);
+        let before = open.written.replace(Arc::clone(&written));
+        open.older.extend(before);
+        Ok(written)
+    }
+
+    /// Writes; returns how many bytes, which is all.
+    pub(crate) fn write(&self, to: &Written, at: Offset, bytes: &[u8]) -> FsResult<usize> {
+        self.change(to, |draft| {
+            let offset = match at {
+                Offset::At(offset) => offset,
+                Offset::End => draft.size(),
+            };
+            check_size(offset, bytes.len() as u64)?;
+            draft.write(offset, bytes)
+        })?;
+        Ok(bytes.len())
+    }
+
+    /// Cuts a file, or lengthens it with zeros.
+    pub(crate) fn set_size(&self, of: &Written, size: u64) -> FsResult<()> {
+        check_size(size, 0)?;
+        self.change(of, |draft| draft.set_size(size))
+    }
+
+    /// Makes a range zero; beyond the end it lengthens the file unless its size is kept.
+    pub(crate) fn zero(&self, of: &Written, range: Range<u64>, keep_size: bool) -> FsResult<()> {
+        check_size(range.end, 0)?;
+        self.change(of, |draft| {
+            let size = draft.size();
+            let within = range.start.min(size)..range.end.min(size);
+            if !within.is_empty() {
+                draft.zero(within)?;
+            }
+            match range.end > size && !keep_size {
+                true => draft.set_size(range.end),
+                false => Ok(()),
+            }
+        })
+    }
+
+    fn change(&self, of: &Written, change: impl FnOnce(&Draft) -> FsResult<()>) -> FsResult<()> {
+        // One change after the other, so that an append finds the end where it is.
+        let _writing = of.lock();
+        change(&of.draft)?;
+        of.shown.live.changed(of.draft.size());
+        let is_shown = self.overlay_ref().shows(of.location, of.file, &of.shown.live);
+        if !is_shown && self.is_current(of) {
+            self.overlay().show_uncommitted(of.location, of.file, of.shown.clone());
+        }
+        Ok(())
+    }
+
+    /// Whether it is what whoever opens the file gets.
+    fn is_current(&self, written: &Written) -> bool {
+        let open = self.files.get(&(written.location, written.file));
+        let current = open.as_ref().and_then(|o| o.written.as_ref());
+        current.is_some_and(|w| std::ptr::eq(&**w, written))
+    }
+
+    /// What was written becomes an operation, or part of the one that waits; gives the record of
+    /// the journal that must be durable for it to be safe.
+    pub(crate) fn commit(&self, of: &Written) -> FsResult<Lsn> {
+        let mut writing = of.lock();
+        if !of.draft.is_dirty() {
+            let mut state = self.state();
+            if let Some(no) = writing.op {
+                self.release_hold(&mut state, no);
+            }
+            return Ok(writing.lsn.max(self.lsn_of(&state, writing.op)));
+        }
+        let committed = of.draft.commit(INLINE_MAX_BYTES)?;
+        let mut state = self.state();
+        let lsn = self.accept_bytes(&mut state, of, &mut writing, committed)?;
+        writing.lsn = lsn;
+        Ok(lsn)
+    }
+
+    fn lsn_of(&self, state: &State, op: Option<u64>) -> Lsn {
+        op.and_then(|no| state.ops.get(&no)).map_or(Lsn(0), |op| op.lsn)
+    }
+
+    fn accept_bytes(
+        &self,
+        state: &mut State,
+        of: &Written,
+        writing: &mut Writing,
+        committed: Committed,
+    ) -> FsResult<Lsn> {
+        let mtime = of.shown.live.mtime();
+        if let Some(no) = writing.op.filter(|no| self.may_be_joined(state, *no)) {
+            self.rewrite(state, no, committed, mtime)?;
+            self.release_hold(state, no);
+            return Ok(self.lsn_of(state, Some(no)));
+        }
+        let Some(path) = self.view().path(of.location, of.file)? else {
+            // Deleted while it was open: nobody will ever look for its bytes.
+            of.draft.release(&committed.snapshot);
+            self.overlay().hide_uncommitted(of.location, of.file);
+            return Ok(state.last);
+        };
+        let (base, file) = {
+            let basis = lock(&of.basis);
+            (basis.base.clone(), basis.target)
+        };
+        let change = Change::Write {
+            file,
+            base,
+            content: content(Some(&committed.snapshot), mtime),
+            path: path.clone(),
+        };
+        let bytes = NewBytes {
+            bytes: of.bytes(),
+            snapshot: Some(committed.snapshot),
+            fill: committed.fill,
+        };
+        let location = self.writable(of.location)?;
+        let no = self.accept(
+            state,
+            NewOp {
+                location,
+                change,
+                is_directory: false,
+                path,
+                bytes: Some(bytes),
+                is_held: false,
+            },
+        )?;
+        of.build_on(no);
+        writing.op = Some(no);
+        Ok(self.lsn_of(state, Some(no)))
+    }
+
+    /// Whether an operation was neither sent nor built upon, so that more bytes may join it.
+    fn may_be_joined(&self, state: &State, no: u64) -> bool {
+        state.ops.get(&no).is_some_and(|op| op.is_here_only()) && !state.order.is_needed(no)
+    }
+
+    /// Gives an operation that waits these bytes instead of those it had.
+    fn rewrite(
+        &self,
+        state: &mut State,
+        no: u64,
+        committed: Committed,
+        mtime: Time,
+    ) -> FsResult<()> {
+        let Some(op) = state.ops.get(&no) else { return Ok(()) };
+        let mut record = op.record.clone();
+        let before = record.snapshot.replace(committed.snapshot);
+        if let Some(old) = content_mut(&mut record.change) {
+            *old = content(record.snapshot.as_ref(), mtime);
+        }
+        let bytes = op.bytes.clone();
+        let lsn = self.note_op(state, &record, committed.fill)?;
+        if let (Some(before), Some(bytes)) = (before, &bytes) {
+            bytes.draft.release(&before);
+        }
+        if let Some(no_of) = self.index.location_by_id(record.location) {
+            self.show(no_of.no, &record, bytes.as_ref());
+        }
+        if let Some(op) = state.ops.get_mut(&no) {
+            (op.record, op.lsn, op.digest) = (record, lsn, None);
+        }
+        Ok(())
+    }
+
+    fn release_hold(&self, state: &mut State, no: u64) {
+        if let Some(op) = state.ops.get_mut(&no)
+            && matches!(op.progress, Progress::Held(_))
+        {
+            op.progress = Progress::Waiting(None);
+            state.place(no);
+        }
+    }
+
+    /// A program closed the file: what it wrote is durable when this returns.
+    pub(crate) fn flush(&self, written: &Written) -> FsResult<()> {
+        let lsn = self.commit(written)?;
+        self.sync_upto(lsn)?;
+        self.tick();
+        Ok(())
+    }
+
+    /// The operation changed the version of a file: who writes it builds on that.
+    pub(super) fn advance_base(
+        &self,
+        state: &State,
+        location: LocationNo,
+        record: &super::OpRecord,
+    ) {
+        let file = record.change.file();
+        let Some(open) = self.files.get(&(location, file)) else { return };
+        let Some(written) = &open.written else { return };
+        let sees = state.base(record.location, file).or_else(|| self.row_base(location, file));
+        let mut basis = lock(&written.basis);
+        // One that is based on an older version than the operation stays so: its bytes must not
+        // pass for a change of the newer one.
+        if sees.is_some_and(|sees| sees == basis.base) {
+            basis.base = Base::After(record.no);
+        }
+    }
+
+    /// The version of a file as its owner's row has it.
+    pub(super) fn row_base(&self, location: LocationNo, file: FileId) -> Option<Base> {
+        let row = self.index.view().ok()?.node(location, file).ok()??.entry;
+        Some(Base::Seen { stamp: row.stamp(), content: row.content })
+    }
+
+    /// Drops what nobody has open and no operation needs.
+    pub(super) fn let_go_if_unused(&self, state: &mut State, location: LocationNo, file: FileId) {
+        let Slot::Occupied(mut slot) = self.files.entry((location, file)) else { return };
+        if slot.get().handles > 0 {
+            return;
+        }
+        for older in std::mem::take(&mut slot.get_mut().older) {
+            state.drafts.let_go(&older.draft);
+        }
+        let is_shown = slot.get().written.as_ref().is_some_and(|w| {
+            let shown = self.overlay_ref().bytes(location, file);
+            shown.is_some_and(|s| Arc::ptr_eq(&s.live, &w.shown.live))
+        });
+        if is_shown {
+            return;
+        }
+        if let Some(written) = slot.remove().written {
+            state.drafts.let_go(&written.draft);
+        }
+    }
+}
+
+fn check_size(offset: u64, len: u64) -> FsResult<()> {
+    let end = offset.checked_add(len).filter(|end| i64::try_from(*end).is_ok());
+    end.map(drop).ok_or_else(|| FsError::new(Kind::FileTooLarge, "write"))
+}

@@ -1,0 +1,236 @@
+//! The index with the overlay on it: what programs of this device see.
+
+use super::{Local, Overlay};
+use crate::index::{Index, IndexError, Node, ROOT_PARENT, View};
+use crate::model::{Entry, FileId, LocationNo, Name};
+use std::iter::Peekable;
+use std::ops::{Bound, ControlFlow};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+
+/// The longest path that is followed, in names; a cycle of two devices' renames ends here.
+const DEPTH_MAX: usize = 4096;
+/// Names of one file that are looked at in the index.
+const NAMES_TRIED: usize = 64;
+
+/// What a visitor of a listing gets.
+type Visit<'a> = dyn FnMut(&Name, &Entry) -> ControlFlow<()> + 'a;
+
+/// The index as this device shows it; a location without an overlay costs one look.
+#[derive(Clone, Copy)]
+pub struct Merged<'a> {
+    index: &'a Index,
+    overlay: &'a RwLock<Overlay>,
+}
+
+impl<'a> Merged<'a> {
+    /// Lays the overlay on the index.
+    pub fn new(index: &'a Index, overlay: &'a RwLock<Overlay>) -> Self {
+        Self { index, overlay }
+    }
+
+    /// Held for the time of one look: an overlay goes only after its rows came, so a state of
+    /// the index that is taken under this lock has the one or the other.
+    fn lock(&self) -> RwLockReadGuard<'a, Overlay> {
+        self.overlay.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn look<R>(
+        &self,
+        no: LocationNo,
+        look: impl FnOnce(Option<&Local>, &View<'_>) -> Result<R, IndexError>,
+    ) -> Result<R, IndexError> {
+        let overlay = self.lock();
+        look(overlay.locations.get(&no), &self.index.view()?)
+    }
+
+    /// What a name refers to.
+    pub fn entry(
+        &self,
+        no: LocationNo,
+        parent: FileId,
+        name: &[u8],
+    ) -> Result<Option<Entry>, IndexError> {
+        self.look(no, |local, view| {
+            let Some(local) = local else { return view.entry(no, parent, name) };
+            match local.name(parent, name) {
+                Some(None) => Ok(None),
+                Some(Some(file)) => local.entry_of(view, no, file),
+                None => Ok(view.entry(no, parent, name)?.map(|e| local.patched(e))),
+            }
+        })
+    }
+
+    /// A file, with any one of its names.
+    pub fn node(&self, no: LocationNo, file: FileId) -> Result<Option<Node>, IndexError> {
+        self.look(no, |local, view| match local {
+            Some(local) => local.node(view, no, file),
+            None => view.node(no, file),
+        })
+    }
+
+    /// The names of a file, at most a few dozen.
+    pub fn names(&self, no: LocationNo, file: FileId) -> Result<Vec<(FileId, Name)>, IndexError> {
+        self.look(no, |local, view| match local {
+            Some(local) => local.names(view, no, file),
+            None => view.names(no, file, NAMES_TRIED),
+        })
+    }
+
+    /// The path of a file below the location's folder, whose own path is empty; `None` when
+    /// it has no name that leads there.
+    pub fn path(&self, no: LocationNo, file: FileId) -> Result<Option<Vec<Name>>, IndexError> {
+        self.look(no, |local, view| {
+            let Some(local) = local else { return view.path(no, file) };
+            let (mut path, mut at) = (Vec::new(), file);
+            while at != FileId::ROOT {
+                let found = local.names(view, no, at)?.into_iter().next();
+                let Some((parent, name)) = found else { return Ok(None) };
+                if path.len() == DEPTH_MAX {
+                    return Ok(None);
+                }
+                path.push(name);
+                at = parent;
+            }
+            path.reverse();
+            Ok(Some(path))
+        })
+    }
+
+    /// The entries of a directory after a name, in byte order of their names.
+    pub fn children(
+        &self,
+        no: LocationNo,
+        parent: FileId,
+        after: Option<&Name>,
+        visit: &mut Visit<'_>,
+    ) -> Result<(), IndexError> {
+        let own = {
+            let overlay = self.lock();
+            match overlay.locations.get(&no) {
+                Some(local) => local.names_after(parent, after),
+                None => {
+                    drop(overlay);
+                    return self.index.view()?.children(no, parent, after, visit);
+                }
+            }
+        };
+        // Not under the lock: a listing may be long, and the visitor's time is not ours.
+        let mut own = own.into_iter().peekable();
+        let mut flow = ControlFlow::Continue(());
+        let mut failure = None;
+        let view = self.index.view()?;
+        view.children(no, parent, after, &mut |name, entry| {
+            flow = self.own_before(&view, no, &mut own, Some(name), visit, &mut failure);
+            if flow.is_continue() {
+                flow = match own.next_if(|(n, _)| n == name) {
+                    Some((_, file)) => self.own(&view, no, name, file, visit, &mut failure),
+                    None => visit(name, &self.patched(no, entry)),
+                };
+            }
+            flow
+        })?;
+        if flow.is_continue() {
+            let _ = self.own_before(&view, no, &mut own, None, visit, &mut failure);
+        }
+        failure.map_or(Ok(()), Err)
+    }
+
+    /// Shows the overlay's names that come before this one of the index.
+    fn own_before(
+        &self,
+        view: &View<'_>,
+        no: LocationNo,
+        own: &mut Peekable<impl Iterator<Item = (Name, Option<FileId>)>>,
+        before: Option<&Name>,
+        visit: &mut Visit<'_>,
+        failure: &mut Option<IndexError>,
+    ) -> ControlFlow<()> {
+        while let Some((name, file)) = own.next_if(|(n, _)| before.is_none_or(|b| n < b)) {
+            self.own(view, no, &name, file, visit, failure)?;
+        }
+        ControlFlow::Continue(())
+    }
+
+    fn own(
+        &self,
+        view: &View<'_>,
+        no: LocationNo,
+        name: &Name,
+        file: Option<FileId>,
+        visit: &mut Visit<'_>,
+        failure: &mut Option<IndexError>,
+    ) -> ControlFlow<()> {
+        let Some(file) = file else { return ControlFlow::Continue(()) };
+        let entry = match self.lock().locations.get(&no) {
+            Some(local) => local.entry_of(view, no, file),
+            None => view.node(no, file).map(|node| node.map(|n| n.entry)),
+        };
+        match entry {
+            Ok(Some(entry)) => visit(name, &entry),
+            Ok(None) => ControlFlow::Continue(()),
+            Err(error) => {
+                *failure = Some(error);
+                ControlFlow::Break(())
+            }
+        }
+    }
+
+    fn patched(&self, no: LocationNo, entry: &Entry) -> Entry {
+        match self.lock().locations.get(&no) {
+            Some(local) => local.patched(entry.clone()),
+            None => entry.clone(),
+        }
+    }
+}
+
+impl Local {
+    fn entry_of(
+        &self,
+        view: &View<'_>,
+        no: LocationNo,
+        file: FileId,
+    ) -> Result<Option<Entry>, IndexError> {
+        let entry = match self.made(file) {
+            Some(entry) => Some(entry),
+            None => view.node(no, file)?.map(|node| node.entry),
+        };
+        Ok(entry.map(|entry| self.patched(entry)))
+    }
+
+    /// Names of a file: those shown here, then those of the index that are not hidden here.
+    fn names(
+        &self,
+        view: &View<'_>,
+        no: LocationNo,
+        file: FileId,
+    ) -> Result<Vec<(FileId, Name)>, IndexError> {
+        let own = self.places.get(&file).into_iter().flatten();
+        let mut names: Vec<_> = own.map(|p| (p.dir, p.name.clone())).collect();
+        for (dir, name) in view.names(no, file, NAMES_TRIED)? {
+            if dir == ROOT_PARENT || self.name(dir, name.as_bytes()).is_none() {
+                names.push((dir, name));
+            }
+        }
+        Ok(names)
+    }
+
+    fn node(
+        &self,
+        view: &View<'_>,
+        no: LocationNo,
+        file: FileId,
+    ) -> Result<Option<Node>, IndexError> {
+        let Some((parent, name)) = self.names(view, no, file)?.into_iter().next() else {
+            return Ok(None);
+        };
+        let entry = self.entry_of(view, no, file)?;
+        Ok(entry.map(|entry| Node { parent, name, entry }))
+    }
+
+    fn names_after(&self, dir: FileId, after: Option<&Name>) -> Vec<(Name, Option<FileId>)> {
+        let from = after.map_or(Bound::Unbounded, Bound::Excluded);
+        let Some(names) = self.names.get(&dir) else { return Vec::new() };
+        let range = names.range::<Name, _>((from, Bound::Unbounded));
+        range.filter_map(|(name, shown)| Some((name.clone(), *shown.top()?))).collect()
+    }
+}
