@@ -155,7 +155,7 @@ impl Adapter {
         if self.drive.negative_valid_for(dir) < LISTING_CACHED_FROM {
             return FopenFlags::empty();
         }
-        match self.listings.open(dir.0) {
+        match self.listings.open(dir.0, self.drive.listing_epoch()) {
             true => FopenFlags::FOPEN_CACHE_DIR | FopenFlags::FOPEN_KEEP_CACHE,
             false => FopenFlags::FOPEN_CACHE_DIR,
         }

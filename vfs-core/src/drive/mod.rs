@@ -10,6 +10,7 @@
 //! | [`remote`] | other devices' locations, from the replica of their index |
 //! | [`inode`] | which of them a number belongs to |
 //! | [`handle`], [`readdir`] | what is open |
+//! | [`cookie`] | where the listing of a remote directory goes on |
 //! | [`links`] | which symbolic links of peers are shown |
 //! | [`xattr`] | extended attributes of remote entries |
 //! | [`invalidate`] | what a kernel must drop after a change |
@@ -19,6 +20,7 @@
 //! be called on any thread, many at once. What a mount promises to programs is
 //! in `docs/SEMANTICS.md`.
 
+mod cookie;
 mod handle;
 mod inode;
 mod invalidate;
@@ -45,13 +47,14 @@ use crate::error::{FsError, FsResult, Kind};
 use crate::index::Index;
 use crate::indexer::Indexer;
 use crate::library::Library;
-use crate::model::{FileType, LocationNo, NAME_MAX, Name};
+use crate::model::{Entry, FileType, LocationNo, NAME_MAX, Name};
 use bytes::Bytes;
+use cookie::{Call, Held, Place, Stems};
 use handle::{Handle, Handles, OwnFile};
 use inode::{Class, OwnTable, RemoteIno};
 use invalidate::Translation;
 use own::{Own, Seen};
-use readdir::{Cursor, DirKind, OpenDir, OwnDirHandle, OwnEntry, RemoteDir, Snapshot, TopEntry};
+use readdir::{DirKind, OpenDir, OwnDirHandle, OwnEntry, RemoteDir, Snapshot, TopEntry};
 use remote::{Remote, read_only};
 use std::ops::ControlFlow;
 use std::os::fd::AsFd;
@@ -79,6 +82,7 @@ pub struct Drive {
     own: Own,
     remote: Remote,
     handles: Handles,
+    stems: Stems,
 }
 
 impl Drive {
@@ -100,7 +104,7 @@ impl Drive {
         };
         let remote = Remote::new(index.clone(), content, (uid, gid), foreign_symlinks);
         let top = Top { index, indexer, library, uid, gid };
-        Arc::new(Self { top, own, remote, handles: Handles::default() })
+        Arc::new(Self { top, own, remote, handles: Handles::default(), stems: Stems::default() })
     }
 
     /// What changes from now on, for [`Drive::invalidations`].
@@ -146,6 +150,12 @@ impl Drive {
             Class::Own(_) => own::VALID_FOR,
             Class::Remote(_) => remote::VALID_FOR,
         }
+    }
+
+    /// Listings that a kernel kept in another epoch it must drop when the directory is opened:
+    /// its cookies may be forgotten before it goes on from one of them.
+    pub fn listing_epoch(&self) -> u64 {
+        self.stems.epoch()
     }
 
     /// A kernel lets go of `lookups` of an inode.
@@ -314,7 +324,7 @@ impl Drive {
 
     fn open_remote_dir(&self, ino: RemoteIno) -> FsResult<(InodeNo, DirKind)> {
         let location = self.remote.location(ino.location)?;
-        let kind = DirKind::Remote(RemoteDir { ino, cursor: Cursor::default() });
+        let kind = DirKind::Remote(RemoteDir { ino, held: Held::default() });
         match self.remote.node(ino) {
             Ok(node) if node.entry.attr.file_type != FileType::Directory => {
                 Err(FsError::new(Kind::NotADirectory, "list a file"))
@@ -339,10 +349,10 @@ impl Drive {
     ) -> FsResult<()> {
         let handle = self.handles.get(handle)?;
         let dir = handle.dir()?;
-        let ControlFlow::Continue(position) = readdir::dots(dir, cookie, visit) else {
+        if readdir::dots(dir, cookie, visit).is_break() {
             return Ok(());
-        };
-        let listing = Listing { dir, is_rewind: cookie == 0, position, detail };
+        }
+        let listing = Listing { dir, cookie, detail };
         match &dir.kind {
             DirKind::Top(entries) => self.list_top(&listing, entries, visit),
             DirKind::Own(own) => self.list_own(&listing, own, visit),
@@ -356,21 +366,21 @@ impl Drive {
         entries: &Snapshot<TopEntry>,
         visit: &mut readdir::Visit<'_>,
     ) -> FsResult<()> {
-        let entries = entries.at(listing.is_rewind, || {
+        let entries = entries.at(listing.is_rewind(), || {
             let named = match listing.dir.ino {
                 InodeNo::ROOT => self.top.devices(),
                 device => self.top.locations(device)?,
             };
             Ok(named.into_iter().map(|(name, ino)| TopEntry { name, ino }).collect())
         })?;
-        for (at, entry) in readdir::from_position(&entries, listing.position) {
+        for (next_cookie, entry) in readdir::after(&entries, listing.cookie) {
             // One that was removed since the snapshot is left out.
             let Ok(found) = self.found_top(entry.ino) else { continue };
             let item = DirItem {
                 name: entry.name.as_bytes(),
                 ino: entry.ino,
                 file_type: FileType::Directory,
-                next_cookie: readdir::cookie_after(at),
+                next_cookie,
                 found: listing.wants_attributes().then_some(found),
             };
             if visit(item).is_break() {
@@ -387,13 +397,13 @@ impl Drive {
         visit: &mut readdir::Visit<'_>,
     ) -> FsResult<()> {
         let Some(fd) = &own.fd else { return Ok(()) };
-        let entries = own.entries.at(listing.is_rewind, || readdir::read_disk(fd))?;
-        for (at, entry) in readdir::from_position(&entries, listing.position) {
+        let entries = own.entries.at(listing.is_rewind(), || readdir::read_disk(fd))?;
+        for (next_cookie, entry) in readdir::after(&entries, listing.cookie) {
             let shown = match (listing.detail, entry.file_type) {
                 (Detail::Names, Some(file_type)) => {
-                    self.show_name(own, entry, file_type, at, visit)
+                    self.show_name(own, entry, file_type, next_cookie, visit)
                 }
-                _ => self.show_own(listing, own, entry, at, visit)?,
+                _ => self.show_own(listing, own, entry, next_cookie, visit)?,
             };
             if shown.is_break() {
                 break;
@@ -407,14 +417,14 @@ impl Drive {
         own: &OwnDirHandle,
         entry: &OwnEntry,
         file_type: FileType,
-        at: u64,
+        next_cookie: u64,
         visit: &mut readdir::Visit<'_>,
     ) -> ControlFlow<()> {
         visit(DirItem {
             name: entry.name.as_bytes(),
             ino: self.own.table.number(own.location, entry.disk_ino),
             file_type,
-            next_cookie: readdir::cookie_after(at),
+            next_cookie,
             found: None,
         })
     }
@@ -424,7 +434,7 @@ impl Drive {
         listing: &Listing<'_>,
         own: &OwnDirHandle,
         entry: &OwnEntry,
-        at: u64,
+        next_cookie: u64,
         visit: &mut readdir::Visit<'_>,
     ) -> FsResult<ControlFlow<()>> {
         let Some(fd) = &own.fd else { return Ok(ControlFlow::Continue(())) };
@@ -435,14 +445,14 @@ impl Drive {
             Err(e) => return Err(e),
         };
         if listing.detail == Detail::Names {
-            return Ok(self.show_name(own, entry, seen.attr.file_type, at, visit));
+            return Ok(self.show_name(own, entry, seen.attr.file_type, next_cookie, visit));
         }
         let found = self.own.count(listing.dir.ino, own.location, &entry.name, &seen);
         let shown = visit(DirItem {
             name: entry.name.as_bytes(),
             ino: found.ino,
             file_type: seen.attr.file_type,
-            next_cookie: readdir::cookie_after(at),
+            next_cookie,
             found: Some(found),
         });
         if shown.is_break() {
@@ -457,40 +467,46 @@ impl Drive {
         remote: &RemoteDir,
         visit: &mut readdir::Visit<'_>,
     ) -> FsResult<()> {
-        if listing.is_rewind {
-            remote.cursor.rewind();
-        }
-        let (after, mut skip) = remote.cursor.start(listing.position);
-        let mut at = listing.position;
-        let mut last = None;
+        let begun = Call::begin(&self.stems, &remote.held, listing.cookie);
+        let (mut call, place) = begun
+            .ok_or_else(|| FsError::new(Kind::Stale, "go on from a place that was forgotten"))?;
+        let Place::From(from) = place else { return Ok(()) };
         let RemoteIno { location, file, .. } = remote.ino;
-        self.remote.index.view()?.children(
-            location,
-            file,
-            after.as_ref(),
-            &mut |name, entry| {
-                if skip > 0 {
-                    skip -= 1;
-                    return ControlFlow::Continue(());
-                }
-                let ino = remote.ino.child(entry);
-                let found = listing.wants_attributes().then(|| self.remote.found(ino, entry));
-                visit(DirItem {
-                    name: name.as_bytes(),
-                    ino: ino.no(),
-                    file_type: entry.attr.file_type,
-                    next_cookie: readdir::cookie_after(at),
-                    found,
-                })?;
-                at += 1;
-                last = Some(name.clone());
-                ControlFlow::Continue(())
-            },
-        )?;
-        if let Some(name) = last {
-            remote.cursor.ended(at, name);
+        // Each is shown when the next one is known: its cookie leads between the two.
+        let mut waiting: Option<(Name, Entry)> = None;
+        let mut flow = ControlFlow::Continue(());
+        self.remote.index.view()?.children_from(location, file, &from, &mut |name, entry| {
+            if let Some((shown, its)) = waiting.replace((name.clone(), entry.clone())) {
+                let cookie = call.cookie(&shown, Some(name));
+                flow = self.show_remote(listing, remote, (&shown, &its), cookie, visit);
+            }
+            flow
+        })?;
+        if let (Some((shown, its)), true) = (waiting, flow.is_continue()) {
+            let cookie = call.cookie(&shown, None);
+            // Nothing is left to be stopped.
+            let _ = self.show_remote(listing, remote, (&shown, &its), cookie, visit);
         }
+        call.end(&remote.held);
         Ok(())
+    }
+
+    fn show_remote(
+        &self,
+        listing: &Listing<'_>,
+        remote: &RemoteDir,
+        (name, entry): (&Name, &Entry),
+        next_cookie: u64,
+        visit: &mut readdir::Visit<'_>,
+    ) -> ControlFlow<()> {
+        let ino = remote.ino.child(entry);
+        visit(DirItem {
+            name: name.as_bytes(),
+            ino: ino.no(),
+            file_type: entry.attr.file_type,
+            next_cookie,
+            found: listing.wants_attributes().then(|| self.remote.found(ino, entry)),
+        })
     }
 
     /// Makes the names of an open directory durable.
@@ -695,13 +711,16 @@ const COPY_BYTES_MAX: usize = 128 << 20;
 /// One `readdir` call.
 struct Listing<'a> {
     dir: &'a OpenDir,
-    is_rewind: bool,
-    /// The first entry to show, counted from 0.
-    position: u64,
+    /// After which entry it goes on.
+    cookie: u64,
     detail: Detail,
 }
 
 impl Listing<'_> {
+    fn is_rewind(&self) -> bool {
+        self.cookie == 0
+    }
+
     fn wants_attributes(&self) -> bool {
         self.detail == Detail::Attributes
     }

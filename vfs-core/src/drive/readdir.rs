@@ -1,31 +1,27 @@
 //! Open directories.
 //!
-//! A cookie is a position: 0 the beginning, 1 after `.`, 2 after `..`, `2 + n`
-//! after the `n`th entry. What stands at a position differs by kind:
+//! Cookie 0 is the beginning, 1 is after `.`, 2 after `..`; beyond that:
 //!
-//! - Synthesized and own directories are read whole at position 0 and keep that
-//!   list, as POSIX wants of `rewinddir`.
+//! - Synthesized and own directories are read whole at cookie 0, and the handle
+//!   keeps that list, as POSIX wants of `rewinddir`. Cookie `2 + n` is after its
+//!   `n`th entry. What goes meanwhile is left out, and counts all the same. No
+//!   kernel keeps such a listing, so a cookie comes back only to its own handle.
 //! - Remote ones may have millions of entries and stream from the index in the
-//!   order of names. The handle remembers after which name each call ended, so
-//!   a call that goes on from there is right whatever changed meanwhile: an
-//!   entry that was there all the time comes exactly once. Memory is bounded by
-//!   thinning these names out; a seek to a position between two of them counts
-//!   forward from the one before.
+//!   order of names. A kernel keeps these listings and goes on from one with any
+//!   handle, so their cookies are made of the names: [`super::cookie`].
 
+use super::cookie::Held;
 use super::inode::RemoteIno;
 use super::types::{DirItem, InodeNo};
 use crate::error::{FsError, FsResult};
 use crate::model::{FileType, LocationNo, Name};
 use rustix::fs::RawDir;
-use std::collections::BTreeMap;
-use std::ops::{Bound, ControlFlow};
+use std::ops::ControlFlow;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Cookies before the first entry.
 const DOTS: u64 = 2;
-/// Remembered names of one remote directory handle.
-const CHECKPOINTS_MAX: usize = 4096;
 /// Room for the directory entries of one `getdents64`.
 const LISTING_BUFFER_BYTES: usize = 128 << 10;
 
@@ -68,7 +64,7 @@ pub(super) struct OwnDirHandle {
 
 pub(super) struct RemoteDir {
     pub ino: RemoteIno,
-    pub cursor: Cursor,
+    pub held: Held,
 }
 
 /// The entries as they were at the last rewind.
@@ -100,60 +96,22 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Shows `.` and `..` where the cookie asks for them, and says where the entries go on.
-pub(super) fn dots(dir: &OpenDir, cookie: u64, visit: &mut Visit<'_>) -> ControlFlow<(), u64> {
+/// Shows `.` and `..` where the cookie asks for them.
+pub(super) fn dots(dir: &OpenDir, cookie: u64, visit: &mut Visit<'_>) -> ControlFlow<()> {
     for (at, name, ino) in [(0, &b"."[..], dir.ino), (1, b"..", dir.parent)] {
         if cookie <= at {
             let file_type = FileType::Directory;
             visit(DirItem { name, ino, file_type, next_cookie: at + 1, found: None })?;
         }
     }
-    ControlFlow::Continue(cookie.saturating_sub(DOTS))
+    ControlFlow::Continue(())
 }
 
-/// The cookie after the entry at this position, counted from 0.
-pub(super) fn cookie_after(position: u64) -> u64 {
-    DOTS + position + 1
-}
-
-/// The entries of a snapshot from a position on.
-pub(super) fn from_position<T>(entries: &[T], position: u64) -> impl Iterator<Item = (u64, &T)> {
-    let start = usize::try_from(position).unwrap_or(usize::MAX).min(entries.len());
-    entries[start..].iter().zip(start as u64..).map(|(entry, at)| (at, entry))
-}
-
-/// After which names calls on a remote directory ended.
-#[derive(Debug, Default)]
-pub(super) struct Cursor(Mutex<BTreeMap<u64, Name>>);
-
-impl Cursor {
-    /// The name to go on after, and how many entries to skip from there to the position.
-    pub fn start(&self, position: u64) -> (Option<Name>, u64) {
-        let names = lock(&self.0);
-        match names.range((Bound::Unbounded, Bound::Included(position))).next_back() {
-            Some((at, name)) => (Some(name.clone()), position - at),
-            None => (None, position),
-        }
-    }
-
-    /// A call ended at this position, after this name.
-    pub fn ended(&self, position: u64, name: Name) {
-        let mut names = lock(&self.0);
-        names.insert(position, name);
-        if names.len() > CHECKPOINTS_MAX {
-            let last = position;
-            let mut keep = false;
-            names.retain(|at, _| {
-                keep = !keep;
-                keep || *at == last
-            });
-        }
-    }
-
-    /// A rewind: positions are counted anew.
-    pub fn rewind(&self) {
-        lock(&self.0).clear();
-    }
+/// The entries of a snapshot after this cookie, each with its own.
+pub(super) fn after<T>(entries: &[T], cookie: u64) -> impl Iterator<Item = (u64, &T)> {
+    let start = usize::try_from(cookie.saturating_sub(DOTS)).unwrap_or(usize::MAX);
+    let start = start.min(entries.len());
+    (DOTS + 1 + start as u64..).zip(&entries[start..])
 }
 
 /// Reads a directory of the disk from its beginning.
@@ -184,34 +142,5 @@ fn type_of(raw: rustix::fs::FileType) -> Option<FileType> {
         Raw::CharacterDevice => Some(FileType::CharDevice),
         Raw::BlockDevice => Some(FileType::BlockDevice),
         Raw::Unknown => None,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn name(n: u64) -> Name {
-        Name::new(n.to_string().into_bytes()).unwrap()
-    }
-
-    #[test]
-    fn a_call_goes_on_exactly_where_the_last_one_ended() {
-        let cursor = Cursor::default();
-        assert_eq!(cursor.start(0), (None, 0));
-        cursor.ended(100, name(100));
-        assert_eq!(cursor.start(100), (Some(name(100)), 0));
-        assert_eq!(cursor.start(40), (None, 40));
-        assert_eq!(cursor.start(130), (Some(name(100)), 30));
-    }
-
-    #[test]
-    fn memory_is_bounded_and_the_last_end_exact() {
-        let cursor = Cursor::default();
-        for n in 1..=50_000 {
-            cursor.ended(n, name(n));
-            assert_eq!(cursor.start(n), (Some(name(n)), 0));
-        }
-        assert!(lock(&cursor.0).len() <= CHECKPOINTS_MAX);
     }
 }

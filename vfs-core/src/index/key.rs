@@ -126,7 +126,7 @@ pub(super) fn log_seq(key: &[u8]) -> Option<Seq> {
 }
 
 /// The first key after every key that begins with these bytes; `None`: the table's end.
-pub(super) fn after_prefix(prefix: &[u8]) -> Option<Vec<u8>> {
+pub(crate) fn after_prefix(prefix: &[u8]) -> Option<Vec<u8>> {
     let last = prefix.iter().rposition(|b| *b != u8::MAX)?;
     let mut end = prefix[..=last].to_vec();
     end[last] += 1;

@@ -54,6 +54,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tx::Tx;
 
+pub(crate) use key::after_prefix;
 pub use redb::RedbStore;
 #[cfg(feature = "sled")]
 pub use sled::SledStore;

@@ -67,13 +67,21 @@ impl<'a> View<'a> {
         after: Option<&Name>,
         visit: &mut dyn FnMut(&Name, &Entry) -> ControlFlow<()>,
     ) -> Result<(), IndexError> {
-        let prefix = key::entry(no, parent, b"");
-        let end = key::after_prefix(&prefix);
-        let start = match after {
-            // The first key after this one: names have no NUL.
-            Some(after) => [key::entry(no, parent, after.as_bytes()), vec![0]].concat(),
-            None => prefix,
-        };
+        // The first bytes after this name: names have no NUL.
+        let from = after.map_or_else(Vec::new, |after| [after.as_bytes(), &[0]].concat());
+        self.children_from(no, parent, &from, visit)
+    }
+
+    /// The entries of a directory whose names are not below these bytes, in byte order.
+    pub fn children_from(
+        &self,
+        no: LocationNo,
+        parent: FileId,
+        from: &[u8],
+        visit: &mut dyn FnMut(&Name, &Entry) -> ControlFlow<()>,
+    ) -> Result<(), IndexError> {
+        let end = key::after_prefix(&key::entry(no, parent, b""));
+        let start = key::entry(no, parent, from);
         read::scan_range(&*self.snapshot, Table::Entries, &start, end.as_deref(), &mut |k, v| {
             let name = key::entry_name(k).ok_or(IndexError::DamagedRow("a name"))?;
             Ok(visit(&name, &decode::<Row>(v, "an entry")?.entry))

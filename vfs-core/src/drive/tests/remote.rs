@@ -210,59 +210,6 @@ fn attributes_say_where_a_file_is_and_what_it_contains() {
     assert_eq!(list(ino("link")), "");
 }
 
-fn many(count: u64) -> Vec<(u64, String, Entry)> {
-    let entry = |n| remote_entry(100 + n, FileType::File, n);
-    (0..count).map(|n| (1, format!("{n:06}"), entry(n))).collect()
-}
-
-#[test]
-fn a_large_directory_streams_completely_in_pieces_of_any_size() {
-    let bench = Bench::new();
-    let rows = many(2_000);
-    bench.replicate(rows.iter().map(|(p, n, e)| (*p, n.as_str(), e.clone())).collect());
-    for step in [1, 7, 1000, 5000] {
-        let listed = bench.list(bench.theirs(), Detail::Attributes, step);
-        let names: Vec<_> = listed.iter().skip(2).map(|(n, _)| n.as_str()).collect();
-        let expected: Vec<_> = rows.iter().map(|(_, n, _)| n.as_str()).collect();
-        assert_eq!(names, expected, "{step} at a time");
-    }
-}
-
-#[test]
-fn a_listing_can_go_back_and_survives_changes() {
-    let bench = Bench::new();
-    let rows = many(300);
-    bench.replicate(rows.iter().map(|(p, n, e)| (*p, n.as_str(), e.clone())).collect());
-    let handle = bench.drive.opendir(bench.theirs()).unwrap();
-    let all = bench.list_from(handle, 0, Detail::Names, 50);
-    for cookie in [2, 60, 130, 301] {
-        let rest = bench.list_from(handle, cookie, Detail::Names, 50);
-        assert_eq!(rest, all[cookie as usize..], "from {cookie}");
-    }
-    let mut seen = Vec::new();
-    let mut cookie = 0;
-    let mut take = |n: usize, seen: &mut Vec<String>| {
-        let end = seen.len() + n;
-        bench
-            .drive
-            .readdir(handle, cookie, Detail::Names, &mut |item| {
-                if seen.len() == end {
-                    return ControlFlow::Break(());
-                }
-                seen.push(String::from_utf8_lossy(item.name).into_owned());
-                cookie = item.next_cookie;
-                ControlFlow::Continue(())
-            })
-            .unwrap();
-    };
-    take(102, &mut seen);
-    let gone = rows[10..90].iter().map(|(_, name, _)| (1, name.as_str(), None)).collect();
-    bench.replicate_changes(gone);
-    take(1000, &mut seen);
-    let expected: Vec<_> = all.iter().map(|(name, _)| name.clone()).collect();
-    assert_eq!(seen, expected, "what stayed comes exactly once");
-}
-
 #[test]
 fn seek_knows_only_data_and_the_end() {
     let bench = Bench::new();
