@@ -133,7 +133,7 @@ fn concerns(next: &Next, no: LocationNo) -> bool {
     changes.iter().any(|change| match change {
         Change::Entry { location, .. } | Change::Attributes { location, .. } => *location == no,
         Change::Locations => true,
-        Change::Devices => false,
+        Change::Devices | Change::Reset => false,
     })
 }
 
@@ -313,7 +313,7 @@ async fn follow_once(
     let index = &shared.index;
     let location =
         index.location_by_id(id).filter(|l| l.owner == peer.id).ok_or(FollowError::Gone)?;
-    let no = location.no;
+    let mut no = location.no;
     let (known_log, known_head) = (index.log_id(no), index.head(no));
     let (mut send, mut recv) = link.connection.open_bi().await.map_err(WireError::from)?;
     let request = Request::Rows(Follow { location: id, log_id: known_log, after: known_head });
@@ -328,7 +328,7 @@ async fn follow_once(
         if after != Seq(0) {
             return Err(FollowError::Rows("they begin in the middle".into()));
         }
-        change(peer, index, move |index| index.reset_replica(no, log_id)).await?;
+        no = change(peer, index, move |index| index.restart_replica(no, log_id)).await?;
     }
     loop {
         let frame = wire::receive_frame_in(&mut recv, &link.inbound).await?;

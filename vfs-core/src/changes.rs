@@ -38,6 +38,8 @@ pub enum Change {
     Locations,
     /// The members or their names changed.
     Devices,
+    /// A replica began anew under its old number: what its ids meant before, they mean no more.
+    Reset,
 }
 
 /// What a subscriber receives.

@@ -203,3 +203,38 @@ async fn rows_that_break_the_rules_stop_their_replica_and_nothing_else() {
     let replica = victim.index.location_by_id(mine).unwrap();
     assert_eq!(victim.index.head(replica.no), Seq(0));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_owner_that_lost_its_index_gets_a_new_replica() {
+    let (reader, _owner, _id, connection) = with_liar().await;
+    let id = LocationId([7; 16]);
+    let list = vec![Announced { id, name: "photos".into(), read_only: false }];
+    announce(&connection, list).await;
+    let mut numbers = vec![];
+    for log_id in [5, 6] {
+        let mut rows_stream = loop {
+            let (mut send, mut recv) = connection.accept_bi().await.unwrap();
+            if let Request::Rows(_) = wire::receive_request(&mut recv).await.unwrap() {
+                break send;
+            }
+            wire::send_frame(&mut send, &Response::Done).await.unwrap();
+        };
+        wire::send_frame(&mut rows_stream, &Response::Rows { log_id, after: Seq(0) })
+            .await
+            .unwrap();
+        let name = Name::new(&b"gone"[..]).unwrap();
+        let row = LogRow { seq: Seq(1), parent: FileId::ROOT, name, entry: None };
+        let rows = Rows { rows: vec![row], upto: Seq(1), head: Seq(1) };
+        wire::send_frame(&mut rows_stream, &rows).await.unwrap();
+        let replica = || reader.index.location_by_id(id).unwrap().no;
+        until("it is followed", || {
+            let no = replica();
+            (reader.index.log_id(no), reader.index.head(no)) == (log_id, Seq(1))
+        })
+        .await;
+        numbers.push(replica());
+        // The owner starts anew; it is asked again.
+        rows_stream.reset(0u32.into()).unwrap();
+    }
+    assert_ne!(numbers[0], numbers[1], "no inode number means two files");
+}

@@ -56,6 +56,10 @@ impl<'a> Translation<'a> {
                 }
                 Ok(())
             }
+            Change::Reset => {
+                self.out.push(Invalidation::Everything);
+                Ok(())
+            }
         }
     }
 

@@ -76,12 +76,15 @@ impl Remote {
 
     /// The row of an inode, at the version that its number stands for.
     pub fn node(&self, ino: RemoteIno) -> FsResult<Node> {
+        self.location(ino.location)?;
         let node = self.index.view()?.node(ino.location, ino.file)?;
         node.filter(|n| ino.is_version_of(&n.entry))
             .ok_or_else(|| stale("use a file that has another version by now"))
     }
 
     pub fn lookup(&self, parent: RemoteIno, name: &[u8]) -> FsResult<Found> {
+        // Without it, what is not found would be remembered of a location that is gone.
+        self.location(parent.location)?;
         let entry = self.index.view()?.entry(parent.location, parent.file, name)?;
         let entry = entry.ok_or_else(|| FsError::new(Kind::NotFound, "look up a name"))?;
         Ok(self.found(parent.child(&entry), &entry))

@@ -69,6 +69,27 @@ impl Index {
         Ok(())
     }
 
+    /// Gives a replica a number of which no inode was ever made, and the log that it follows from
+    /// now on. The rows under the old number go as those of a removed location.
+    pub(super) fn renumber(&self, old: LocationNo, log_id: u64) -> Result<LocationNo, IndexError> {
+        let renewed = self.write_durably(
+            |tx| {
+                let location = self.location(old).ok_or(IndexError::NoSuchLocation(old))?;
+                let record = record_of((*location).clone());
+                let no = begin_location(tx, false)?;
+                tx.set_state(no, State::new(log_id));
+                tx.batch.put(Table::Locations, key::location(no), encode(&record));
+                let gone = LocationRecord { removing: true, ..record };
+                tx.batch.put(Table::Locations, key::location(old), encode(&gone));
+                tx.changes.push(Change::Locations);
+                Ok(Arc::new(Location { no, ..(*location).clone() }))
+            },
+            |memory, renewed| memory.renumber(old, renewed.clone()),
+        )?;
+        while self.remove_some(old)? {}
+        Ok(renewed.no)
+    }
+
     /// One commit of a removal; `false`: it is done.
     fn remove_some(&self, no: LocationNo) -> Result<bool, IndexError> {
         if self.purge_some(no)? {

@@ -46,6 +46,15 @@ impl Memory {
         self.write(|m| m.locations.insert(location.no, location));
     }
 
+    /// The location has another number from now on; at no time it has none or two.
+    pub(super) fn renumber(&self, old: LocationNo, renewed: Arc<Location>) {
+        self.write(|m| {
+            m.locations.remove(&old);
+            m.states.remove(&old);
+            m.locations.insert(renewed.no, renewed);
+        });
+    }
+
     pub(super) fn put_states(&self, states: BTreeMap<LocationNo, State>) {
         self.write(|m| m.states.extend(states));
     }

@@ -197,6 +197,7 @@ struct Inner {
     memory: Memory,
     /// There are relaxed commits after the last durable one. Changed under `writer`.
     relaxed: AtomicBool,
+    renumbered: replica::Renumbered,
 }
 
 /// What decides when the next commit is a durable one.
@@ -220,9 +221,9 @@ impl Index {
     pub fn open(store: Arc<dyn Store>, me: DeviceId) -> Result<Self, IndexError> {
         let memory = Memory::default();
         let removing = locations::load(&*store.snapshot()?, &memory)?;
-        let (feed, relaxed) = Default::default();
+        let (feed, relaxed, renumbered) = Default::default();
         let writer = Mutex::new(Writer { durable_at: Instant::now(), keys_since: 0 });
-        let inner = Arc::new(Inner { store, me, feed, writer, memory, relaxed });
+        let inner = Arc::new(Inner { store, me, feed, writer, memory, relaxed, renumbered });
         locations::resume_removals(&inner, removing);
         Ok(Self(inner))
     }

@@ -13,10 +13,18 @@ use super::sweep::{doom_replica, gone_directory};
 use super::tx::{Place, Tx};
 use super::{Index, IndexError, LogRow, ROOT_PARENT};
 use crate::changes::Change;
-use crate::model::{Entry, FileId, FileType, LocationNo, Name, Seq};
+use crate::model::{Entry, FileId, FileType, Location, LocationId, LocationNo, Name, Seq};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Rows removed in one commit.
 const COMMIT_ROWS: usize = 4096;
+
+/// How often a location may get a new number, and in what time. An owner loses its index now
+/// and then, not many times a day.
+const RENUMBERED_AT_MOST: u32 = 4;
+const RENUMBERED_FOR: Duration = Duration::from_secs(24 * 3600);
 
 impl Index {
     /// The id of the location's log: drawn by its owner when the log began; 0 in a replica
@@ -56,17 +64,46 @@ impl Index {
         Ok(())
     }
 
-    /// Empties a replica, to follow another log from its beginning.
+    /// Makes a replica follow a log from its beginning; gives the number that the location has
+    /// from now on.
+    ///
+    /// File ids begin again with a log, and inode numbers are made of them: under the same
+    /// number, a name that a kernel still knows would lead to the bytes of another file. So a
+    /// replica that followed a log before gets a new number, and every old inode is stale. The
+    /// numbers have an end, and the peer says when a log begins: one that says so too often has
+    /// its replica emptied in place, and kernels are told to look everything up again.
+    pub fn restart_replica(&self, no: LocationNo, log_id: u64) -> Result<LocationNo, IndexError> {
+        let location = self.replica(no)?;
+        let state = self.memory().state(no).unwrap_or_default();
+        if state.log_id == 0 && !state.resetting {
+            return self.write(|tx| {
+                tx.set_state(no, State::new(log_id));
+                Ok(no)
+            });
+        }
+        if self.0.renumbered.admits(location.id, Instant::now()) {
+            match self.renumber(no, log_id) {
+                Err(IndexError::TooMany(_)) => {}
+                renumbered => return renumbered,
+            }
+        }
+        self.reset_replica(no, log_id).map(|()| no)
+    }
+
+    /// Empties a replica under the number that it has, to follow another log from its beginning;
+    /// for where no kernel knows anything of it, else see [`Self::restart_replica`].
     pub fn reset_replica(&self, no: LocationNo, log_id: u64) -> Result<(), IndexError> {
         self.replica(no)?;
         self.write(|tx| {
             tx.set_state(no, State { resetting: true, ..State::default() });
+            tx.changes.push(Change::Reset);
             Ok(())
         })?;
         self.purge(no)?;
         self.write(|tx| {
             tx.set_state(no, State::new(log_id));
-            tx.changes.push(Change::Locations);
+            // Again: a kernel may have asked while the rows went.
+            tx.changes.extend([Change::Locations, Change::Reset]);
             Ok(())
         })
     }
@@ -91,9 +128,24 @@ impl Index {
         Ok(false)
     }
 
-    fn replica(&self, no: LocationNo) -> Result<(), IndexError> {
+    fn replica(&self, no: LocationNo) -> Result<Arc<Location>, IndexError> {
         let location = self.location(no).ok_or(IndexError::NoSuchLocation(no))?;
-        if location.owner == self.me() { Err(IndexError::WrongOwner(no)) } else { Ok(()) }
+        if location.owner == self.me() { Err(IndexError::WrongOwner(no)) } else { Ok(location) }
+    }
+}
+
+/// When which locations got new numbers: a peer must not use all of them up.
+#[derive(Default)]
+pub(super) struct Renumbered(Mutex<HashMap<LocationId, (Instant, u32)>>);
+
+impl Renumbered {
+    /// Whether the location may get one more; if so, it is counted.
+    fn admits(&self, id: LocationId, now: Instant) -> bool {
+        let mut renumbered = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        renumbered.retain(|_, (since, _)| now.duration_since(*since) < RENUMBERED_FOR);
+        let (_, count) = renumbered.entry(id).or_insert((now, 0));
+        *count += 1;
+        *count <= RENUMBERED_AT_MOST
     }
 }
 

@@ -600,6 +600,43 @@ fn another_log_needs_a_reset() {
 }
 
 #[test]
+fn a_replica_that_follows_another_log_gets_another_number_until_it_asks_too_often() {
+    let f = replica();
+    assert_eq!(f.index.restart_replica(f.no, 9).unwrap(), f.no, "no log was followed before");
+    let row = |id| vec![log_row(1, FileId::ROOT, "a", Some(entry(id, FileType::File)))];
+    f.index.apply_replica(f.no, 9, row(5), Seq(1)).unwrap();
+    let mut no = f.no;
+    for log_id in 10..14 {
+        let renewed = f.index.restart_replica(no, log_id).unwrap();
+        assert!(renewed > no, "a number is never used again");
+        assert!(f.index.location(no).is_none());
+        assert_eq!(f.index.location_by_id(ID).unwrap().no, renewed);
+        assert_eq!((f.index.log_id(renewed), f.index.head(renewed)), (log_id, Seq(0)));
+        f.index.apply_replica(renewed, log_id, row(5), Seq(1)).unwrap();
+        check_invariants(&f.index, renewed);
+        no = renewed;
+    }
+    assert_eq!(dump(&f.index, Table::Entries, &key::location(f.no)), [], "the old rows are gone");
+
+    let mut feed = f.index.feed().subscribe();
+    assert_eq!(f.index.restart_replica(no, 14).unwrap(), no, "it has used up its share");
+    assert_eq!(f.index.counts(no).entries, 0);
+    f.index.feed().publish(vec![Change::Devices]);
+    let mut told = vec![];
+    while let Some(Next::Batch(batch)) = feed.blocking_next()
+        && batch[..] != [Change::Devices]
+    {
+        told.extend(batch.iter().cloned());
+    }
+    assert_eq!((told.first(), told.last()), (Some(&Change::Reset), Some(&Change::Reset)));
+
+    let Fixture { folder, index, .. } = f;
+    drop(index);
+    let index = open(folder.path(), PEER);
+    assert_eq!(index.location_by_id(ID).unwrap().no, no, "it survives a restart");
+}
+
+#[test]
 fn a_reset_that_was_cut_off_must_be_done_again() {
     let f = replica();
     let rows = vec![log_row(1, FileId::ROOT, "a", Some(entry(5, FileType::File)))];

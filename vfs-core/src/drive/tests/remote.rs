@@ -37,6 +37,38 @@ fn numbers_are_computed_and_differ_by_version() {
 }
 
 #[test]
+fn after_the_owner_lost_its_index_no_old_inode_is_another_file() {
+    let bench = Bench::new();
+    let id = bench.index.location(bench.remote).unwrap().id;
+    bench.replicate(vec![(1, "a", bench.peer_file(5, b"bytes of a"))]);
+    let (folder, old) = (bench.theirs(), bench.ino(&["there", "theirs", "a"]));
+    // A file of another name gets the id, and the generation, that the first one had.
+    let renewed = bench.index.restart_replica(bench.remote, 78).unwrap();
+    let root = (ROOT_PARENT, "root", remote_entry(1, FileType::Directory, 0));
+    let rows = [root, (FileId::ROOT, "b", bench.peer_file(5, b"the bytes of b"))];
+    let rows = rows.into_iter().zip(1..).map(|((parent, name, entry), seq)| LogRow {
+        seq: Seq(seq),
+        parent,
+        name: Name::new(name.as_bytes()).unwrap(),
+        entry: Some(entry),
+    });
+    bench.index.apply_replica(renewed, 78, rows.collect(), Seq(2)).unwrap();
+
+    assert_eq!(kind(bench.drive.open(old, OpenFlags::READ)), Kind::Stale);
+    assert_eq!(kind(bench.drive.getattr(old, None)), Kind::Stale);
+    // Not `NotFound`, which would be remembered.
+    assert_eq!(kind(bench.drive.lookup(folder, b"b")), Kind::Stale);
+    assert_eq!(bench.index.location_by_id(id).unwrap().no, renewed);
+    assert_eq!(bench.read_all(bench.ino(&["there", "theirs", "b"])).unwrap(), b"the bytes of b");
+}
+
+#[test]
+fn a_replica_that_begins_anew_in_place_is_told_whole() {
+    let bench = Bench::new();
+    assert_eq!(bench.drive.invalidations(&Change::Reset), [Invalidation::Everything]);
+}
+
+#[test]
 fn an_open_file_stays_the_version_it_was() {
     let bench = Bench::new();
     let file = bench.peer_file(2, b"old bytes");
