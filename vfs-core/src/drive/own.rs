@@ -143,9 +143,13 @@ fn or_stale(error: FsError) -> FsError {
 }
 
 impl Own {
-    /// The location's folder, unless its disk is away.
+    /// The location's folder. While its disk is away every inode on it is `ESTALE`, never
+    /// `ENOENT`: nothing was deleted, and the name, looked up again, is browsed from the index.
     pub fn root(&self, location: LocationNo) -> FsResult<Arc<Root>> {
-        self.indexer.root(location)
+        self.indexer.root(location).map_err(|e| match e.kind() {
+            Kind::NotFound => FsError::caused(Kind::Stale, "reach a disk that is away", e),
+            _ => e,
+        })
     }
 
     /// `EROFS` unless the location may be written to.

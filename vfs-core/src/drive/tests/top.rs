@@ -94,11 +94,19 @@ fn an_own_location_whose_folder_is_away_is_browsed_from_the_index() {
     bench.put("file", b"bytes");
     let child = || bench.index.view().unwrap().entry(bench.own, FileId::ROOT, b"file").unwrap();
     wait_until("it is indexed", || child().is_some());
+    let (folder, file) = (bench.mine(), bench.in_mine("file").unwrap().ino);
     std::fs::rename(&bench.disk, bench.disk.with_extension("away")).unwrap();
     wait_until("it is offline", || bench.indexer.root(bench.own).is_err());
     let found = bench.lookup(&["here", "mine", "file"]).unwrap();
     assert_eq!(found.attr.size, 5);
     assert_eq!(kind(bench.drive.open(found.ino, WRITE)), Kind::ReadOnly);
+    // What a kernel knows from before is not deleted: it is looked up again.
+    assert_eq!(kind(bench.drive.lookup(folder, b"file")), Kind::Stale);
+    assert_eq!(kind(bench.drive.unlink(folder, b"file")), Kind::Stale);
+    assert_eq!(kind(bench.drive.getattr(file, None)), Kind::Stale);
+    assert_eq!(kind(bench.drive.getattr(folder, None)), Kind::Stale);
+    assert_eq!(kind(bench.drive.opendir(folder)), Kind::Stale);
+    assert_eq!(kind(bench.drive.statfs(folder)), Kind::Stale);
 }
 
 #[test]
