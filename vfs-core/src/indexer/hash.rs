@@ -333,12 +333,21 @@ impl Batch {
     }
 }
 
+/// The longest tick of a file system whose times have no fractions of a second, and a little:
+/// FAT counts two seconds at once.
+const WHOLE_SECONDS_SETTLE: Duration = Duration::from_millis(2_100);
+
 /// How long the file must still be left alone.
 ///
 /// The change time is the kernel's own clock, which a program cannot set. It
 /// advances in ticks: a write within the tick of the last one leaves no trace
-/// in the stamp, and after a settled tick none can.
+/// in the stamp, and after a settled tick none can. A time without fractions
+/// is taken for one of a file system that has none.
 fn unsettled(stamp: &Stamp, settle: Duration) -> Option<Duration> {
+    let settle = match stamp.ctime.nanos {
+        0 => settle.max(WHOLE_SECONDS_SETTLE),
+        _ => settle,
+    };
     let nanos = |t: Time| i128::from(t.secs) * 1_000_000_000 + i128::from(t.nanos);
     let age = nanos(Time::now()) - nanos(stamp.ctime);
     let settle_nanos = settle.as_nanos() as i128;
@@ -347,4 +356,22 @@ fn unsettled(stamp: &Stamp, settle: Duration) -> Option<Duration> {
         return None;
     }
     u64::try_from(settle_nanos - age).ok().map(Duration::from_nanos)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_without_fractions_settle_after_their_longest_tick() {
+        let settle = Duration::from_millis(50);
+        let changed = |secs_ago, nanos| {
+            let ctime = Time { secs: Time::now().secs - secs_ago, nanos };
+            unsettled(&Stamp { disk_ino: 1, size: 1, mtime: ctime, ctime }, settle)
+        };
+        // Between one and two seconds ago, as far as this clock tells.
+        assert!(changed(1, 0).is_some_and(|wait| wait <= WHOLE_SECONDS_SETTLE));
+        assert_eq!(changed(3, 0), None);
+        assert_eq!(changed(2, 1), None);
+    }
 }
