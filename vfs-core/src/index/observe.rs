@@ -245,7 +245,10 @@ fn next_version(old: &Entry, now: Observed) -> Result<(Entry, bool), IndexError>
     let stamp = old.stamp();
     let new = entry_of(old.file_id, old.generation, old.content, now)?;
     let is_file = new.attr.file_type == FileType::File;
-    let new_bytes = is_file && (new.attr.size, new.attr.mtime) != (stamp.size, stamp.mtime);
+    let was_written = (new.attr.size, new.attr.mtime) != (stamp.size, stamp.mtime);
+    // Without a hash nobody could tell two versions under one number apart later.
+    let may_be_other = old.content.is_none() && new.attr.ctime != stamp.ctime;
+    let new_bytes = is_file && (was_written || may_be_other);
     if new_bytes || new.target != old.target {
         let generation = old.generation.wrapping_add(1);
         return Ok((Entry { generation, content: None, ..new }, is_file));

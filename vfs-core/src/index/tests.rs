@@ -318,6 +318,12 @@ fn a_version_is_told_by_size_and_mtime_and_a_ctime_asks_for_a_hash() {
     let now = file("a", 10);
     let first = f.observe(FileId::ROOT, "a", Some(now.clone())).unwrap();
     assert_eq!(f.unhashed(), [first.file_id]);
+
+    let mut unseen = now.clone();
+    unseen.attr.ctime.nanos += 1;
+    let second = f.observe(FileId::ROOT, "a", Some(unseen)).unwrap();
+    assert_eq!(second.generation, first.generation + 1, "no hash tells its bytes from the first");
+    let first = f.observe(FileId::ROOT, "a", Some(now.clone())).unwrap();
     assert!(f.hash(&first, ContentId::of(b"1")));
     assert_eq!(f.unhashed(), []);
 
