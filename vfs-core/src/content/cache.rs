@@ -577,6 +577,8 @@ struct Inner {
     whole: Option<Arc<File>>,
     suspect: Option<u32>,
     unsaved_bytes: u64,
+    /// What is on disk could not be looked at now; it stays, and nothing is put over it.
+    unreachable: bool,
 }
 
 impl Drop for CachedFile {
@@ -652,10 +654,18 @@ impl CachedFile {
         let _changing = self.changing();
         let Some(n) = self.inner().suspect else { return true };
         let intact = self.check_suspect(n);
-        if !matches!(intact, Ok(true)) {
+        let is_lost = match &intact {
+            Ok(intact) => !intact,
+            Err(e) => is_permanent(e),
+        };
+        if is_lost {
             self.cache.drop_file(self.key, Form::Suspect(n));
         }
-        self.inner().suspect = None;
+        {
+            let mut inner = self.inner();
+            inner.suspect = None;
+            inner.unreachable = intact.is_err() && !is_lost;
+        }
         match intact {
             Ok(intact) => intact,
             Err(e) => {
@@ -687,6 +697,9 @@ impl CachedFile {
             return false;
         }
         let _changing = self.changing();
+        if self.inner().unreachable {
+            return false;
+        }
         if self.inner().present.contains(&groups) {
             return true;
         }
@@ -712,10 +725,6 @@ impl CachedFile {
         file.write_all_at(bytes, start)?;
         let (full, unsaved_bytes) = {
             let mut inner = self.inner();
-            if !inner.file.as_ref().is_some_and(|now| Arc::ptr_eq(now, &file)) {
-                // A reader found the disk failing meanwhile and discarded everything.
-                return Err(io::ErrorKind::StaleNetworkFileHandle.into());
-            }
             inner.present.insert(groups);
             inner.unsaved_bytes += bytes.len() as u64;
             (inner.present.contains(&(0..groups_of(self.size))), inner.unsaved_bytes)
@@ -731,6 +740,11 @@ impl CachedFile {
     fn part_file(&self) -> io::Result<Arc<File>> {
         if let Some(file) = self.inner().file.clone() {
             return Ok(file);
+        }
+        // A map that is left over from before would vouch for holes of the new part.
+        match fs::remove_file(self.cache.map_path(self.key)) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
         }
         let file = Arc::new(disk::create(&self.cache.part_path(self.key))?);
         self.inner().file = Some(file.clone());
@@ -837,7 +851,7 @@ impl CachedFile {
     /// right; `false`: they are of another content.
     pub(super) fn adopt(&self, unhashed: &Self) -> bool {
         let Key::Content(content) = self.key else { return true };
-        if self.alone || !unhashed.is_full() || self.is_full() {
+        if self.alone || self.inner().unreachable || !unhashed.is_full() || self.is_full() {
             return true;
         }
         let Some(file) = unhashed.inner().file.clone() else { return true };
@@ -879,8 +893,13 @@ impl CachedFile {
 
     /// Forgets what is here; the next readers fetch again.
     pub fn discard(&self) {
+        // Not while a writer makes the names that go here.
+        let _changing = self.changing();
         let form = {
             let mut inner = self.inner();
+            if inner.unreachable {
+                return;
+            }
             let form = if inner.whole.is_some() { Form::Whole } else { Form::Part };
             *inner = Inner::default();
             form
@@ -909,9 +928,14 @@ impl CachedFile {
             Form::Part => self.load_part(),
         };
         loaded.unwrap_or_else(|e| {
-            tracing::debug!(key = ?self.key, "a cached file is unusable: {e}");
-            self.cache.drop_file(self.key, form);
-            Inner::default()
+            let unreachable = !is_permanent(&e);
+            if unreachable {
+                self.cache.report("opening a cached file", &e);
+            } else {
+                tracing::debug!(key = ?self.key, "a cached file is unusable: {e}");
+                self.cache.drop_file(self.key, form);
+            }
+            Inner { unreachable, ..Inner::default() }
         })
     }
 
@@ -942,6 +966,13 @@ impl CachedFile {
     fn changing(&self) -> MutexGuard<'_, ()> {
         self.changing.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Whether the error says that the file is gone or damaged; any other one, such as too many
+/// open files, may pass and says nothing about it.
+fn is_permanent(error: &io::Error) -> bool {
+    use io::ErrorKind::{InvalidData, NotFound, UnexpectedEof};
+    matches!(error.kind(), NotFound | InvalidData | UnexpectedEof)
 }
 
 fn hash(file: &File, size: u64) -> io::Result<Option<ContentId>> {
@@ -1116,6 +1147,106 @@ mod tests {
             assert!(file.write(0, &bytes));
             assert_eq!(read_all(&file).unwrap(), bytes);
         }
+    }
+
+    /// Makes every open of `path` fail for a while, as too many open files would.
+    fn while_unreachable(path: &Path, act: impl FnOnce()) {
+        let aside = path.with_extension("aside");
+        fs::rename(path, &aside).unwrap();
+        std::os::unix::fs::symlink(path, path).unwrap();
+        act();
+        fs::remove_file(path).unwrap();
+        fs::rename(aside, path).unwrap();
+    }
+
+    #[test]
+    fn an_error_that_passes_costs_nothing_that_is_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let (whole, part) = (bytes_of(1, GROUP), bytes_of(2, 2 * GROUP));
+        let cache = Arc::new(Cache::open(dir.path(), 1 << 20));
+        let open_whole = || cache.file(key_of(&whole), GROUP_BYTES);
+        let open_part = || cache.file(key_of(&part), 2 * GROUP_BYTES);
+        assert!(open_whole().write(0, &whole));
+        {
+            let file = open_part();
+            assert!(file.write(0, &part[..GROUP]));
+            file.save();
+        }
+        let kept = cache.stats().bytes;
+        let opens: [(PathBuf, &dyn Fn() -> Arc<CachedFile>); 3] = [
+            (key_of(&whole).path(dir.path()), &open_whole),
+            (cache.map_path(key_of(&part)), &open_part),
+            (cache.part_path(key_of(&part)), &open_part),
+        ];
+        for (path, open) in opens {
+            while_unreachable(&path, || {
+                let file = open();
+                assert_eq!(read_all(&file), None);
+                assert!(!file.write(0, &whole), "nothing is put over what is there");
+                file.discard();
+            });
+            assert!(cache.stats().problem.is_some());
+            assert_eq!(cache.stats().bytes, kept, "{}", path.display());
+        }
+        assert_eq!(read_all(&open_whole()).unwrap(), whole);
+        assert_eq!(open_part().missing(0..2), [1..2]);
+    }
+
+    #[test]
+    fn a_suspect_that_cannot_be_read_now_is_checked_another_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let bytes = bytes_of(1, GROUP);
+        drop(fill(&open(dir.path(), 1 << 20), &bytes));
+        crash(dir.path());
+        let cache = Arc::new(Cache::open(dir.path(), 1 << 20));
+        let file = || cache.file(key_of(&bytes), GROUP_BYTES);
+        while_unreachable(&cache.suspect_path(key_of(&bytes), 1), || {
+            let file = file();
+            assert!(file.needs_check() && file.check() && !file.needs_check());
+            assert_eq!(read_all(&file), None);
+            assert!(!file.write(0, &bytes));
+        });
+        let file = file();
+        assert!(file.needs_check() && file.check());
+        assert_eq!(read_all(&file).unwrap(), bytes);
+    }
+
+    #[test]
+    fn a_map_that_was_left_over_vouches_for_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let bytes = bytes_of(1, 3 * GROUP);
+        let cache = open(dir.path(), 1 << 20);
+        let key = key_of(&bytes);
+        let file = cache.file(key, bytes.len() as u64);
+        assert!(file.write(0, &bytes[..GROUP]));
+        file.save();
+        let map = fs::read(cache.map_path(key)).unwrap();
+        file.discard();
+        // Its removal had failed.
+        fs::write(cache.map_path(key), map).unwrap();
+        assert!(file.write(GROUP_BYTES, &bytes[GROUP..2 * GROUP]));
+
+        let next = open(dir.path(), 1 << 20);
+        let file = next.file(key, bytes.len() as u64);
+        assert_eq!(file.missing(0..3), [0..3], "the first group is a hole");
+    }
+
+    #[test]
+    fn what_is_being_written_is_discarded_after_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = open(dir.path(), 1 << 20);
+        let file = fill(&cache, &bytes_of(1, GROUP));
+        let writing = file.changing();
+        std::thread::scope(|scope| {
+            let discarding = scope.spawn(|| file.discard());
+            let early = std::time::Instant::now() + std::time::Duration::from_millis(100);
+            while std::time::Instant::now() < early {
+                assert!(file.is_full() && !discarding.is_finished());
+                std::thread::yield_now();
+            }
+            drop(writing);
+        });
+        assert!(!file.is_full());
     }
 
     #[test]
