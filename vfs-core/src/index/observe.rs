@@ -168,6 +168,19 @@ impl Index {
         keys.iter().map(file).collect()
     }
 
+    /// Queues a hashed file again, whose bytes may have changed without a trace in its row; `false`:
+    /// it is not hashed.
+    pub fn hash_again(&self, no: LocationNo, file: FileId) -> Result<bool, IndexError> {
+        self.own_location(no)?;
+        self.write(|tx| {
+            let entry = named_entry(tx, no, file)?.filter(|e| e.content.is_some());
+            if let Some(entry) = &entry {
+                tx.enqueue(no, entry);
+            }
+            Ok(entry.is_some())
+        })
+    }
+
     /// Takes a file that cannot be hashed now off the queue, until it changes.
     pub fn skip_unhashed(&self, no: LocationNo, file: FileId) -> Result<(), IndexError> {
         self.own_location(no)?;

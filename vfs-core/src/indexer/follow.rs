@@ -43,6 +43,8 @@ struct Changes {
     first: Instant,
     due: Instant,
     names: HashSet<Name>,
+    /// Files that a program could write to until now.
+    written: HashSet<Name>,
     /// List it whole.
     whole: bool,
     /// Its own row.
@@ -70,11 +72,19 @@ impl Hints {
         }
     }
 
+    /// After [`Self::note`] of the same name.
+    fn note_written(&mut self, key: (LocationNo, FileId), name: Name) {
+        if let Some(changes) = self.waiting.get_mut(&key) {
+            changes.written.insert(name);
+        }
+    }
+
     fn put_back(&mut self, key: (LocationNo, FileId), mut changes: Changes) {
         changes.due = Instant::now() + BUSY;
         match self.waiting.get_mut(&key) {
             Some(newer) => {
                 newer.names.extend(changes.names);
+                newer.written.extend(changes.written);
                 newer.whole |= changes.whole;
                 newer.own |= changes.own;
             }
@@ -104,7 +114,8 @@ type Batch = Vec<((LocationNo, FileId), Changes)>;
 
 impl Changes {
     fn new(now: Instant) -> Self {
-        Self { first: now, due: now, names: HashSet::new(), whole: false, own: false }
+        let (names, written) = Default::default();
+        Self { first: now, due: now, names, written, whole: false, own: false }
     }
 
     fn is_noted(&self) -> bool {
@@ -137,6 +148,10 @@ impl Core {
         match hint {
             Hint::Names(no, dir, name) => hints.note((no, dir), Some(name), true, true),
             Hint::Contents(no, dir, name) => hints.note((no, dir), Some(name), false, false),
+            Hint::Written(no, dir, name) => {
+                hints.note((no, dir), Some(name.clone()), false, false);
+                hints.note_written((no, dir), name);
+            }
             Hint::Directory(no, dir) => {
                 hints.note((no, dir), None, false, true);
                 if dir == FileId::ROOT {
@@ -190,6 +205,9 @@ impl Core {
             } else if let Err(e) = self.look(&place, dir, changes.names, &mut gone) {
                 self.look_failed(&place, dir, &e);
             }
+            if let Err(e) = self.hash_written(&place, dir, changes.written) {
+                self.look_failed(&place, dir, &e);
+            }
         }
         for (no, dir, name) in gone {
             let Some(place) = self.place(no) else { continue };
@@ -222,6 +240,23 @@ impl Core {
                 Ok(found) => self.appeared(place, dir, &name, found)?,
                 Err(e) if e.kind() == Kind::NotFound => gone.push((place.no, dir, name)),
                 Err(e) => self.look_failed(place, dir, &e),
+            }
+        }
+        Ok(())
+    }
+
+    /// Has files hashed again that a program let go of. A store through a mapping changes no time
+    /// of the file while its page is dirty already, so after the first such store only this tells.
+    fn hash_written(&self, place: &Place, dir: FileId, names: HashSet<Name>) -> FsResult<()> {
+        for name in names {
+            let Some(entry) = self.index.view()?.entry(place.no, dir, name.as_bytes())? else {
+                continue;
+            };
+            // First, so that a hash that is just being taken does not count as the one asked for.
+            lock(&place.hash).written(entry.file_id);
+            if self.index.hash_again(place.no, entry.file_id)? {
+                lock(&place.hash).changed(entry.file_id);
+                self.hash_work.notify();
             }
         }
         Ok(())

@@ -36,6 +36,8 @@ const WAIT_FACTOR: u32 = 4;
 pub(super) struct HashQueue {
     ready: VecDeque<FileId>,
     running: HashSet<FileId>,
+    /// Of those, the ones that were written to, with no trace in the stamp, since they began.
+    written: HashSet<FileId>,
     waiting: HashMap<FileId, Wait>,
     /// The index may have files that are not known here.
     look: bool,
@@ -47,6 +49,7 @@ impl Default for HashQueue {
         Self {
             ready: VecDeque::new(),
             running: HashSet::new(),
+            written: HashSet::new(),
             waiting: HashMap::new(),
             look: true,
             looked: None,
@@ -87,6 +90,13 @@ impl HashQueue {
         self.look = true;
         if self.waiting.get(&file).is_some_and(|wait| wait.stuck) {
             self.waiting.remove(&file);
+        }
+    }
+
+    /// A program let go of a file to which it could write.
+    pub fn written(&mut self, file: FileId) {
+        if self.running.contains(&file) {
+            self.written.insert(file);
         }
     }
 
@@ -139,6 +149,7 @@ impl HashQueue {
 
     fn end(&mut self, file: FileId, outcome: Outcome, settle: Duration) {
         self.running.remove(&file);
+        self.written.remove(&file);
         let tries = self.waiting.get(&file).map_or(0, |wait| wait.tries);
         let (wait, tries, stuck) = match outcome {
             Outcome::Done => {
@@ -222,11 +233,25 @@ impl Core {
         if set {
             place.bytes_hashed.fetch_add(hashed.stamp.size, Ordering::Relaxed);
             place.files_hashed.fetch_add(1, Ordering::Relaxed);
-            return self.end_hash(place, hashed.file, Outcome::Done);
+            return self.end_recorded(place, hashed);
         }
         match self.hash_stale(place, hashed.file, hashed.took) {
             Ok(outcome) => self.end_hash(place, hashed.file, outcome),
             Err(e) => self.hash_failed(place, hashed.file, &e),
+        }
+    }
+
+    fn end_recorded(&self, place: &Place, hashed: &Hashed) {
+        // Until the end of the hash is noted, so that what is written from here on is asked for
+        // by whoever sees it.
+        let mut queue = lock(&place.hash);
+        if !queue.written.contains(&hashed.file) {
+            return queue.end(hashed.file, Outcome::Done, place.config.settle);
+        }
+        drop(queue);
+        match self.index.hash_again(place.no, hashed.file) {
+            Ok(_) => self.end_hash(place, hashed.file, Outcome::Changed(hashed.took)),
+            Err(e) => self.hash_failed(place, hashed.file, &e.into()),
         }
     }
 
@@ -361,6 +386,19 @@ fn unsettled(stamp: &Stamp, settle: Duration) -> Option<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_written_while_it_is_hashed_is_noted_until_the_end() {
+        let (mut queue, file) = (HashQueue::default(), FileId(7));
+        queue.written(file);
+        assert!(queue.written.is_empty(), "the next hash sees it");
+        queue.refill(vec![file], 10, Instant::now());
+        assert_eq!(queue.take(), Some(file));
+        queue.written(file);
+        assert!(queue.written.contains(&file));
+        queue.end(file, Outcome::Changed(Duration::ZERO), Duration::ZERO);
+        assert!(queue.written.is_empty());
+    }
 
     #[test]
     fn times_without_fractions_settle_after_their_longest_tick() {

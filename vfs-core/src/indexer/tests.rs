@@ -298,6 +298,22 @@ fn single_changes_are_seen() {
 }
 
 #[test]
+fn a_file_that_a_program_let_go_of_is_hashed_again() {
+    let device = Device::new(quick());
+    fs::write(device.at("f"), b"the bytes that it has now").unwrap();
+    device.start();
+    device.hashes();
+    // As after a store through a mapping, of which the file's times tell nothing.
+    let entry = device.entry("f").unwrap();
+    let former = ContentId::of(b"the bytes that it had");
+    assert!(device.index.set_content(device.no, entry.file_id, &entry.stamp(), former).unwrap());
+    drop(fs::OpenOptions::new().write(true).open(device.at("f")).unwrap());
+    let hashed = ContentId::of(b"the bytes that it has now");
+    device.until("new hash", || device.entry("f").unwrap().content == Some(hashed));
+    assert!(device.entry("f").unwrap().generation > entry.generation);
+}
+
+#[test]
 fn bursts_are_seen() {
     let device = Device::new(quick());
     device.start();

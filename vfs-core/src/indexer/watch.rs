@@ -23,7 +23,8 @@ use std::sync::Mutex;
 /// Room for the events of one `read`.
 const BUFFER_BYTES: usize = 64 << 10;
 
-/// `IN_MODIFY` is for programs that keep a file open, `IN_CLOSE_WRITE` for those that write through `mmap`.
+/// `IN_MODIFY` is for programs that keep a file open, `IN_CLOSE_WRITE` for those that write through
+/// `mmap`: it comes when the last mapping goes, too.
 const EVENTS: WatchFlags = WatchFlags::CREATE
     .union(WatchFlags::DELETE)
     .union(WatchFlags::MOVED_FROM)
@@ -43,6 +44,8 @@ pub(super) enum Hint {
     Names(LocationNo, FileId, Name),
     /// The bytes or attributes of what has the name changed.
     Contents(LocationNo, FileId, Name),
+    /// A program that could write to it let go of it, by whatever means it wrote.
+    Written(LocationNo, FileId, Name),
     /// The directory itself was moved, deleted or unmounted.
     Directory(LocationNo, FileId),
     /// The kernel dropped events: anything may have changed.
@@ -146,6 +149,9 @@ impl Watcher {
         let names = ReadFlags::CREATE | ReadFlags::DELETE | moved;
         match name.map(Name::new) {
             Some(Some(name)) if flags.intersects(names) => Some(Hint::Names(no, dir, name)),
+            Some(Some(name)) if flags.contains(ReadFlags::CLOSE_WRITE) => {
+                Some(Hint::Written(no, dir, name))
+            }
             Some(Some(name)) => Some(Hint::Contents(no, dir, name)),
             Some(None) => None,
             None => Some(Hint::Directory(no, dir)),
