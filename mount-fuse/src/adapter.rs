@@ -119,7 +119,7 @@ impl Adapter {
         opened: &Opened,
         register: impl FnOnce(&std::fs::File) -> io::Result<BackingId>,
     ) -> IoMode<BackingId> {
-        self.modes.open(ino.0, || match &opened.io {
+        self.modes.open(ino.0, opened.generation, opened.handle, || match &opened.io {
             Io::Backing(file) if self.negotiated.may_pass_through() => {
                 register(file).inspect_err(|error| self.negotiated.refused_passthrough(error)).ok()
             }
@@ -481,7 +481,7 @@ impl Filesystem for Adapter {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
-        self.modes.close(node.0);
+        self.modes.close(node.0, handle(fh));
         let released = run("release", || {
             self.drive.release(handle(fh));
             Ok(())

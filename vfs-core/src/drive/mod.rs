@@ -222,7 +222,8 @@ impl Drive {
             Class::Remote(_) if flags.may_change() => Err(read_only()),
             Class::Remote(remote) => {
                 let (file, io) = self.remote.open(remote)?;
-                Ok(Opened { handle: self.handles.add(Handle::Remote(file)), io })
+                let generation = file.generation();
+                Ok(Opened { handle: self.handles.add(Handle::Remote(file)), generation, io })
             }
             Class::Root | Class::Device => Err(handle::is_a_directory()),
         }
@@ -230,7 +231,7 @@ impl Drive {
 
     fn opened(&self, open: OwnFile) -> Opened {
         let io = Io::Backing(Arc::clone(&open.file));
-        Opened { handle: self.handles.add(Handle::Own(open)), io }
+        Opened { handle: self.handles.add(Handle::Own(open)), generation: 0, io }
     }
 
     /// Creates a regular file and opens it; opens it when it is there and `flags` are not

@@ -31,8 +31,15 @@ pub(super) struct Remote {
     pub uid: u32,
     pub gid: u32,
     pub symlinks: ForeignSymlinks,
-    /// The versions that are open, with how many handles have each.
-    pinned: DashMap<RemoteIno, (usize, Arc<Entry>)>,
+    /// The versions that are open, the last one pinned last. A number has a few bits of the
+    /// generation only, so it may stand for several of them.
+    pinned: DashMap<RemoteIno, Vec<Pin>>,
+}
+
+/// A version that so many handles have open.
+struct Pin {
+    entry: Arc<Entry>,
+    handles: usize,
 }
 
 /// An open file of another device, at the version that it was opened with.
@@ -113,7 +120,7 @@ impl Remote {
 
     /// The version of an open file: a kernel asks by number also for `fstat`.
     fn pinned(&self, ino: RemoteIno) -> Option<Arc<Entry>> {
-        self.pinned.get(&ino).map(|p| Arc::clone(&p.1))
+        self.pinned.get(&ino).and_then(|pins| pins.last().map(|pin| Arc::clone(&pin.entry)))
     }
 
     pub fn readlink(&self, ino: RemoteIno) -> FsResult<Vec<u8>> {
@@ -147,14 +154,20 @@ impl Remote {
     }
 
     fn pin(&self, ino: RemoteIno, entry: &Arc<Entry>) {
-        self.pinned.entry(ino).or_insert_with(|| (0, Arc::clone(entry))).0 += 1;
+        let mut pins = self.pinned.entry(ino).or_default();
+        match pins.iter_mut().find(|pin| pin.entry.generation == entry.generation) {
+            Some(pin) => pin.handles += 1,
+            None => pins.push(Pin { entry: Arc::clone(entry), handles: 1 }),
+        }
     }
 
     pub fn release(&self, file: &RemoteFile) {
-        if let Slot::Occupied(mut pin) = self.pinned.entry(file.ino) {
-            pin.get_mut().0 -= 1;
-            if pin.get().0 == 0 {
-                pin.remove();
+        if let Slot::Occupied(mut pins) = self.pinned.entry(file.ino) {
+            let pinned = |pin: &&mut Pin| pin.entry.generation == file.entry.generation;
+            pins.get_mut().iter_mut().filter(pinned).for_each(|pin| pin.handles -= 1);
+            pins.get_mut().retain(|pin| pin.handles > 0);
+            if pins.get().is_empty() {
+                pins.remove();
             }
         }
     }
@@ -196,6 +209,11 @@ impl Remote {
 }
 
 impl RemoteFile {
+    /// Of the version that is open.
+    pub fn generation(&self) -> u64 {
+        self.entry.generation.into()
+    }
+
     pub fn try_read(&self, offset: u64, len: usize) -> Option<FsResult<Bytes>> {
         self.reader.try_read(offset, len)
     }

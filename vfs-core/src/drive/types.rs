@@ -103,6 +103,8 @@ pub enum Io {
 pub struct Opened {
     /// To be given back with `release`.
     pub handle: HandleId,
+    /// As [`Found::generation`]: which of the files that ever had its number.
+    pub generation: u64,
     /// How its bytes are reached.
     pub io: Io,
 }

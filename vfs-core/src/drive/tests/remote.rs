@@ -88,6 +88,25 @@ fn an_open_file_stays_the_version_it_was() {
 }
 
 #[test]
+fn a_number_that_comes_again_does_not_take_the_open_version_away() {
+    let bench = Bench::new();
+    let path = ["there", "theirs", "file"];
+    let old = bench.peer_file(2, b"old bytes");
+    bench.replicate(vec![(1, "file", old)]);
+    let first = bench.drive.open(bench.ino(&path), OpenFlags::READ).unwrap();
+    let newer = bench.peer_file(2, b"newer bytes");
+    bench.replicate(vec![(1, "file", Entry { generation: 1 + 256, ..newer.clone() })]);
+    let ino = bench.ino(&path);
+    let second = bench.drive.open(ino, OpenFlags::READ).unwrap();
+    assert_eq!((first.generation, second.generation), (1, 257), "one number, two files");
+    bench.replicate(vec![(1, "file", Entry { generation: 2 + 256, ..newer })]);
+    bench.drive.release(first.handle);
+    assert_eq!(bench.drive.getattr(ino, None).unwrap().attr.size, 11, "the second one is open");
+    bench.drive.release(second.handle);
+    assert_eq!(kind(bench.drive.getattr(ino, None)), Kind::Stale);
+}
+
+#[test]
 fn bytes_come_from_the_owner_and_stay_in_the_cache() {
     let bench = Bench::new();
     let bytes: Vec<u8> = (0..300_000_u32).map(|n| (n % 251) as u8).collect();
