@@ -139,6 +139,15 @@ impl Root {
         Ok(File::from(file))
     }
 
+    /// A regular file, for reading and writing; as careful as [`Self::open_for_reading`].
+    pub fn open_for_writing(&self, path: &[Name]) -> FsResult<File> {
+        let handle = self.resolve(path, OFlags::PATH)?;
+        require_regular(&stat_of(handle.as_fd())?)?;
+        let file = self.resolve(path, OFlags::RDWR | OFlags::NONBLOCK)?;
+        require_regular(&stat_of(file.as_fd())?)?;
+        Ok(File::from(file))
+    }
+
     /// Reading must not change the owner's access times, where the rights suffice for that.
     fn resolve_without_atime(&self, path: &[Name], flags: OFlags) -> FsResult<OwnedFd> {
         match self.resolve(path, flags | OFlags::NOATIME) {

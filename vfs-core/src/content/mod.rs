@@ -30,6 +30,7 @@ mod tests;
 pub use cache::{Cache, CacheStats};
 pub use manifest::Manifest;
 pub use manifests::Manifests;
+pub(crate) use ranges::RangeSet;
 pub use reader::Reader;
 pub use serve::OwnFiles;
 

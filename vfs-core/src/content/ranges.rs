@@ -8,13 +8,13 @@ use std::ops::Range;
 
 /// Disjoint, not touching, never empty ranges: start to end.
 #[derive(Clone, Default, PartialEq, Eq, Debug)]
-pub(super) struct RangeSet {
+pub(crate) struct RangeSet {
     ranges: BTreeMap<u64, u64>,
 }
 
 impl RangeSet {
     /// Adds a range; gives how many numbers are new.
-    pub(super) fn insert(&mut self, range: Range<u64>) -> u64 {
+    pub(crate) fn insert(&mut self, range: Range<u64>) -> u64 {
         if range.is_empty() {
             return 0;
         }
@@ -32,13 +32,13 @@ impl RangeSet {
     }
 
     /// Whether every number of the range is in the set.
-    pub(super) fn contains(&self, range: &Range<u64>) -> bool {
+    pub(crate) fn contains(&self, range: &Range<u64>) -> bool {
         range.is_empty()
             || self.ranges.range(..=range.start).next_back().is_some_and(|(_, &to)| to >= range.end)
     }
 
     /// The parts of the range that are not in the set, in order.
-    pub(super) fn missing(&self, range: Range<u64>) -> impl Iterator<Item = Range<u64>> + '_ {
+    pub(crate) fn missing(&self, range: Range<u64>) -> impl Iterator<Item = Range<u64>> + '_ {
         let before = self.ranges.range(..range.start).next_back().map(|(_, &to)| to);
         let mut at = before.map_or(range.start, |to| to.clamp(range.start, range.end));
         let mut present = self.ranges.range(range.start..range.end);
@@ -56,12 +56,12 @@ impl RangeSet {
     }
 
     /// The ranges, in order.
-    pub(super) fn iter(&self) -> impl ExactSizeIterator<Item = Range<u64>> + '_ {
+    pub(crate) fn iter(&self) -> impl ExactSizeIterator<Item = Range<u64>> + '_ {
         self.ranges.iter().map(|(&from, &to)| from..to)
     }
 
     /// The end of the last range.
-    pub(super) fn end(&self) -> u64 {
+    pub(crate) fn end(&self) -> u64 {
         self.ranges.last_key_value().map_or(0, |(_, &to)| to)
     }
 }

@@ -7,6 +7,7 @@
 //! | `read`, `tx`, `memory` | typed reads; one commit in the making; what is held in memory |
 //! | `locations` | the locations themselves |
 //! | `observe`, `sweep` | the owner's side: what its disk has; what nothing leads to any more |
+//! | `expect` | what this device itself is about to put on its disks |
 //! | `replica` | the other devices' locations |
 //! | `view` | queries |
 //!
@@ -21,6 +22,7 @@
 //! before it is durable ([`View::log_after`]): a sequence number that another device has
 //! seen is never given twice.
 
+mod expect;
 mod key;
 mod locations;
 mod memory;
@@ -46,6 +48,7 @@ mod tests;
 use crate::changes::Feed;
 use crate::error::{FsError, Kind};
 use crate::model::{Attr, DeviceId, Entry, FileId, LocationId, LocationNo, Name, Seq};
+use expect::Expected;
 use memory::Memory;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -55,6 +58,7 @@ use std::time::{Duration, Instant};
 use tx::Tx;
 
 pub(crate) use key::after_prefix;
+pub use observe::Sighting;
 pub use redb::RedbStore;
 #[cfg(feature = "sled")]
 pub use sled::SledStore;
@@ -195,6 +199,7 @@ struct Inner {
     /// The one lock of all writers. `memory` is changed while it is held.
     writer: Mutex<Writer>,
     memory: Memory,
+    expected: Expected,
     /// There are relaxed commits after the last durable one. Changed under `writer`.
     relaxed: AtomicBool,
     renumbered: replica::Renumbered,
@@ -224,6 +229,9 @@ impl Index {
         let (feed, relaxed, renumbered) = Default::default();
         let writer = Mutex::new(Writer { durable_at: Instant::now(), keys_since: 0 });
         let inner = Arc::new(Inner { store, me, feed, writer, memory, relaxed, renumbered });
+        let (feed, relaxed, expected) = Default::default();
+        let writer = Mutex::new(Writer { durable_at: Instant::now(), keys_since: 0 });
+        let inner = Arc::new(Inner { store, me, feed, writer, memory, expected, relaxed });
         locations::resume_removals(&inner, removing);
         Ok(Self(inner))
     }
@@ -297,7 +305,7 @@ impl Index {
     ) -> Result<R, IndexError> {
         let inner = &*self.0;
         let mut writer = inner.lock();
-        let mut tx = Tx::new(inner.store.snapshot()?, &inner.memory);
+        let mut tx = Tx::new(inner.store.snapshot()?, &inner.memory, &inner.expected);
         let result = make(&mut tx)?;
         let (batch, states, changes) = tx.finish();
         if batch.is_empty() {

@@ -12,7 +12,7 @@ use super::row::{Orphan, Row, decode, encode};
 use super::store::Table;
 use super::tx::{NAMES_ALIKE, Place, Tx};
 use super::{Index, IndexError, Observed, ROOT_PARENT};
-use crate::model::{ContentId, Entry, FileId, FileType, LocationNo, Name, Stamp};
+use crate::model::{Attr, ContentId, Entry, FileId, FileType, LocationNo, Name, Seq, Stamp};
 use std::ops::ControlFlow;
 
 /// Names of one listing that are written in one commit: bounds the memory of a commit, and
@@ -134,6 +134,31 @@ impl Index {
         })
     }
 
+    /// Several names as they are now, in this order, in one commit: for what belongs together.
+    /// Gives the rows, and the number that a replica with all of them has reached. A name in a
+    /// directory that is gone is passed over.
+    pub fn observe_entries(
+        &self,
+        no: LocationNo,
+        sightings: Vec<Sighting>,
+    ) -> Result<(Vec<Option<Entry>>, Seq), IndexError> {
+        self.own_location(no)?;
+        self.write(|tx| {
+            let mut found = Vec::with_capacity(sightings.len());
+            for sighting in sightings {
+                found.push(sight(tx, no, sighting)?);
+            }
+            Ok((found, tx.state(no)?.head))
+        })
+    }
+
+    /// Whether a file has this id, or had it and may appear again.
+    pub fn is_file_known(&self, no: LocationNo, file: FileId) -> Result<bool, IndexError> {
+        self.own_location(no)?;
+        let snapshot = self.store().snapshot()?;
+        Ok(read::has_name(&*snapshot, no, file)? || read::orphan(&*snapshot, no, file)?.is_some())
+    }
+
     /// Records the hash of a version; `false`: the row is another version by now.
     pub fn set_content(
         &self,
@@ -193,6 +218,19 @@ impl Index {
     }
 }
 
+/// A name that was looked at.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Sighting {
+    /// The directory.
+    pub dir: FileId,
+    /// The name in it.
+    pub name: Name,
+    /// What it has now; `None`: nothing.
+    pub now: Option<Observed>,
+    /// The hash of the version with this stamp, where it is known.
+    pub content: Option<(Stamp, ContentId)>,
+}
+
 #[derive(Default)]
 struct Comparison {
     /// Directories that are as before.
@@ -223,6 +261,19 @@ fn is_directory(entry: &Entry) -> bool {
 
 fn check_directory(tx: &Tx<'_>, no: LocationNo, dir: FileId) -> Result<(), IndexError> {
     if tx.has_name(no, dir)? { Ok(()) } else { Err(IndexError::NoSuchDirectory(no, dir)) }
+}
+
+impl Observed {
+    /// Whether this is the file of the row, changed or not.
+    pub fn is_of(&self, entry: &Entry) -> bool {
+        is_same_file(entry, self)
+    }
+
+    /// The stamp of its bytes.
+    pub fn stamp(&self) -> Stamp {
+        let Attr { size, mtime, ctime, .. } = self.attr;
+        Stamp { disk_ino: self.disk_ino, size, mtime, ctime }
+    }
 }
 
 /// Whether what the disk has is the file of this row, changed or not. An inode number is
@@ -278,11 +329,15 @@ fn settle(
     now: Option<Observed>,
 ) -> Result<Option<Entry>, IndexError> {
     let old = tx.row(place)?;
+    let now = now.filter(|_| !tx.is_hidden(place.no, place.name));
     match (old, now) {
         (None, None) => Ok(None),
         (Some(old), None) => vanish(tx, place, &old).map(|()| None),
         (Some(old), Some(now)) if is_same_file(&old.entry, &now) => {
             update(tx, place, old, now).map(Some)
+        }
+        (Some(old), Some(now)) if is_next_of(tx, place.no, &old.entry, &now) => {
+            replace(tx, place, old, now).map(Some)
         }
         (old, Some(now)) => {
             if let Some(old) = old {
@@ -336,21 +391,64 @@ fn update_other_names(tx: &mut Tx<'_>, this: Place<'_>, entry: &Entry) -> Result
     Ok(())
 }
 
+/// Whether this device itself put these bytes in the place of the file's last ones.
+fn is_next_of(tx: &Tx<'_>, no: LocationNo, old: &Entry, now: &Observed) -> bool {
+    old.attr.file_type == FileType::File
+        && now.attr.file_type == FileType::File
+        && tx.expected(no, now.disk_ino) == Some(old.file_id)
+}
+
+/// The next version of a file is another inode, as after an atomic save, with the same id.
+fn replace(
+    tx: &mut Tx<'_>,
+    place: Place<'_>,
+    old: Row,
+    now: Observed,
+) -> Result<Entry, IndexError> {
+    let no = place.no;
+    let generation = old.entry.generation.wrapping_add(1);
+    let entry = entry_of(old.entry.file_id, generation, None, now)?;
+    if read::file_on_disk(tx, no, old.entry.disk_ino)? == Some(entry.file_id) {
+        tx.batch.delete(Table::Disk, key::disk(no, old.entry.disk_ino));
+    }
+    let id = key::file_value(entry.file_id);
+    tx.batch.put(Table::Disk, key::disk(no, entry.disk_ino), id);
+    let seq = tx.next_seq(no)?;
+    tx.put_row(place, Some(&old), entry.clone(), seq)?;
+    tx.enqueue(no, &entry);
+    Ok(entry)
+}
+
 fn appear(tx: &mut Tx<'_>, place: Place<'_>, now: Observed) -> Result<Entry, IndexError> {
-    match known_file(tx, place.no, &now)? {
-        Some(known) => link(tx, place, known, now),
-        None => create(tx, place, now),
+    let known = known_file(tx, place.no, &now)?;
+    let expected = tx.expected(place.no, now.disk_ino);
+    match known {
+        Some(known) if expected.is_none_or(|id| id == known.file_id) => link(tx, place, known, now),
+        _ => create(tx, place, now, expected),
     }
 }
 
-fn create(tx: &mut Tx<'_>, place: Place<'_>, now: Observed) -> Result<Entry, IndexError> {
-    let file = tx.next_file(place.no)?;
+fn create(
+    tx: &mut Tx<'_>,
+    place: Place<'_>,
+    now: Observed,
+    expected: Option<FileId>,
+) -> Result<Entry, IndexError> {
+    let file = match expected {
+        Some(id) if is_free(tx, place.no, id)? => id,
+        _ => tx.next_file(place.no)?,
+    };
     let entry = entry_of(file, 1, None, now)?;
     let seq = tx.next_seq(place.no)?;
     tx.put_row(place, None, entry.clone(), seq)?;
     tx.batch.put(Table::Disk, key::disk(place.no, entry.disk_ino), key::file_value(file));
     tx.enqueue(place.no, &entry);
     Ok(entry)
+}
+
+/// Whether no file has, or may yet get back, this id.
+fn is_free(tx: &Tx<'_>, no: LocationNo, file: FileId) -> Result<bool, IndexError> {
+    Ok(!tx.has_name(no, file)? && read::orphan(tx, no, file)?.is_none())
 }
 
 /// A file that is known gets one more name, or its name elsewhere: a rename or a hard link.
@@ -400,6 +498,20 @@ fn named_entry(tx: &Tx<'_>, no: LocationNo, file: FileId) -> Result<Option<Entry
     let names = read::names(tx, no, file, 1)?;
     let Some((parent, name)) = names.first() else { return Ok(None) };
     Ok(tx.row(Place { no, parent: *parent, name })?.map(|row| row.entry))
+}
+
+fn sight(tx: &mut Tx<'_>, no: LocationNo, sighting: Sighting) -> Result<Option<Entry>, IndexError> {
+    let Sighting { dir, name, now, content } = sighting;
+    if !tx.has_name(no, dir)? {
+        return Ok(None);
+    }
+    let place = Place { no, parent: dir, name: &name };
+    let entry = settle(tx, place, now)?;
+    if let (Some(entry), Some((stamp, content))) = (&entry, content) {
+        set_content(tx, no, entry.file_id, &stamp, content)?;
+        return Ok(tx.row(place)?.map(|row| row.entry));
+    }
+    Ok(entry)
 }
 
 fn set_content(

@@ -7,6 +7,7 @@
 //! - a row with a content id has its key in Content;
 //! - the state of a location (counts, head) is that of its rows.
 
+use super::expect::Expected;
 use super::key;
 use super::memory::Memory;
 use super::read;
@@ -15,6 +16,7 @@ use super::store::{Batch, Snapshot, StoreError, Table, Visit};
 use super::{Counts, IndexError, ROOT_PARENT};
 use crate::changes::Change;
 use crate::model::{Entry, FileId, FileType, LocationNo, Name, Seq};
+use crate::ops::DRAWN_FILE_ID;
 use std::collections::BTreeMap;
 use std::ops::{Bound, ControlFlow};
 
@@ -43,15 +45,30 @@ impl Place<'_> {
 pub(super) struct Tx<'a> {
     snapshot: Box<dyn Snapshot + 'a>,
     memory: &'a Memory,
+    expected: &'a Expected,
     pub(super) batch: Batch,
     pub(super) changes: Vec<Change>,
     states: BTreeMap<LocationNo, State>,
 }
 
 impl<'a> Tx<'a> {
-    pub(super) fn new(snapshot: Box<dyn Snapshot + 'a>, memory: &'a Memory) -> Self {
+    pub(super) fn new(
+        snapshot: Box<dyn Snapshot + 'a>,
+        memory: &'a Memory,
+        expected: &'a Expected,
+    ) -> Self {
         let (batch, changes, states) = Default::default();
-        Self { snapshot, memory, batch, changes, states }
+        Self { snapshot, memory, expected, batch, changes, states }
+    }
+
+    /// The id that an inode about to appear is to have.
+    pub(super) fn expected(&self, no: LocationNo, disk_ino: u64) -> Option<FileId> {
+        self.expected.file(no, disk_ino)
+    }
+
+    /// Whether a name is one that nobody is to see.
+    pub(super) fn is_hidden(&self, no: LocationNo, name: &Name) -> bool {
+        self.expected.is_hidden(no, name)
     }
 
     /// The location's state, to be written with this commit.
@@ -85,7 +102,7 @@ impl<'a> Tx<'a> {
 
     pub(super) fn next_file(&mut self, no: LocationNo) -> Result<FileId, IndexError> {
         let state = self.state(no)?;
-        if state.last_file + 1 >= FileId::LIMIT {
+        if state.last_file + 1 >= DRAWN_FILE_ID {
             return Err(IndexError::TooMany("files"));
         }
         state.last_file += 1;

@@ -5,6 +5,7 @@
 //! | `scan` | directories of the disk to rows, breadth first and on demand |
 //! | `watch`, `follow` | the kernel's events, and what they make us look at |
 //! | `hash` | content ids and manifests, behind everything else |
+//! | `asked` | names that this device itself changed, looked at now |
 //! | `tend` | folders that come and go, rescans, what has to be tried again |
 //! | `place` | what is known of one location while this runs |
 //!
@@ -13,6 +14,7 @@
 //! directory was read and the name was not there, in the folder that was indexed.
 //! All state that must survive a stop is the index's.
 
+mod asked;
 mod follow;
 mod hash;
 mod place;
@@ -25,7 +27,9 @@ use crate::error::{FsError, FsResult, Kind};
 use crate::index::Index;
 use crate::local::Root;
 use crate::model::{FileId, LocationNo};
+pub(crate) use asked::Look;
 use follow::Hints;
+pub(crate) use place::is_same_folder;
 use place::{Place, lock};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};

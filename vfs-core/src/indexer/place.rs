@@ -14,7 +14,7 @@ use crate::error::{FsError, FsResult, Kind};
 use crate::index::{Index, Observed};
 use crate::local::Root;
 use crate::model::{Entry, FileId, LocationNo};
-use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
@@ -298,6 +298,13 @@ impl Place {
         }
     }
 
+    /// The orders of several directories, each once; needs that the caller holds none.
+    pub fn orders(&self, dirs: impl IntoIterator<Item = FileId>) -> Vec<MutexGuard<'_, ()>> {
+        // In the order of the locks, so that two such callers never wait for each other.
+        let stripes: BTreeSet<_> = dirs.into_iter().map(|dir| dir.0 % STRIPES as u64).collect();
+        stripes.into_iter().map(|stripe| lock(&self.order[stripe as usize])).collect()
+    }
+
     fn stripe(&self, dir: FileId) -> &Mutex<()> {
         &self.order[(dir.0 % STRIPES as u64) as usize]
     }
@@ -398,7 +405,7 @@ impl Place {
 ///
 /// The time of birth tells it best: roots of file systems share inode numbers,
 /// and FAT invents new ones at every mount.
-fn is_same_folder(known: &Entry, found: &Observed) -> bool {
+pub(crate) fn is_same_folder(known: &Entry, found: &Observed) -> bool {
     match (known.attr.btime, found.attr.btime) {
         (Some(known), Some(found)) => known == found,
         _ => known.disk_ino == found.disk_ino,

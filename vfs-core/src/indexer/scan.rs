@@ -343,7 +343,7 @@ impl Core {
         Ok(())
     }
 
-    fn look_into(&self, place: &Place, dir: FileId) {
+    pub(super) fn look_into(&self, place: &Place, dir: FileId) {
         let was_lost = lock(&place.lost).remove(&dir);
         let was_unread = lock(&place.unread).remove(&dir);
         if was_unread {
@@ -406,7 +406,7 @@ fn is_known(open: &OwnedFd, dir: FileId, known: &Entry) -> FsResult<bool> {
 }
 
 /// How long what lost its name waits for its next one before its rows go.
-const SWEEP_DELAY: Duration = Duration::from_secs(2);
+pub(super) const SWEEP_DELAY: Duration = Duration::from_secs(2);
 
 /// Whether the failure says that the directory itself is not there any more.
 pub(super) fn is_gone(e: &FsError) -> bool {

@@ -1,0 +1,624 @@
+//! Operations that came together: carried out in their order, made durable together.
+//!
+//! New bytes cost a wait for the disk. So the files of operations that do not depend on each
+//! other are prepared first, written back together, and only then get their names; everything
+//! else is carried out as it comes. What is about to be done and could be left half done by a
+//! crash is noted in the ledger first, what was done is looked at by the indexer at once, and
+//! the answers are noted at the end, after every directory is durable.
+
+use super::body::{Body, Verified, copy_data};
+use super::compare::{Known, Meant};
+use super::create::{Making, SET_ID};
+use super::ledger::{Entry, Intent, Step};
+use super::names::hidden_name;
+use super::receive::Receiving;
+use super::site::{Dir, Fail, Site};
+use super::write::Writing;
+use super::{Applier, Writer, lock};
+use crate::error::{FsError, FsResult};
+use crate::indexer::Look;
+use crate::model::{ContentId, FileId, LocationId, LocationNo, Name, Stamp, Time};
+use crate::ops::{
+    Applied, Base, Change, Conflict, New, NewContent, Obstacle, Op, OpId, Outcome, Place, Refusal,
+};
+use std::collections::{HashMap, HashSet};
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+use std::sync::Arc;
+
+/// Prepared bytes: all that the extents hold, verified.
+pub(super) struct Ready {
+    source: Source,
+    verified: Arc<Verified>,
+}
+
+enum Source {
+    Own(Body),
+    Received(Receiving),
+}
+
+impl Ready {
+    pub fn own(body: Body, verified: Verified) -> Self {
+        Self { source: Source::Own(body), verified: Arc::new(verified) }
+    }
+
+    pub fn received(receiving: Receiving, verified: Arc<Verified>) -> Self {
+        Self { source: Source::Received(receiving), verified }
+    }
+
+    pub fn body(&self) -> &Body {
+        match &self.source {
+            Source::Own(body) => body,
+            Source::Received(receiving) => receiving.body(),
+        }
+    }
+
+    pub fn content(&self) -> Option<ContentId> {
+        match &*self.verified {
+            Verified::Whole(id, _) => Some(*id),
+            _ => None,
+        }
+    }
+
+    /// The attributes of a new file.
+    pub fn dress(&self, perm: u16, mtime: Time) -> FsResult<()> {
+        let file = &self.body().file;
+        rustix::fs::fchmod(file, super::mode(perm & !SET_ID))
+            .map_err(|e| FsError::os("set permissions", e))?;
+        super::body::set_times(file.as_fd(), None, Some(mtime))
+            .map_err(|e| FsError::os("set the time", e))
+    }
+
+    /// Bytes and attributes, to another file.
+    pub fn copy_to(&self, to: &std::fs::File) -> FsResult<()> {
+        let from = &self.body().file;
+        let seen = from.metadata().map_err(|e| FsError::os("stat new bytes", e))?;
+        copy_data(from, to, 0..seen.len())?;
+        to.set_len(seen.len()).map_err(|e| FsError::os("set the size", e))?;
+        super::attr::copy_attributes(from, to)
+    }
+}
+
+/// What was done, and where the indexer is to look.
+#[derive(Default)]
+pub(super) struct Done {
+    pub file: Option<FileId>,
+    pub version: Option<Stamp>,
+    pub conflict: Option<Conflict>,
+    pub looks: Vec<Look>,
+    /// The look whose row is the file's.
+    pub main: Option<usize>,
+    /// Directories that are to be durable.
+    pub dirs: Vec<(FileId, OwnedFd)>,
+    /// Inodes whose ids were decided here, until they have rows.
+    pub expected: Vec<(LocationNo, u64)>,
+    /// Names that are gone again.
+    pub hidden: Vec<Name>,
+}
+
+impl Done {
+    /// Nothing was changed.
+    pub fn nothing(file: Option<FileId>) -> Self {
+        Self { file, ..Self::default() }
+    }
+
+    /// The owner's change stands.
+    pub fn stands(file: FileId, why: &str) -> Self {
+        Self::nothing(Some(file)).met(Some(Conflict::OwnerStands(why.to_owned())))
+    }
+
+    /// The file is at this place now.
+    pub fn at(dir: &Dir, name: Name) -> Self {
+        let look = Look { dir: dir.id, name, content: None };
+        Self { looks: vec![look], main: Some(0), ..Self::default() }.syncing(dir)
+    }
+
+    /// The file is at this place now, with these bytes.
+    pub fn of(dir: &Dir, name: Name, stamp: Stamp, ready: &Ready) -> Self {
+        let mut done = Self { version: Some(stamp), ..Self::at(dir, name) };
+        done.looks[0].content = ready.content().map(|id| (stamp, id));
+        done
+    }
+
+    /// One more name that changed.
+    pub fn and(mut self, dir: &Dir, name: Name) -> Self {
+        self.looks.push(Look { dir: dir.id, name, content: None });
+        self.syncing(dir)
+    }
+
+    fn syncing(mut self, dir: &Dir) -> Self {
+        // Without a handle the directory is opened again at the end.
+        if let Ok(fd) = dir.fd.try_clone() {
+            self.dirs.push((dir.id, fd));
+        }
+        self
+    }
+
+    pub fn met(mut self, conflict: Option<Conflict>) -> Self {
+        self.conflict = conflict.or(self.conflict);
+        self
+    }
+
+    pub fn expecting(mut self, no: LocationNo, disk_ino: u64) -> Self {
+        self.expected.push((no, disk_ino));
+        self
+    }
+
+    pub fn revealing(mut self, hidden: Name) -> Self {
+        self.hidden.push(hidden);
+        self
+    }
+}
+
+/// An operation with its place in the batch.
+struct Item {
+    slot: usize,
+    id: OpId,
+    op: Op,
+}
+
+/// An operation whose bytes are prepared.
+struct Pending<'a> {
+    item: Item,
+    site: Rc<Site<'a>>,
+    work: Prepared,
+}
+
+/// What is prepared.
+enum Prepared {
+    Create(Ready),
+    Write(Box<Writing>),
+}
+
+impl Prepared {
+    fn body(&self) -> &Body {
+        match self {
+            Self::Create(ready) => ready.body(),
+            Self::Write(writing) => writing.ready.body(),
+        }
+    }
+}
+
+/// What two operations must not both be about, to be prepared together.
+#[derive(PartialEq, Eq, Hash)]
+enum Touch {
+    Name(LocationId, Place),
+    File(LocationId, FileId),
+}
+
+/// Operations of one writer under way.
+pub(super) struct Batch<'a> {
+    applier: &'a Applier,
+    writer: &'a Writer,
+    sites: HashMap<LocationId, Rc<Site<'a>>>,
+    outcomes: Vec<Option<Outcome>>,
+    pending: Vec<Pending<'a>>,
+    touched: HashSet<Touch>,
+    /// Names under which what is removed is looked at once more.
+    asides: HashMap<OpId, Name>,
+    /// Answers of this batch, which later operations of it may refer to.
+    applied: HashMap<u64, Applied>,
+    /// Where in `outcomes` they are.
+    new: Vec<usize>,
+    dirs: HashMap<(LocationNo, FileId), OwnedFd>,
+    entry: Entry,
+}
+
+impl<'a> Batch<'a> {
+    pub fn new(applier: &'a Applier, writer: &'a Writer, len: usize) -> Self {
+        Self {
+            applier,
+            writer,
+            sites: HashMap::new(),
+            outcomes: vec![None; len],
+            pending: Vec::new(),
+            touched: HashSet::new(),
+            asides: HashMap::new(),
+            applied: HashMap::new(),
+            new: Vec::new(),
+            dirs: HashMap::new(),
+            entry: Entry::default(),
+        }
+    }
+
+    pub fn run(mut self, ops: Vec<(OpId, Op, Option<Receiving>)>) -> Vec<Outcome> {
+        if let Err(e) = self.note_removals(&ops) {
+            return vec![Fail::from(e).into_outcome(); ops.len()];
+        }
+        for (slot, (id, op, receiving)) in ops.into_iter().enumerate() {
+            let item = Item { slot, id, op };
+            let (id, op) = (item.id, item.op.clone());
+            if let Err(fail) = self.add(item, receiving) {
+                self.fail(slot, &id, &op, fail);
+            }
+        }
+        self.flush();
+        self.end()
+    }
+
+    /// One commit for all of them, before the first.
+    fn note_removals(&mut self, ops: &[(OpId, Op, Option<Receiving>)]) -> FsResult<()> {
+        let mut begun = Vec::new();
+        for (id, op, _) in ops {
+            let Change::Unlink { at, base: Some(_), .. } = &op.change else { continue };
+            let Ok(site) = self.site(op.location) else { continue };
+            let hidden = hidden_name();
+            self.asides.insert(*id, hidden.clone());
+            let step = Step::Remove { hidden };
+            begun.push((*id, site.intent(at, step)?));
+        }
+        for (_, intent) in &begun {
+            self.applier.hide(intent);
+        }
+        self.entry.ended.extend(begun.iter().map(|(id, _)| *id));
+        self.applier.ledger.commit(Entry { begun, ..Entry::default() })
+    }
+
+    fn site(&mut self, location: LocationId) -> Result<Rc<Site<'a>>, Fail> {
+        if let Some(site) = self.sites.get(&location) {
+            return Ok(site.clone());
+        }
+        let site = Rc::new(Site::open(self.applier, self.writer, location)?);
+        self.sites.insert(location, site.clone());
+        Ok(site)
+    }
+
+    fn add(&mut self, item: Item, receiving: Option<Receiving>) -> Result<(), Fail> {
+        let Item { slot, id, op } = &item;
+        if !op.is_valid() || op.no != id.no || id.writer != self.writer.id {
+            return Err(Fail::Refused(Refusal::Malformed));
+        }
+        if let Some(applied) = self.applier.ledger.outcome(id)? {
+            self.outcomes[*slot] = Some(Outcome::Applied(applied));
+            return Ok(());
+        }
+        if let Some(outcome) = self.applier.waiting.outcome(id, op) {
+            self.outcomes[*slot] = Some(outcome);
+            return Ok(());
+        }
+        let site = self.site(op.location)?;
+        self.applier.finish_redo(&site, id)?;
+        let touches = site.touches(op)?;
+        let is_alone = touches.is_none();
+        let touches = touches.unwrap_or_default();
+        if is_alone || touches.iter().any(|touch| self.touched.contains(touch)) {
+            self.flush();
+        }
+        let Some(work) = self.prepare(&site, &item, receiving)? else {
+            let done = self.carry_out(&site, &item)?;
+            self.observe(vec![(item, site, done)]);
+            return Ok(());
+        };
+        self.touched.extend(touches);
+        self.pending.push(Pending { item, site, work });
+        Ok(())
+    }
+
+    /// The bytes of an operation that has some; `None`: it has none, or needs none any more.
+    fn prepare(
+        &mut self,
+        site: &Site<'a>,
+        item: &Item,
+        receiving: Option<Receiving>,
+    ) -> Result<Option<Prepared>, Fail> {
+        match &item.op.change {
+            Change::Create { at, what: New::File(content), perm, mtime: _, .. } => {
+                let dir = site.dir(at.dir)?;
+                let dir = match dir {
+                    Some(dir) => dir,
+                    None => site.top()?,
+                };
+                let ready = site.ready(item.id, content, Some(&dir), receiving)?;
+                ready.body().complete(content, None)?;
+                ready.dress(*perm, content.mtime)?;
+                ready.body().start_writing();
+                Ok(Some(Prepared::Create(ready)))
+            }
+            Change::Write { file, base, content, path } => {
+                let (file, base) = self.base(site, item.id, *file, base)?;
+                let writing = site.prepare_write(item.id, file, base, content, path, receiving)?;
+                Ok(writing.map(|w| Prepared::Write(Box::new(w))))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// The file and version that a change is based on.
+    fn base(
+        &self,
+        site: &Site<'a>,
+        id: OpId,
+        file: FileId,
+        base: &Base,
+    ) -> FsResult<(FileId, Option<Known>)> {
+        let no = match base {
+            Base::Seen { stamp, content } => {
+                let known = Known { stamp: *stamp, content: *content };
+                return Ok((site.means(file)?, Some(known)));
+            }
+            Base::After(no) => *no,
+        };
+        let applied = match self.applied.get(&no) {
+            Some(applied) => Some(applied.clone()),
+            None => self.applier.ledger.outcome(&OpId { no, ..id })?,
+        };
+        let applied_file = applied.as_ref().and_then(|a| a.file);
+        let known = applied.and_then(|a| a.version).map(|stamp| Known { stamp, content: None });
+        Ok((applied_file.map_or_else(|| site.means(file), Ok)?, known))
+    }
+
+    /// The file and version that are to go.
+    fn meant(
+        &self,
+        site: &Site<'a>,
+        id: OpId,
+        named: FileId,
+        base: Option<&Base>,
+    ) -> FsResult<(FileId, Meant)> {
+        let Some(base) = base else { return Ok((site.means(named)?, Meant::Any)) };
+        let (file, known) = self.base(site, id, named, base)?;
+        Ok((file, known.map_or(Meant::Unknown, Meant::Version)))
+    }
+
+    fn carry_out(&mut self, site: &Site<'a>, item: &Item) -> Result<Done, Fail> {
+        let file = |named: FileId| site.means(named);
+        match &item.op.change {
+            Change::Create { at, file, what, perm, mtime } => {
+                let new = Making { file: Some(*file), what, perm: *perm, mtime: *mtime };
+                site.create(at, &new, None)
+            }
+            Change::Write { file, base, content, .. } => {
+                let (file, base) = self.base(site, item.id, *file, base)?;
+                site.is_written(file, base, content)
+            }
+            Change::Link { file: named, at } => site.link(file(*named)?, at),
+            Change::Rename { file: named, from, to, replaced, exchange: false } => {
+                let replaced = match replaced {
+                    None => None,
+                    Some((named, base)) => {
+                        Some(self.meant(site, item.id, *named, base.as_ref())?)
+                    }
+                };
+                site.rename(file(*named)?, from, to, replaced)
+            }
+            Change::Rename { file: named, from, to, replaced, exchange: true } => {
+                let other = replaced.as_ref().ok_or(Fail::Refused(Refusal::Malformed))?.0;
+                site.exchange(file(*named)?, file(other)?, from, to)
+            }
+            Change::Unlink { file: named, at, base } => {
+                let (file, meant) = self.meant(site, item.id, *named, base.as_ref())?;
+                site.unlink(file, at, meant, self.asides.get(&item.id))
+            }
+            Change::Rmdir { file: named, at } => site.rmdir(file(*named)?, at),
+            Change::SetAttr { file: named, perm, uid, gid, atime, mtime } => {
+                let set = super::attr::Set {
+                    perm: *perm,
+                    uid: *uid,
+                    gid: *gid,
+                    atime: *atime,
+                    mtime: *mtime,
+                };
+                site.set_attr(file(*named)?, &set)
+            }
+            Change::Xattr { file: named, name, value } => {
+                site.set_xattr(file(*named)?, name, value.as_deref())
+            }
+        }
+    }
+
+    /// Everything prepared gets its name.
+    fn flush(&mut self) {
+        self.touched.clear();
+        let pending = std::mem::take(&mut self.pending);
+        if pending.is_empty() {
+            return;
+        }
+        let synced: Vec<_> = pending.iter().map(|p| p.work.body().sync()).collect();
+        let noted = self.note_swaps(&pending);
+        let mut done = Vec::new();
+        for (Pending { item, site, work }, synced) in pending.into_iter().zip(synced) {
+            let noted = noted.as_ref().map_err(|e| FsError::new(e.kind(), e.to_string()));
+            let finished = synced
+                .and(noted.map(|_| ()))
+                .map_err(Fail::from)
+                .and_then(|()| self.finish(&site, &item, work));
+            match finished {
+                Ok(work) => done.push((item, site, work)),
+                Err(fail) => self.fail(item.slot, &item.id, &item.op, fail),
+            }
+        }
+        self.observe(done);
+    }
+
+    fn note_swaps(&mut self, pending: &[Pending<'a>]) -> FsResult<()> {
+        let mut begun = Vec::new();
+        for Pending { item, site, work } in pending {
+            let Prepared::Write(writing) = work else { continue };
+            if let Some(intent) = site.write_intent(writing)? {
+                self.applier.hide(&intent);
+                begun.push((item.id, intent));
+            }
+        }
+        self.entry.ended.extend(begun.iter().map(|(id, _)| *id));
+        self.applier.ledger.commit(Entry { begun, ..Entry::default() })
+    }
+
+    fn finish(&mut self, site: &Site<'a>, item: &Item, work: Prepared) -> Result<Done, Fail> {
+        let (done, ready) = match (work, &item.op.change) {
+            (Prepared::Create(ready), Change::Create { at, file, what, perm, mtime }) => {
+                self.store_manifest(&ready);
+                let new = Making {
+                    file: Some(*file),
+                    what,
+                    perm: *perm,
+                    mtime: content_time(what, *mtime),
+                };
+                (site.create(at, &new, Some(&ready))?, ready)
+            }
+            (Prepared::Write(writing), Change::Write { content, .. }) => {
+                self.store_manifest(&writing.ready);
+                let done = site.write(item.id, &writing, content)?;
+                (done, writing.ready)
+            }
+            _ => unreachable!("prepared as what it is"),
+        };
+        drop(ready);
+        Ok(done)
+    }
+
+    /// Before the index says that the file has this content.
+    fn store_manifest(&self, ready: &Ready) {
+        if let Verified::Whole(content, manifest) = &*ready.verified
+            && let Err(e) = self.applier.manifests.put(manifest)
+        {
+            // It is made again from the file when it is asked for.
+            tracing::warn!(%content, "a hash tree could not be stored: {e}");
+        }
+    }
+
+    /// The indexer looks at what was done, and the answers are complete.
+    fn observe(&mut self, done: Vec<(Item, Rc<Site<'a>>, Done)>) {
+        let mut by_location: HashMap<LocationNo, Vec<(Item, Rc<Site<'a>>, Done)>> = HashMap::new();
+        for item in done {
+            by_location.entry(item.1.no()).or_default().push(item);
+        }
+        for (no, mut group) in by_location {
+            let looks: Vec<_> = group.iter().flat_map(|(.., d)| d.looks.clone()).collect();
+            let hidden: Vec<_> = group.iter().flat_map(|(.., d)| d.hidden.clone()).collect();
+            let reveal = || hidden.iter().for_each(|name| self.applier.index.unhide(no, name));
+            let seen = self.applier.indexer.look_now(no, &looks, reveal);
+            let mut first = 0;
+            for (item, site, done) in &mut group {
+                let rows = first..first + done.looks.len();
+                first = rows.end;
+                match &seen {
+                    Ok((found, seq)) => {
+                        let row = done.main.and_then(|main| found[rows][main].as_ref());
+                        let file = row.map(|row| row.file_id).or(done.file);
+                        let applied = Applied {
+                            file,
+                            version: done.version,
+                            seq: *seq,
+                            log_id: self.applier.index.log_id(no),
+                            conflict: done.conflict.take(),
+                        };
+                        for (no, ino) in &done.expected {
+                            self.applier.index.unexpect(*no, *ino);
+                        }
+                        self.answer(item, site, applied);
+                    }
+                    Err(e) => {
+                        let e = FsError::new(e.kind(), e.to_string());
+                        self.outcomes[item.slot] = Some(Fail::from(e).into_later());
+                    }
+                }
+                for (dir, fd) in done.dirs.drain(..) {
+                    self.dirs.entry((no, dir)).or_insert(fd);
+                }
+            }
+        }
+    }
+
+    fn fail(&mut self, slot: usize, id: &OpId, op: &Op, fail: Fail) {
+        let outcome = fail.into_outcome();
+        self.applier.waiting.note(id, op, &outcome);
+        self.outcomes[slot] = Some(outcome);
+    }
+
+    fn answer(&mut self, item: &Item, site: &Site<'a>, applied: Applied) {
+        let named = item.op.change.file();
+        if let Some(file) = applied.file.filter(|file| *file != named)
+            && is_alias(&item.op.change, applied.conflict.as_ref())
+        {
+            self.entry.aliases.push((site.named(named), file));
+            lock(&self.applier.aliases).insert(site.named(named), file);
+        }
+        self.applied.insert(item.id.no, applied.clone());
+        self.entry.outcomes.push((item.id, applied.clone()));
+        self.outcomes[item.slot] = Some(Outcome::Applied(applied));
+        self.new.push(item.slot);
+        self.applier.receptions.remove(&item.id);
+        self.applier.waiting.done(&item.id);
+    }
+
+    fn end(mut self) -> Vec<Outcome> {
+        let durable = self.make_durable();
+        if let Err(e) = durable {
+            // Done, but not surely for ever: asked again, it is recognised.
+            for slot in std::mem::take(&mut self.new) {
+                let e = FsError::new(e.kind(), e.to_string());
+                self.outcomes[slot] = Some(Fail::from(e).into_later());
+            }
+        }
+        let outcomes = self.outcomes.into_iter();
+        outcomes.map(|o| o.expect("each operation was answered")).collect()
+    }
+
+    fn make_durable(&mut self) -> FsResult<()> {
+        for dir in self.dirs.values() {
+            rustix::fs::fsync(dir).map_err(|e| FsError::os("make a directory durable", e))?;
+        }
+        if !self.new.is_empty() {
+            self.applier.index.flush()?;
+        }
+        let redone = std::mem::take(&mut *lock(&self.applier.redone));
+        self.entry.ended.extend(redone.iter().map(|(id, _)| *id));
+        self.entry.ended.append(&mut lock(&self.applier.leftovers));
+        self.applier.ledger.commit(std::mem::take(&mut self.entry))?;
+        lock(&self.applier.aliases).clear();
+        redone.into_iter().for_each(|(_, path)| super::recover::remove_redo(path));
+        Ok(())
+    }
+}
+
+/// Whether later operations of the writer that name this file mean the one it became.
+fn is_alias(change: &Change, conflict: Option<&Conflict>) -> bool {
+    match change {
+        Change::Create { .. } => true,
+        Change::Write { .. } => matches!(conflict, Some(Conflict::MadeAgain(_))),
+        _ => false,
+    }
+}
+
+fn content_time(what: &New, mtime: Time) -> Time {
+    match what {
+        New::File(NewContent { mtime, .. }) => *mtime,
+        _ => mtime,
+    }
+}
+
+impl Fail {
+    /// The change was made, and it is not known whether it will last.
+    fn into_later(self) -> Outcome {
+        match self.into_outcome() {
+            Outcome::Refused(why) => Outcome::Later(Obstacle::Failed(format!("{why:?}"))),
+            other => other,
+        }
+    }
+}
+
+impl Site<'_> {
+    /// What the operation is about, if it may be prepared along with others; `None`: it is
+    /// carried out alone.
+    fn touches(&self, op: &Op) -> FsResult<Option<Vec<Touch>>> {
+        let location = self.location.id;
+        Ok(match &op.change {
+            Change::Create { at, file, .. } => {
+                let at = Place { dir: self.means(at.dir)?, name: at.name.clone() };
+                Some(vec![Touch::Name(location, at), Touch::File(location, *file)])
+            }
+            Change::Write { file, .. } => {
+                Some(vec![Touch::File(location, *file), Touch::File(location, self.means(*file)?)])
+            }
+            _ => None,
+        })
+    }
+
+    /// A note of what is about to be done at this place.
+    pub fn intent(&self, at: &Place, step: Step) -> FsResult<Intent> {
+        let dir = self.means(at.dir)?;
+        let path = self.applier.index.view()?.path(self.no(), dir)?.unwrap_or_default();
+        let target = at.name.clone();
+        Ok(Intent { location: self.location.id, dir, path, target, step })
+    }
+}

@@ -1,0 +1,318 @@
+//! Names that move, and names that are added.
+
+use super::batch::Done;
+use super::body::path_of;
+use super::compare::Meant;
+use super::conflict::{AtName, Decision, Dir as DirState, Meeting, Target, There, decide};
+use super::create::rename_new;
+use super::names::conflict_name;
+use super::site::{Dir, Fail, Found, Site};
+use crate::error::{FsError, FsResult, Kind};
+use crate::index::Observed;
+use crate::local::handle_at;
+use crate::model::{FileId, FileType, Name, Time};
+use crate::ops::{Conflict, Obstacle, Place};
+use rustix::fs::{AtFlags, CWD, RenameFlags};
+use rustix::io::Errno;
+use std::os::fd::AsFd;
+
+/// Names that are tried for a conflict copy.
+const ATTEMPTS: u32 = 10_000;
+
+/// What a rename finds.
+struct Ends {
+    from: Dir,
+    seen: Observed,
+    to: Dir,
+    target: Target,
+}
+
+impl Site<'_> {
+    pub fn link(&self, file: FileId, at: &Place) -> Result<Done, Fail> {
+        let found = self.find(file, Some(at))?;
+        let dir = self.dir(at.dir)?;
+        let there = if found.is_some() { There::Yes } else { There::No };
+        let state = if dir.is_some() { DirState::There } else { DirState::Gone };
+        let mut name = at.name.clone();
+        for nth in 1..ATTEMPTS {
+            let now = dir.as_ref().map(|dir| dir.look(&name)).transpose()?.flatten();
+            let at_name = match (&now, &found) {
+                (None, _) => AtName::Free,
+                (Some(now), Some(found)) if now.disk_ino == found.seen.disk_ino => AtName::Alike,
+                (Some(_), _) => AtName::Other,
+            };
+            let meeting = Meeting::Link { file: there, dir: state, at: at_name };
+            let conflict = |dir: &Dir| (nth > 1).then(|| Conflict::KeptAs(dir.path_of(&name)));
+            match (decide(meeting), &dir, &found) {
+                (Decision::Done, Some(dir), _) => {
+                    return Ok(Done::at(dir, name.clone()).met(conflict(dir)));
+                }
+                (Decision::Stands(why), ..) => return Ok(Done::stands(file, why)),
+                (Decision::Do, Some(dir), Some(found)) => match self.link_now(found, dir, &name) {
+                    Err(e) if e.kind() == Kind::Exists => {}
+                    linked => {
+                        linked?;
+                        let done = Done::at(dir, name.clone()).met(conflict(dir));
+                        return Ok(done.and(&found.dir, found.name.clone()));
+                    }
+                },
+                _ => name = conflict_name(&at.name, &self.writer.name, Time::now(), nth),
+            }
+        }
+        Err(Fail::Later(Obstacle::Failed("no free name for a link".to_owned())))
+    }
+
+    fn link_now(&self, found: &Found, dir: &Dir, name: &Name) -> FsResult<()> {
+        let handle = handle_at(found.dir.fd.as_fd(), &found.name)?;
+        let is_same =
+            crate::local::ino_of(&crate::local::stat_of(handle.as_fd())?) == found.seen.disk_ino;
+        if !is_same {
+            return Err(FsError::new(Kind::Busy, "link a file that was just replaced"));
+        }
+        let path = path_of(handle.as_fd());
+        rustix::fs::linkat(CWD, path, &dir.fd, name.as_bytes(), AtFlags::SYMLINK_FOLLOW)
+            .map_err(|e| FsError::os("link", e))
+    }
+
+    pub fn rename(
+        &self,
+        file: FileId,
+        from: &Place,
+        to: &Place,
+        replaced: Option<(FileId, Meant)>,
+    ) -> Result<Done, Fail> {
+        let found = self.find(file, Some(from))?;
+        let to_dir = self.dir(to.dir)?;
+        let at_from = self.is_at(found.as_ref(), from)?;
+        let at_to = match (&found, &to_dir) {
+            (Some(found), Some(dir)) => self.target(found, dir, &to.name, replaced.as_ref())?,
+            _ => Target::Free,
+        };
+        let dir = if to_dir.is_some() { DirState::There } else { DirState::Gone };
+        match (decide(Meeting::Rename { at_from, dir, at_to }), found, to_dir) {
+            (Decision::Stands(why), ..) => Ok(Done::stands(file, why)),
+            (Decision::Done, Some(_), Some(dir)) => {
+                let left = self.dir(from.dir)?;
+                self.drop_replaced(left.as_ref(), &from.name, replaced.as_ref())?;
+                let done = Done::at(&dir, to.name.clone());
+                Ok(match left {
+                    Some(left) => done.and(&left, from.name.clone()),
+                    None => done,
+                })
+            }
+            (Decision::Do, Some(found), Some(to_dir)) => {
+                let ends = Ends { from: found.dir, seen: found.seen, to: to_dir, target: at_to };
+                self.rename_now(file, ends, from, to, replaced.as_ref())
+            }
+            (Decision::Beside, Some(found), Some(dir)) => {
+                self.rename_beside(&found.dir, &from.name, &dir, &to.name, file)
+            }
+            (other, ..) => unreachable!("{other:?} of a rename"),
+        }
+    }
+
+    fn is_at(&self, found: Option<&Found>, place: &Place) -> FsResult<There> {
+        let dir = self.means(place.dir)?;
+        let is = found.is_some_and(|f| f.dir.id == dir && f.name == place.name);
+        Ok(if is { There::Yes } else { There::No })
+    }
+
+    fn target(
+        &self,
+        moved: &Found,
+        dir: &Dir,
+        name: &Name,
+        replaced: Option<&(FileId, Meant)>,
+    ) -> FsResult<Target> {
+        let Some(seen) = dir.look(name)? else { return Ok(Target::Free) };
+        if seen.disk_ino == moved.seen.disk_ino {
+            return Ok(Target::Itself);
+        }
+        let Some((id, meant)) = replaced else { return Ok(Target::Other) };
+        if self.id_at(dir, name, &seen)? != Some(*id) {
+            return Ok(Target::Other);
+        }
+        let is_as_seen = self.is_as_seen(dir, name, seen, meant)?;
+        Ok(if is_as_seen { Target::AsSeen } else { Target::Other })
+    }
+
+    fn is_as_seen(&self, dir: &Dir, name: &Name, seen: Observed, meant: &Meant) -> FsResult<bool> {
+        let Some(dir) = self.dir_now(dir.id)? else { return Ok(false) };
+        self.is_meant(&Found { dir, name: name.clone(), seen }, meant)
+    }
+
+    fn rename_now(
+        &self,
+        file: FileId,
+        ends: Ends,
+        from: &Place,
+        to: &Place,
+        replaced: Option<&(FileId, Meant)>,
+    ) -> Result<Done, Fail> {
+        let Ends { from: from_dir, seen, to: to_dir, target } = ends;
+        let done = || Done::at(&to_dir, to.name.clone()).and(&from_dir, from.name.clone());
+        let renamed = match target {
+            // Two names of one file: the one goes, as after a rename to a free name.
+            Target::Itself => {
+                rustix::fs::unlinkat(&from_dir.fd, from.name.as_bytes(), AtFlags::empty())
+            }
+            Target::AsSeen => {
+                return self.rename_over(&from_dir, from, &to_dir, to, &seen, replaced, file);
+            }
+            _ => rename_new(&from_dir, &from.name, &to_dir, &to.name),
+        };
+        match renamed {
+            Ok(()) => Ok(done()),
+            Err(Errno::EXIST) => self.rename_beside(&from_dir, &from.name, &to_dir, &to.name, file),
+            Err(e) => self.not_renamed(e, file),
+        }
+    }
+
+    /// Swaps the two first: what comes out of the target's place is looked at once more, and
+    /// only then removed.
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "both ends of a rename, and what is known of them"
+    )]
+    fn rename_over(
+        &self,
+        from_dir: &Dir,
+        from: &Place,
+        to_dir: &Dir,
+        to: &Place,
+        seen: &Observed,
+        replaced: Option<&(FileId, Meant)>,
+        file: FileId,
+    ) -> Result<Done, Fail> {
+        let swapped = swap(from_dir, &from.name, to_dir, &to.name);
+        crate::apply::fail_point("apply::renamed");
+        match swapped {
+            Ok(()) => {}
+            Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
+                // A file system that cannot swap, or a directory into itself, which says so.
+                let (old, new) = (from.name.as_bytes(), to.name.as_bytes());
+                return match rustix::fs::renameat(&from_dir.fd, old, &to_dir.fd, new) {
+                    Ok(()) => {
+                        Ok(Done::at(to_dir, to.name.clone()).and(from_dir, from.name.clone()))
+                    }
+                    Err(e) => self.not_renamed(e, file),
+                };
+            }
+            Err(e) => return self.not_renamed(e, file),
+        }
+        let arrived = to_dir.look(&to.name)?.is_some_and(|now| now.disk_ino == seen.disk_ino);
+        if arrived && self.drop_replaced(Some(from_dir), &from.name, replaced)? {
+            return Ok(Done::at(to_dir, to.name.clone()).and(from_dir, from.name.clone()));
+        }
+        swap(from_dir, &from.name, to_dir, &to.name)
+            .map_err(|e| FsError::os("undo a rename", e))?;
+        self.rename_beside(from_dir, &from.name, to_dir, &to.name, file)
+    }
+
+    /// Removes what a rename replaced and swapped to its own old place, if it still is what the
+    /// writer saw; `false`: it is not.
+    fn drop_replaced(
+        &self,
+        dir: Option<&Dir>,
+        name: &Name,
+        replaced: Option<&(FileId, Meant)>,
+    ) -> FsResult<bool> {
+        let (Some(dir), Some((id, meant))) = (dir, replaced) else { return Ok(true) };
+        let Some(seen) = dir.look(name)? else { return Ok(true) };
+        if self.id_at(dir, name, &seen)? != Some(*id) {
+            return Ok(false);
+        }
+        let is_dir = seen.attr.file_type == FileType::Directory;
+        if !self.is_as_seen(dir, name, seen, meant)? {
+            return Ok(false);
+        }
+        let how = if is_dir { AtFlags::REMOVEDIR } else { AtFlags::empty() };
+        match rustix::fs::unlinkat(&dir.fd, name.as_bytes(), how) {
+            Ok(()) | Err(Errno::NOENT) => Ok(true),
+            Err(Errno::NOTEMPTY | Errno::EXIST) => Ok(false),
+            Err(e) => Err(FsError::os("remove what was replaced", e)),
+        }
+    }
+
+    /// The target stays, and the moved file is beside it.
+    fn rename_beside(
+        &self,
+        from_dir: &Dir,
+        from: &Name,
+        to_dir: &Dir,
+        to: &Name,
+        file: FileId,
+    ) -> Result<Done, Fail> {
+        for nth in 1..ATTEMPTS {
+            let name = conflict_name(to, &self.writer.name, Time::now(), nth);
+            match rename_new(from_dir, from, to_dir, &name) {
+                Ok(()) => {
+                    let conflict = Conflict::KeptAs(to_dir.path_of(&name));
+                    let done = Done::at(to_dir, name).and(from_dir, from.clone());
+                    return Ok(done.met(Some(conflict)));
+                }
+                Err(Errno::EXIST) => {}
+                Err(e) => return self.not_renamed(e, file),
+            }
+        }
+        Err(Fail::Later(Obstacle::Failed("no free name for a conflict copy".to_owned())))
+    }
+
+    /// What fails because of what the owner did meanwhile is not a failure.
+    fn not_renamed(&self, error: Errno, file: FileId) -> Result<Done, Fail> {
+        match error {
+            Errno::NOENT => Ok(Done::stands(file, "it was moved or deleted on its device")),
+            Errno::INVAL => Ok(Done::stands(file, "the folder is inside of it on its device")),
+            Errno::NOTEMPTY | Errno::EXIST | Errno::ISDIR | Errno::NOTDIR => {
+                Ok(Done::stands(file, "something else has this name on its device"))
+            }
+            e => Err(FsError::os("rename", e).into()),
+        }
+    }
+
+    pub fn exchange(
+        &self,
+        file: FileId,
+        other: FileId,
+        from: &Place,
+        to: &Place,
+    ) -> Result<Done, Fail> {
+        let found = self.find(file, Some(from))?;
+        let second = self.find(other, Some(to))?;
+        let at_from = self.is_at(found.as_ref(), from)?;
+        let second_at_to = self.is_at(second.as_ref(), to)?;
+        let is_done = self.is_at(found.as_ref(), to)? == There::Yes;
+        let at_to = match (second_at_to, is_done) {
+            (There::Yes, _) => Target::AsSeen,
+            (There::No, true) => Target::Itself,
+            (There::No, false) => Target::Other,
+        };
+        match (decide(Meeting::Exchange { at_from, at_to }), found, second) {
+            (Decision::Stands(why), ..) => Ok(Done::stands(file, why)),
+            (Decision::Done, Some(found), _) => Ok(Done::at(&found.dir, found.name)),
+            (Decision::Do, Some(found), Some(second)) => {
+                match swap(&found.dir, &found.name, &second.dir, &second.name) {
+                    Ok(()) => Ok(Done::at(&second.dir, second.name).and(&found.dir, found.name)),
+                    Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP)
+                        if !is_inside(&found, &second) =>
+                    {
+                        Err(FsError::new(Kind::NotSupported, "swap two names").into())
+                    }
+                    Err(e) => self.not_renamed(e, file),
+                }
+            }
+            (other, ..) => unreachable!("{other:?} of an exchange"),
+        }
+    }
+}
+
+/// Whether one is above the other, which no swap can be.
+fn is_inside(a: &Found, b: &Found) -> bool {
+    let (a, b) = (a.dir.path_of(&a.name), b.dir.path_of(&b.name));
+    a.starts_with(&b) || b.starts_with(&a)
+}
+
+fn swap(a: &Dir, a_name: &Name, b: &Dir, b_name: &Name) -> rustix::io::Result<()> {
+    let (from, to) = (a_name.as_bytes(), b_name.as_bytes());
+    rustix::fs::renameat_with(&a.fd, from, &b.fd, to, RenameFlags::EXCHANGE)
+}
