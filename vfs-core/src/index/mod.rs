@@ -226,12 +226,10 @@ impl Index {
     pub fn open(store: Arc<dyn Store>, me: DeviceId) -> Result<Self, IndexError> {
         let memory = Memory::default();
         let removing = locations::load(&*store.snapshot()?, &memory)?;
-        let (feed, relaxed, renumbered) = Default::default();
+        let (feed, relaxed, expected, renumbered) = Default::default();
         let writer = Mutex::new(Writer { durable_at: Instant::now(), keys_since: 0 });
-        let inner = Arc::new(Inner { store, me, feed, writer, memory, relaxed, renumbered });
-        let (feed, relaxed, expected) = Default::default();
-        let writer = Mutex::new(Writer { durable_at: Instant::now(), keys_since: 0 });
-        let inner = Arc::new(Inner { store, me, feed, writer, memory, expected, relaxed });
+        let inner =
+            Arc::new(Inner { store, me, feed, writer, memory, expected, relaxed, renumbered });
         locations::resume_removals(&inner, removing);
         Ok(Self(inner))
     }

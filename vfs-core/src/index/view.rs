@@ -49,11 +49,7 @@ impl<'a> View<'a> {
         Ok(entry.map(|entry| Node { parent, name, entry }))
     }
 
-<<<<<<< HEAD
     /// At most `limit` names of a file, with their directories.
-=======
-    /// At most `limit` names of a file: more than one are hard links.
->>>>>>> b3318bb (Applying at the owner: every kind of change, conflicts kept, each operation once)
     pub fn names(
         &self,
         no: LocationNo,
