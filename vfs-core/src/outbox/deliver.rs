@@ -280,7 +280,7 @@ impl Outbox {
             id,
             at,
             owner: record.owner,
-            location: state.locations.get(&record.location).copied(),
+            location: record.location,
             path: record.path.clone(),
             what: word(&record.change).to_owned(),
             ended,

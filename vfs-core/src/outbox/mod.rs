@@ -9,7 +9,8 @@
 //! | `deliver` | what to send, and what becomes of the answers |
 //! | `tend` | what happens by itself: syncing, letting go, what is seen in the index by now |
 //! | `recover` | taking up the journal of the last run |
-//! | `people` | what waits and why, conflicts, export |
+//! | `people` | what waits and why, conflicts |
+//! | `export` | the bytes of writes that no owner takes, for people |
 //! | `whole` | bytes whose base the owner has no more |
 //!
 //! **An operation's way.** A program's call is checked against the merged view
@@ -28,6 +29,7 @@
 
 mod attributes;
 mod deliver;
+mod export;
 mod names;
 mod order;
 mod people;
@@ -43,7 +45,10 @@ mod written;
 mod tests;
 
 pub use names::{Made, MoveFlags};
-pub use types::{ConflictRecord, Lane, OutboxConfig, OutboxError, Pending, PendingState, Report};
+pub use types::{
+    Backlog, ConflictRecord, Exported, Lane, OutboxConfig, OutboxError, Pending, PendingState,
+    Report, Usage,
+};
 pub use written::Written;
 
 use crate::changes;

@@ -3,11 +3,11 @@
 use super::deliver::word_refusal;
 use super::queue::{Progress, Queued, State, written_bytes};
 use super::record::{Record, word};
-use super::{ConflictRecord, Outbox, Pending, PendingState};
+use super::{Backlog, ConflictRecord, Outbox, Pending, PendingState, Usage};
 use crate::error::FsResult;
 use crate::model::{LocationNo, Name};
 use crate::ops::Refusal;
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 impl Outbox {
@@ -22,6 +22,31 @@ impl Outbox {
         let state = self.state();
         let bytes = state.ops.values().filter_map(|op| op.record.snapshot.as_ref());
         (state.ops.len(), bytes.map(written_bytes).sum())
+    }
+
+    /// The same for each owner, in the owners' order.
+    pub fn backlogs(&self) -> Vec<Backlog> {
+        let mut all: Vec<Backlog> = Vec::new();
+        let state = self.state();
+        // The oldest comes first, so it is the oldest of its owner as well.
+        for op in state.ops.values() {
+            let (owner, since) = (op.record.owner, op.record.at);
+            let at = all.iter().position(|b| b.owner == owner).unwrap_or_else(|| {
+                all.push(Backlog { owner, operations: 0, bytes: 0, stuck: 0, since });
+                all.len() - 1
+            });
+            let backlog = &mut all[at];
+            backlog.operations += 1;
+            backlog.bytes += op.record.snapshot.as_ref().map_or(0, written_bytes);
+            backlog.stuck += u64::from(op.progress == Progress::Blocked);
+        }
+        all.sort_by_key(|b| b.owner);
+        all
+    }
+
+    /// What the journal and staged bytes take of this device's disk.
+    pub fn usage(&self) -> Usage {
+        Usage { journal_bytes: self.journal.total_bytes(), staged_bytes: self.staging.used_bytes() }
     }
 
     /// Changes that met others' and were not looked at yet, the oldest first.
@@ -53,26 +78,40 @@ impl Outbox {
             Some((location, path)) => p.location == Some(*location) && p.path.starts_with(path),
             None => true,
         };
-        let left = |of: &HashSet<u64>| -> Vec<Pending> {
-            self.pending().into_iter().filter(|p| of.contains(&p.no)).collect()
-        };
-        let mut settled = self.settled.subscribe();
-        let waits: HashSet<u64> =
+        let waits: BTreeSet<u64> =
             self.pending().into_iter().filter(&wanted).map(|p| p.no).collect();
-        let all_settled = async {
-            while !left(&waits).is_empty() {
-                if settled.changed().await.is_err() {
-                    return;
-                }
-            }
-        };
-        match tokio::time::timeout(timeout, all_settled).await {
+        match tokio::time::timeout(timeout, self.reached(waits.clone())).await {
             Ok(()) => Ok(()),
-            Err(_) => match left(&waits) {
+            Err(_) => match self.left(&waits) {
                 left if left.is_empty() => Ok(()),
                 left => Err(left),
             },
         }
+    }
+
+    /// Those of these operations that still wait.
+    pub fn left(&self, of: &BTreeSet<u64>) -> Vec<Pending> {
+        let state = self.state();
+        of.iter().filter_map(|no| state.ops.get(no)).map(|op| pending(&state, op)).collect()
+    }
+
+    /// Returns when none of these operations waits any more.
+    pub async fn reached(&self, mut waits: BTreeSet<u64>) {
+        let mut settled = self.settled.subscribe();
+        while self.any_waits(&mut waits) {
+            if settled.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Forgets those that come first and do not wait any more.
+    fn any_waits(&self, of: &mut BTreeSet<u64>) -> bool {
+        let state = self.state();
+        while of.first().is_some_and(|no| !state.ops.contains_key(no)) {
+            of.pop_first();
+        }
+        !of.is_empty()
     }
 }
 
@@ -92,6 +131,7 @@ fn pending(state: &State, op: &Queued) -> Pending {
     Pending {
         no: record.no,
         owner: record.owner,
+        location_id: record.location,
         location: state.locations.get(&record.location).copied(),
         path: record.path.clone(),
         what: word(&record.change).to_owned(),
@@ -99,5 +139,6 @@ fn pending(state: &State, op: &Queued) -> Pending {
         since: record.at,
         attempts: *attempts,
         state: state_of,
+        stuck: *progress == Progress::Blocked,
     }
 }

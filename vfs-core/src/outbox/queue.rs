@@ -110,6 +110,12 @@ impl Drafts {
     }
 }
 
+impl Progress {
+    pub fn is_sent(self) -> bool {
+        self == Self::Sent
+    }
+}
+
 impl Queued {
     pub fn lane(&self) -> Lane {
         match self.record.snapshot.as_ref().map_or(0, written_bytes) {

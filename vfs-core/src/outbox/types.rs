@@ -1,6 +1,6 @@
 //! What the outbox says to people and to delivery.
 
-use crate::model::{DeviceId, LocationNo, Name, Time};
+use crate::model::{DeviceId, LocationId, LocationNo, Name, Time};
 use crate::ops::Conflict;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -76,6 +76,8 @@ pub struct Pending {
     pub no: u64,
     /// Who is to do it.
     pub owner: DeviceId,
+    /// In which location.
+    pub location_id: LocationId,
     /// This device's number of the location; `None` once that was removed.
     pub location: Option<LocationNo>,
     /// The path when it was asked for, below the location's folder.
@@ -90,6 +92,45 @@ pub struct Pending {
     pub attempts: u32,
     /// Why it is still here.
     pub state: PendingState,
+    /// It will not go by itself any more, as it stands.
+    pub stuck: bool,
+}
+
+/// What waits for one owner, in numbers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Backlog {
+    /// Whose.
+    pub owner: DeviceId,
+    /// Operations.
+    pub operations: u64,
+    /// Written bytes that travel with them.
+    pub bytes: u64,
+    /// Those of them that will not go by themselves any more.
+    pub stuck: u64,
+    /// When the oldest was asked for.
+    pub since: Time,
+}
+
+/// Space on this device's disk that writing to others takes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Usage {
+    /// Of the journal, its spare space included.
+    pub journal_bytes: u64,
+    /// Of staged bytes.
+    pub staged_bytes: u64,
+}
+
+/// What an operation makes, for who exports it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Exported {
+    /// A regular file, or new bytes of one.
+    File,
+    /// A directory.
+    Directory,
+    /// A symbolic link to this.
+    Symlink(Box<[u8]>),
+    /// Nothing that has bytes of its own: a rename, a delete, an attribute.
+    Nothing,
 }
 
 /// Why an operation is still pending.
@@ -114,8 +155,8 @@ pub struct ConflictRecord {
     pub at: Time,
     /// Whose location it is.
     pub owner: DeviceId,
-    /// This device's number of the location; `None` once that was removed.
-    pub location: Option<LocationNo>,
+    /// In which location.
+    pub location: LocationId,
     /// The path as the writer knew it.
     pub path: Vec<Name>,
     /// What was asked for, in one word.
