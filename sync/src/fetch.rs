@@ -42,7 +42,7 @@ impl ContentSource for Source {
 }
 
 /// Why one attempt gave no bytes.
-enum Failure {
+pub(crate) enum Failure {
     /// The connection broke off: another may do.
     Lost,
     Final(FetchError),
@@ -122,7 +122,7 @@ fn refused(refusal: Refusal) -> FetchError {
 }
 
 /// Exactly `len` bytes, and the end of the stream.
-async fn receive_bytes(
+pub(crate) async fn receive_bytes(
     link: &Link,
     recv: &mut RecvStream,
     len: usize,

@@ -10,11 +10,14 @@
 //! | `presence` | one live connection for each pair of members |
 //! | `replicate` | rows of the index, out and in |
 //! | `serve`, `fetch` | content, out and in |
+//! | [`deliver`], [`accept`] | writes to others' files, out and in |
 //! | [`error`] | why an operation failed |
 //!
 //! `docs/PROTOCOL.md` is the wire format, `docs/SECURITY.md` what peers are trusted for.
 #![forbid(unsafe_code)]
 
+pub mod accept;
+pub mod deliver;
 pub mod error;
 mod fetch;
 mod identity;
@@ -26,6 +29,8 @@ mod replicate;
 mod serve;
 pub mod wire;
 
+pub use accept::Applies;
+pub use deliver::Outgoing;
 pub use error::SyncError;
 pub use identity::device_id;
 pub use node::{

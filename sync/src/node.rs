@@ -9,6 +9,8 @@
 //! Lock order: `Shared::peers`, then a peer's own locks, then the library's; none is
 //! held over an await.
 
+use crate::accept::Applies;
+use crate::deliver::Outgoing;
 use crate::error::SyncError;
 use crate::presence::{self, Peer};
 use crate::wire::{ALPN_MEMBER, ALPN_PAIR, MAX_ADDRESSES};
@@ -64,6 +66,10 @@ pub struct Parts {
     pub index: Index,
     /// This device's own files.
     pub own: Arc<OwnFiles>,
+    /// This device's writes to others' files; without it none are delivered.
+    pub outbox: Option<Arc<dyn Outgoing>>,
+    /// Carries out others' writes to this device's files; without it they are refused.
+    pub applier: Option<Arc<dyn Applies>>,
 }
 
 /// One single-use ticket, as made by [`Node::invite`].
@@ -152,6 +158,8 @@ pub(crate) struct Shared {
     pub(crate) library: Arc<Library>,
     pub(crate) index: Index,
     pub(crate) own: Arc<OwnFiles>,
+    pub(crate) outbox: Option<Arc<dyn Outgoing>>,
+    pub(crate) applier: Option<Arc<dyn Applies>>,
     pub(crate) invitations: pair::Invitations,
     /// Counts changes of the members.
     pub(crate) members: watch::Sender<u64>,
@@ -230,7 +238,7 @@ impl Node {
     pub async fn start(config: NodeConfig, parts: Parts) -> Result<Arc<Self>, SyncError> {
         let relay = config.relay.as_deref().map(parse_relay).transpose()?;
         let endpoint = bind(&config, relay.clone()).await?;
-        let Parts { library, index, own } = parts;
+        let Parts { library, index, own, outbox, applier } = parts;
         let shared = Arc::new(Shared {
             me: DeviceId(*endpoint.id().as_bytes()),
             session: rand::random(),
@@ -239,6 +247,8 @@ impl Node {
             library,
             index,
             own,
+            outbox,
+            applier,
             invitations: pair::Invitations::default(),
             members: watch::Sender::new(0),
             locations: watch::Sender::new(0),

@@ -11,7 +11,7 @@ use crate::wire::{
     self, ALPN_MEMBER, Hello, LocationList, NEWEST, OLDEST, Refusal, Request, Response, WireError,
     close,
 };
-use crate::{members, replicate, serve};
+use crate::{accept, deliver, members, replicate, serve};
 use backon::{BackoffBuilder, ExponentialBuilder};
 use iroh::endpoint::{Connection, ConnectionError, SendStream};
 use iroh::{EndpointAddr, PublicKey, TransportAddr};
@@ -19,7 +19,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use tokio::sync::{Notify, Semaphore, watch};
+use tokio::sync::{Mutex as AsyncMutex, Notify, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use vfs_core::model::{DeviceId, LocationId, Seq};
@@ -38,6 +38,10 @@ pub(crate) const HOPE: Duration = Duration::from_millis(1500);
 const HELLO: Duration = Duration::from_secs(3);
 /// Fetches of one peer served at once; each holds at most 1 MiB.
 const MAX_FETCHES: usize = 16;
+/// Requests for staged bytes served at once, and made; each is for at most 1 MiB.
+const MAX_STAGED: usize = 8;
+/// Streams that bring operations, at once.
+const MAX_DELIVERIES: usize = 8;
 /// Lists and batches of rows of one peer in memory at once, in each direction; each is at
 /// most 1 MiB on the wire.
 const MAX_BATCHES: usize = 4;
@@ -56,6 +60,10 @@ pub(crate) struct Peer {
     /// Held while its replicas are changed, so that an old connection's last batch and a new
     /// connection's first cannot mix.
     pub(crate) applying: Mutex<()>,
+    /// Held by the session that delivers operations to it.
+    pub(crate) delivering: Arc<AsyncMutex<()>>,
+    /// The session that delivers operations of it.
+    pub(crate) turns: accept::Turns,
     knowledge: Mutex<Knowledge>,
 }
 
@@ -71,6 +79,8 @@ pub(crate) struct Knowledge {
 
 /// One connection of a pair of members, after both said `Hello`.
 pub(crate) struct Link {
+    /// Of this node's connections; no two have the same.
+    pub(crate) no: u64,
     pub(crate) connection: Connection,
     /// The version both speak.
     pub(crate) version: u16,
@@ -84,7 +94,15 @@ pub(crate) struct Link {
     /// What the peer announced last.
     pub(crate) announced: watch::Sender<Option<Arc<LocationList>>>,
     pub(crate) fetches: Semaphore,
-    /// Room for what the peer sends, beside answers to fetches.
+    /// Staged bytes on their way to the peer.
+    pub(crate) staged: Semaphore,
+    /// Staged bytes on their way from it.
+    pub(crate) pulls: Arc<Semaphore>,
+    /// Streams that bring its operations.
+    pub(crate) deliveries: Semaphore,
+    /// The one operation of it that may be longer than a frame.
+    pub(crate) long_op: Arc<Semaphore>,
+    /// Room for what the peer sends, beside answers to fetches, and operations.
     pub(crate) inbound: Semaphore,
     /// Room for rows on their way to it.
     pub(crate) outbound: Semaphore,
@@ -92,7 +110,9 @@ pub(crate) struct Link {
 
 impl Link {
     fn new(connection: Connection, dialler: DeviceId, hello: &Hello, version: u16) -> Arc<Self> {
+        static LINKS: AtomicU64 = AtomicU64::new(1);
         Arc::new(Self {
+            no: LINKS.fetch_add(1, Ordering::Relaxed),
             connection,
             version,
             dialler,
@@ -101,6 +121,10 @@ impl Link {
             heard_ms: AtomicU64::new(0),
             announced: watch::Sender::new(None),
             fetches: Semaphore::new(MAX_FETCHES),
+            staged: Semaphore::new(MAX_STAGED),
+            pulls: Arc::new(Semaphore::new(MAX_STAGED)),
+            deliveries: Semaphore::new(MAX_DELIVERIES),
+            long_op: Arc::new(Semaphore::new(1)),
             inbound: Semaphore::new(MAX_BATCHES),
             outbound: Semaphore::new(MAX_BATCHES),
         })
@@ -171,6 +195,8 @@ impl Peer {
             bytes_in: AtomicU64::new(0),
             bytes_out: AtomicU64::new(0),
             applying: Mutex::new(()),
+            delivering: Arc::default(),
+            turns: accept::Turns::default(),
             knowledge: Mutex::new(Knowledge {
                 hope: Some(Instant::now() + HOPE),
                 ..Knowledge::default()
@@ -502,6 +528,7 @@ async fn live(shared: &Arc<Shared>, peer: &Arc<Peer>, link: &Arc<Link>, hello: H
     tasks.spawn(members::announce(shared.clone(), peer.clone(), link.clone()));
     tasks.spawn(replicate::announce(shared.clone(), peer.clone(), link.clone()));
     tasks.spawn(replicate::follow(shared.clone(), peer.clone(), link.clone()));
+    tasks.spawn(deliver::keep(shared.clone(), peer.clone(), link.clone()));
     let closed = tokio::select! {
         closed = link.connection.closed() => closed,
         () = until_silent(link) => {

@@ -10,7 +10,7 @@ use crate::wire::{
     self, Fetch, LocationList, MAX_PROOF, MemberList, NEWEST, OLDEST, Refusal, Request, Response,
     WireError,
 };
-use crate::{members, replicate};
+use crate::{accept, deliver, members, replicate};
 use bytes::Bytes;
 use iroh::endpoint::{RecvStream, SendStream};
 use std::ops::Range;
@@ -91,6 +91,8 @@ async fn answer(
         }
         Request::Rows(follow) => replicate::serve(shared, peer, link, follow, send).await,
         Request::Fetch(fetch) => serve_fetch(shared, peer, link, fetch, send).await,
+        Request::Deliver(deliver) => accept::serve(shared, peer, link, deliver, send, recv).await,
+        Request::Staged(staged) => deliver::serve_staged(shared, peer, link, staged, send).await,
         // Said already, when the connection began.
         Request::Hello(_) => reply(send, &Response::Refused(Refusal::Malformed)).await,
     }
@@ -154,7 +156,11 @@ async fn read(
     if keeps_promise { Ok(fetched) } else { Err(Refusal::Failed) }
 }
 
-async fn send_bytes(peer: &Peer, mut bytes: Bytes, send: &mut SendStream) -> Result<(), WireError> {
+pub(crate) async fn send_bytes(
+    peer: &Peer,
+    mut bytes: Bytes,
+    send: &mut SendStream,
+) -> Result<(), WireError> {
     while !bytes.is_empty() {
         let part = bytes.split_to(bytes.len().min(PART_BYTES));
         let len = part.len() as u64;

@@ -6,16 +6,17 @@
 //! bound while they are decoded, because one byte on the wire may be a hundred in
 //! memory. `docs/PROTOCOL.md` describes the same from outside.
 
+use bytes::Bytes;
 use iroh::endpoint::{ReadExactError, RecvStream, SendStream, WriteError};
-use serde::de::{DeserializeOwned, Error as _, SeqAccess, Visitor};
-use serde::{Deserialize, Deserializer, Serialize};
-use std::fmt;
-use std::marker::PhantomData;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
+use std::ops::Range;
 use tokio::sync::{Semaphore, SemaphorePermit};
 use vfs_core::index::LogRow;
 use vfs_core::library::{LibraryInfo, Member, Stamp as ClockStamp};
 use vfs_core::model::{DeviceId, LocationId, Seq};
+use vfs_core::ops::{Op, Outcome, bounded};
 use vfs_core::source::Version;
 
 /// Between members.
@@ -24,9 +25,12 @@ pub const ALPN_MEMBER: &[u8] = b"spacedrive/1";
 pub const ALPN_PAIR: &[u8] = b"spacedrive/pair/1";
 
 /// The newest version this program speaks.
-pub const NEWEST: u16 = 1;
+pub const NEWEST: u16 = 2;
 /// The oldest version this program speaks.
 pub const OLDEST: u16 = 1;
+
+/// The version from which on operations are delivered.
+pub const DELIVERS: u16 = 2;
 
 /// The longest request, in bytes.
 pub const MAX_REQUEST: usize = 4 << 10;
@@ -42,6 +46,16 @@ pub const MAX_LOCATIONS: usize = 512;
 pub const MAX_ADDRESSES: usize = 8;
 /// The most chaining values in a proof: two for each level of the largest tree.
 pub const MAX_PROOF: usize = 128;
+/// The most operations in one frame, and outcomes.
+pub const MAX_OPS: usize = 256;
+/// The longest operation, in bytes: the extents of one, in their longest form, take 20 MiB.
+pub const MAX_OP: usize = 32 << 20;
+/// The most bytes asked for at once of an operation that is pulled.
+pub const MAX_STAGED_BYTES: u64 = 1 << 20;
+/// The most ranges asked for at once.
+pub const MAX_STAGED_RANGES: usize = 128;
+/// The longest reason that an outcome gives, in bytes.
+pub const MAX_REASON: usize = 1 << 10;
 /// The longest label, in bytes: 64 characters of 4 bytes.
 pub const MAX_LABEL: usize = 256;
 
@@ -84,6 +98,11 @@ pub enum Request {
     Rows(Follow),
     /// Bytes of one version. Answer: `Fetched`, then the bytes.
     Fetch(Fetch),
+    /// Frames of [`Operations`] follow. Answer: `Done`, then frames of `Outcomes`.
+    Deliver(Deliver),
+    /// Bytes of an operation that was delivered to the asking device. Answer: `Staged`, then
+    /// the bytes.
+    Staged(Staged),
 }
 
 /// Who speaks, and what.
@@ -122,6 +141,50 @@ pub struct Fetch {
     pub offset: u64,
     /// How many, at most [`vfs_core::source::MAX_FETCH_BYTES`].
     pub len: u32,
+}
+
+/// What a stream delivers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Deliver {
+    /// Of the writer's journal.
+    pub epoch: u64,
+    /// Grows on a connection whenever the writer begins anew: what an earlier one left behind
+    /// is over, and its operations come again.
+    pub session: u64,
+    /// One operation, whose bytes are pulled; otherwise any number, in their order.
+    pub bulk: bool,
+}
+
+/// Operations on their way to the owner.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub enum Operations {
+    /// Whole ones.
+    Whole {
+        /// The writer has noted the outcomes of all operations with a smaller number.
+        settled_below: u64,
+        /// In their order; none, to tell the number only.
+        #[serde(deserialize_with = "bounded::<_, _, MAX_OPS>")]
+        ops: Vec<Op>,
+    },
+    /// A part of one that is longer than a frame; the parts follow one another.
+    Part {
+        /// Of its body.
+        bytes: Bytes,
+        /// Bytes still to come.
+        rest: u32,
+    },
+}
+
+/// Which bytes of an operation.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Staged {
+    /// Of the writer's journal.
+    pub epoch: u64,
+    /// The operation.
+    pub no: u64,
+    /// Ranges of the file, each within one extent; together at most [`MAX_STAGED_BYTES`].
+    #[serde(deserialize_with = "bounded::<_, _, MAX_STAGED_RANGES>")]
+    pub ranges: Vec<Range<u64>>,
 }
 
 /// [`Version`] on the wire.
@@ -168,6 +231,11 @@ pub enum Response {
         #[serde(deserialize_with = "bounded::<_, _, MAX_PROOF>")]
         proof: Vec<[u8; 32]>,
     },
+    /// To `Deliver`: what became of operations, in the order of their coming, by number. None:
+    /// the owner is still at it.
+    Outcomes(#[serde(deserialize_with = "bounded::<_, _, MAX_OPS>")] Vec<(u64, Outcome)>),
+    /// To `Staged`: the bytes of the ranges follow, one after the other.
+    Staged,
 }
 
 /// Why not.
@@ -186,7 +254,7 @@ pub enum Refusal {
     Duplicate,
     /// The request is not one, or is out of bounds, or comes before `Hello`.
     Malformed,
-    /// There is no such location or file, or the asking device may not see it.
+    /// There is no such location, file or operation, or the asking device may not see it.
     NotShared,
     /// The version is gone.
     Stale,
@@ -422,6 +490,27 @@ pub fn encode_frame(message: &impl Serialize) -> Result<Vec<u8>, WireError> {
     Ok([&(body.len() as u32).to_le_bytes()[..], &body].concat())
 }
 
+/// What a frame of operations or outcomes may have beside these, in bytes.
+pub(crate) const FRAME_HEAD: usize = 32;
+
+/// Groups that fit into a frame each; one element that does not fit makes a group alone.
+pub(crate) fn in_frames<T: Serialize>(elements: Vec<T>) -> Result<Vec<Vec<T>>, WireError> {
+    let mut groups: Vec<Vec<T>> = Vec::new();
+    let mut room = 0;
+    for element in elements {
+        let bytes = postcard::experimental::serialized_size(&element)?;
+        match groups.last_mut() {
+            Some(group) if bytes <= room && group.len() < MAX_OPS => group.push(element),
+            _ => {
+                groups.push(vec![element]);
+                room = MAX_FRAME - FRAME_HEAD;
+            }
+        }
+        room = room.saturating_sub(bytes);
+    }
+    Ok(groups)
+}
+
 /// Sends the request that begins a stream.
 pub async fn send_request(
     to: &mut SendStream,
@@ -452,6 +541,19 @@ pub async fn receive_frame<T: DeserializeOwned>(from: &mut RecvStream) -> Result
     receive_bounded(from, MAX_FRAME).await
 }
 
+/// Receives a frame; `None` when the stream has ended before it.
+pub async fn receive_frame_or_end<T: DeserializeOwned>(
+    from: &mut RecvStream,
+) -> Result<Option<T>, WireError> {
+    let mut length = [0; 4];
+    match from.read_exact(&mut length).await {
+        Err(ReadExactError::FinishedEarly(0)) => return Ok(None),
+        read => read?,
+    }
+    let length = checked(u32::from_le_bytes(length), MAX_FRAME)?;
+    receive_body(from, length).await.map(Some)
+}
+
 /// Receives a frame when there is room for it: the permit stands for its memory, and is
 /// taken only when a frame is announced.
 pub async fn receive_frame_in<'a, T: DeserializeOwned>(
@@ -474,7 +576,11 @@ async fn receive_bounded<T: DeserializeOwned>(
 async fn receive_length(from: &mut RecvStream, bound: usize) -> Result<usize, WireError> {
     let mut length = [0; 4];
     from.read_exact(&mut length).await?;
-    match u32::from_le_bytes(length) as usize {
+    checked(u32::from_le_bytes(length), bound)
+}
+
+fn checked(length: u32, bound: usize) -> Result<usize, WireError> {
+    match length as usize {
         length if length > bound => Err(WireError::TooLong { length, bound }),
         length => Ok(length),
     }
@@ -487,33 +593,4 @@ async fn receive_body<T: DeserializeOwned>(
     let mut body = vec![0; length];
     from.read_exact(&mut body).await?;
     Ok(decode(&body)?)
-}
-
-/// A `Vec` that ends in an error, not in memory, when there are more than `MAX` elements.
-fn bounded<'de, D, T, const MAX: usize>(from: D) -> Result<Vec<T>, D::Error>
-where
-    D: Deserializer<'de>,
-    T: Deserialize<'de>,
-{
-    struct Elements<T, const MAX: usize>(PhantomData<T>);
-    impl<'de, T: Deserialize<'de>, const MAX: usize> Visitor<'de> for Elements<T, MAX> {
-        type Value = Vec<T>;
-
-        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            write!(f, "at most {MAX} elements")
-        }
-
-        fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<T>, A::Error> {
-            // No allocation ahead: the count is the sender's claim.
-            let mut all = Vec::new();
-            while let Some(element) = seq.next_element()? {
-                if all.len() == MAX {
-                    return Err(A::Error::custom("too many elements"));
-                }
-                all.push(element);
-            }
-            Ok(all)
-        }
-    }
-    from.deserialize_seq(Elements::<T, MAX>(PhantomData))
 }

@@ -10,7 +10,10 @@ use crate::model::{
     ContentId, DeviceId, FileId, LocationId, NAME_MAX, Name, Seq, Stamp, TARGET_MAX, Time,
 };
 use bytes::Bytes;
-use serde::{Deserialize, Serialize};
+use serde::de::{Error as _, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
+use std::fmt;
+use std::marker::PhantomData;
 use std::ops::Range;
 
 /// The most bytes that travel and are journaled inside an operation; longer content is staged
@@ -82,6 +85,7 @@ pub struct NewContent {
     /// Below this, what no extent covers is the base's; above it zero. 0: nothing stays.
     pub kept_bytes: u64,
     /// Written ranges: in order, disjoint, not empty, none beyond `size`, at most [`MAX_EXTENTS`].
+    #[serde(deserialize_with = "bounded::<_, _, MAX_EXTENTS>")]
     pub extents: Vec<Range<u64>>,
     /// BLAKE3 of the extents' bytes, one after the other.
     pub digest: [u8; 32],
@@ -116,6 +120,7 @@ pub enum Change {
         /// To what.
         content: NewContent,
         /// Where it was for the writer: there it is made again if the owner deleted it.
+        #[serde(deserialize_with = "bounded::<_, _, MAX_DEPTH>")]
         path: Vec<Name>,
     },
     /// Another name for a file.
@@ -222,9 +227,9 @@ pub struct Applied {
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum Conflict {
     /// The writer's bytes, directory or link are beside the owner's, under this path.
-    KeptAs(Vec<Name>),
+    KeptAs(#[serde(deserialize_with = "bounded::<_, _, MAX_DEPTH>")] Vec<Name>),
     /// The owner had deleted it; the writer's bytes are there again, under this path.
-    MadeAgain(Vec<Name>),
+    MadeAgain(#[serde(deserialize_with = "bounded::<_, _, MAX_DEPTH>")] Vec<Name>),
     /// The owner's change stands and the writer's (a delete, rename or attribute) was not
     /// carried out, for this reason.
     OwnerStands(String),
@@ -362,4 +367,34 @@ impl Change {
             | Self::Xattr { file, .. } => *file,
         }
     }
+}
+
+/// For `deserialize_with`: a `Vec` that ends in an error, not in memory, when there are more
+/// than `MAX` elements.
+pub fn bounded<'de, D, T, const MAX: usize>(from: D) -> Result<Vec<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Deserialize<'de>,
+{
+    struct Elements<T, const MAX: usize>(PhantomData<T>);
+    impl<'de, T: Deserialize<'de>, const MAX: usize> Visitor<'de> for Elements<T, MAX> {
+        type Value = Vec<T>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "at most {MAX} elements")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<T>, A::Error> {
+            // No allocation ahead: the count is the sender's claim.
+            let mut all = Vec::new();
+            while let Some(element) = seq.next_element()? {
+                if all.len() == MAX {
+                    return Err(A::Error::custom("too many elements"));
+                }
+                all.push(element);
+            }
+            Ok(all)
+        }
+    }
+    from.deserialize_seq(Elements::<T, MAX>(PhantomData))
 }

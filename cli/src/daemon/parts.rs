@@ -55,8 +55,13 @@ impl Daemon {
         let manifests = Arc::new(manifests);
         let indexer = Indexer::start(index.clone(), Arc::clone(&manifests), indexer_config(config));
         let own = Arc::new(OwnFiles::new(index.clone(), Arc::clone(&indexer), manifests));
-        let parts =
-            Parts { library: Arc::clone(&library), index: index.clone(), own: Arc::clone(&own) };
+        let parts = Parts {
+            library: Arc::clone(&library),
+            index: index.clone(),
+            own: Arc::clone(&own),
+            outbox: None,
+            applier: None,
+        };
         let node = Node::start(node_config(config, secret_key), parts)
             .await
             .map_err(super::members::failure)?;

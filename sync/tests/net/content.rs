@@ -26,7 +26,7 @@ pub async fn with_file(bytes: &[u8]) -> (Device, Device, Version) {
     (a, b, version)
 }
 
-async fn version_at(
+pub async fn version_at(
     reader: &Device,
     location: &Arc<Location>,
     content: Option<ContentId>,
@@ -158,18 +158,11 @@ fn a_killed_owner_is_noticed_and_found_again_at_another_port() {
         dead.indexer.stop();
         drop(dead);
         // The reader has none of its new addresses: the owner dials in.
-        let back = restart(&dir, key).await;
+        let back = Device::restart(&dir, key, None).await;
         let l = back.index.location_by_id(location.id).unwrap();
         back.indexer.watch(l.no);
         until("it is back", || reader.is_online(id)).await;
         let fetched = source.fetch(id, &version, 0..GROUP_BYTES).await.unwrap();
         assert_eq!(fetched.bytes, &bytes[..GROUP_BYTES as usize]);
     });
-}
-
-/// Starts a device on a folder whose last user may still be letting go of it.
-async fn restart(dir: &Arc<tempfile::TempDir>, key: [u8; 32]) -> Device {
-    let index = dir.path().join("index");
-    until("the index is free again", || vfs_core::index::open_store(&index).is_ok()).await;
-    Device::start(dir.clone(), key).await
 }

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use sync::{Node, NodeConfig, Parts, PeerStatus};
+use sync::{Applies, Node, NodeConfig, Outgoing, Parts, PeerStatus};
 use tempfile::TempDir;
 use vfs_core::content::Manifests;
 use vfs_core::content::serve::OwnFiles;
@@ -48,6 +48,36 @@ impl Device {
 
     /// The same, listening there.
     pub async fn start_at(dir: Arc<TempDir>, key: [u8; 32], bind: &[&str]) -> Self {
+        Self::build(dir, key, bind, None, None).await
+    }
+
+    /// A device without a library that delivers and applies writes.
+    pub async fn with(
+        outbox: Option<Arc<dyn Outgoing>>,
+        applier: Option<Arc<dyn Applies>>,
+    ) -> Self {
+        let dir = Arc::new(tempfile::tempdir().unwrap());
+        Self::build(dir, rand::random(), &["127.0.0.1:0"], outbox, applier).await
+    }
+
+    /// A device on a folder whose last user may still be letting go of it.
+    pub async fn restart(
+        dir: &Arc<TempDir>,
+        key: [u8; 32],
+        outbox: Option<Arc<dyn Outgoing>>,
+    ) -> Self {
+        let index = dir.path().join("index");
+        until("the index is free again", || open_store(&index).is_ok()).await;
+        Self::build(dir.clone(), key, &["127.0.0.1:0"], outbox, None).await
+    }
+
+    async fn build(
+        dir: Arc<TempDir>,
+        key: [u8; 32],
+        bind: &[&str],
+        outbox: Option<Arc<dyn Outgoing>>,
+        applier: Option<Arc<dyn Applies>>,
+    ) -> Self {
         let me = id_of(&key);
         let path = dir.path();
         let library = Arc::new(Library::open(&path.join("library.json")).unwrap());
@@ -63,7 +93,7 @@ impl Device {
             relay: None,
             mdns: false,
         };
-        let parts = Parts { library: library.clone(), index: index.clone(), own };
+        let parts = Parts { library: library.clone(), index: index.clone(), own, outbox, applier };
         let node = Node::start(config, parts).await.unwrap();
         assert_eq!(node.id(), me);
         Self { node, library, index, indexer, dir, key }

@@ -1,9 +1,11 @@
 //! Devices on loopback: real endpoints, indexes and files.
 
 mod bench;
+mod books;
 mod content;
 mod device;
 mod pairing;
 mod presence;
 mod replication;
 mod strangers;
+mod writing;
