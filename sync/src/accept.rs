@@ -6,9 +6,7 @@
 //!
 //! Nothing is applied twice at once, and nothing out of turn: a writer that begins anew
 //! announces a new session ([`Turns`]), and what was left of the one before, on whatever
-//! connection, has ended before the new one's first operation is looked at. Within a stream,
-//! an operation that had to wait makes those wait that depend on it ([`Delayed`]), because
-//! the writer sent them before it knew.
+//! connection, has ended before the new one's first operation is looked at.
 
 use crate::fetch::{Failure, receive_bytes};
 use crate::node::Shared;
@@ -20,7 +18,6 @@ use crate::wire::{
 use bytes::Bytes;
 use iroh::endpoint::{RecvStream, SendStream};
 use std::any::Any;
-use std::collections::BTreeMap;
 use std::ops::Range;
 use std::pin::pin;
 use std::sync::Arc;
@@ -31,8 +28,8 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use vfs_core::apply::{Applier, Need, Receiving, Writer};
 use vfs_core::error::{FsResult, Kind};
-use vfs_core::model::{DeviceId, FileId, LocationId};
-use vfs_core::ops::{self, Change, Conflict, MAX_DEPTH, Obstacle, Op, OpId, Outcome, Place};
+use vfs_core::model::DeviceId;
+use vfs_core::ops::{self, Conflict, MAX_DEPTH, Obstacle, Op, OpId, Outcome};
 
 /// How often a writer is told that its operations are still being worked on.
 pub const BEAT: Duration = Duration::from_secs(10);
@@ -46,8 +43,6 @@ const STALL: Duration = Duration::from_secs(30);
 const PULL: Duration = Duration::from_secs(30);
 /// How often bytes that are not what the operation says are pulled again.
 const PULL_AGAIN: usize = 1;
-/// Operations of one stream that wait, at most; if there are more, all wait.
-const MAX_DELAYED: usize = 4096;
 
 /// What taking in needs of the [`Applier`], whose methods say what each does. They block.
 pub trait Applies: Send + Sync {
@@ -309,7 +304,6 @@ impl Stream<'_> {
         mut queued: mpsc::Receiver<Frame>,
         send: &mut SendStream,
     ) -> Result<(), WireError> {
-        let mut delayed = Delayed::default();
         while let Some(Frame { mut settled_below, mut ops }) = queued.recv().await {
             while ops.len() < MAX_OPS
                 && let Ok(more) = queued.try_recv()
@@ -317,7 +311,7 @@ impl Stream<'_> {
                 settled_below = settled_below.max(more.settled_below);
                 ops.extend(more.ops);
             }
-            let outcomes = beating(send, self.apply(ops, settled_below, &mut delayed)).await?;
+            let outcomes = beating(send, self.apply(ops, settled_below)).await?;
             for group in wire::in_frames(outcomes)? {
                 answer(send, group).await?;
             }
@@ -329,25 +323,14 @@ impl Stream<'_> {
         &self,
         queued: Vec<Queued>,
         settled_below: u64,
-        delayed: &mut Delayed,
     ) -> Result<Vec<(u64, Outcome)>, WireError> {
         let at_work = self.turn.work().await?;
         let writer = self.writer()?;
         let mut judged = self.judge(queued, &at_work).await;
-        for item in &mut judged {
-            self.gather(item, &at_work).await;
+        for (_, verdict) in &mut judged {
+            self.gather(verdict, &at_work).await;
         }
-        delayed.hold_back(&mut judged);
-        let applied = self.carry_out(judged, settled_below, writer, at_work).await;
-        Ok(applied
-            .into_iter()
-            .map(|(touches, outcome)| {
-                let outcome = clip(outcome);
-                let no = touches.no;
-                delayed.note(touches, &outcome);
-                (no, outcome)
-            })
-            .collect())
+        Ok(self.carry_out(judged, settled_below, writer, at_work).await)
     }
 
     /// Asked for every batch: the writer may have been removed since the stream began.
@@ -365,34 +348,31 @@ impl Stream<'_> {
     }
 
     /// Finds out what each operation needs.
-    async fn judge(&self, queued: Vec<Queued>, at_work: &AtWork) -> Vec<Judged> {
-        let touches: Vec<_> = queued.iter().map(|q| Touches::of(&q.op)).collect();
-        let ids: Vec<_> = queued.iter().map(|q| self.id_of(q.op.no)).collect();
+    async fn judge(&self, queued: Vec<Queued>, at_work: &AtWork) -> Vec<(u64, Verdict)> {
+        let numbers: Vec<_> = queued.iter().map(|q| q.op.no).collect();
+        let ids: Vec<_> = numbers.iter().map(|no| self.id_of(*no)).collect();
         let (applier, writer, at_work) = (self.applier.clone(), self.peer.id, at_work.clone());
+        let judge = move |(queued, id): (Queued, OpId)| match queued.op.is_valid() {
+            true => Verdict::Apply { received: applier.need(writer, id, &queued.op), queued },
+            false => Verdict::Is(Outcome::Refused(ops::Refusal::Malformed)),
+        };
         let work = move || {
             let _at_work = at_work;
-            let judge = |(q, id): (Queued, OpId)| match q.op.is_valid() {
-                true => Verdict::Apply { received: applier.need(writer, id, &q.op), queued: q },
-                false => Verdict::Is(Outcome::Refused(ops::Refusal::Malformed)),
-            };
-            queued.into_iter().zip(ids).map(judge).collect()
+            queued.into_iter().zip(ids).map(judge).collect::<Vec<_>>()
         };
-        let count = touches.len();
-        let verdicts: Vec<_> = tokio::task::spawn_blocking(work)
-            .await
-            .unwrap_or_else(|_| (0..count).map(|_| Verdict::Is(failed())).collect());
-        touches.into_iter().zip(verdicts).map(|(t, v)| Judged { touches: t, verdict: v }).collect()
+        let verdicts = tokio::task::spawn_blocking(work).await.unwrap_or_default();
+        let rest = std::iter::repeat_with(|| Verdict::Is(failed()));
+        numbers.into_iter().zip(verdicts.into_iter().chain(rest)).collect()
     }
 
     /// Pulls the bytes that an operation needs.
-    async fn gather(&self, judged: &mut Judged, at_work: &AtWork) {
-        let Verdict::Apply { queued, received } = &mut judged.verdict else { return };
+    async fn gather(&self, verdict: &mut Verdict, at_work: &AtWork) {
+        let Verdict::Apply { queued, received } = verdict else { return };
         let Some(place) = received.take() else { return };
-        let content = queued.op.change.content();
-        let extents = content.map(|c| c.extents.clone()).unwrap_or_default();
-        match self.pull(queued.op.no, &extents, place, at_work).await {
+        let extents = queued.op.change.content().map(|c| &c.extents[..]).unwrap_or_default();
+        match self.pull(queued.op.no, extents, place, at_work).await {
             Ok(place) => *received = Some(place),
-            Err(obstacle) => judged.verdict = Verdict::Is(Outcome::Later(obstacle)),
+            Err(obstacle) => *verdict = Verdict::Is(Outcome::Later(obstacle)),
         }
     }
 
@@ -486,21 +466,24 @@ impl Stream<'_> {
     /// Applies what is to be applied, in order.
     async fn carry_out(
         &self,
-        judged: Vec<Judged>,
+        judged: Vec<(u64, Verdict)>,
         settled_below: u64,
         writer: Writer,
         at_work: AtWork,
-    ) -> Vec<(Touches, Outcome)> {
-        let (mut arrived, mut rooms, mut outcomes) = (Vec::new(), Vec::new(), Vec::new());
-        for Judged { touches, verdict } in judged {
-            outcomes.push(match verdict {
-                Verdict::Is(outcome) => (touches, Some(outcome)),
-                Verdict::Apply { queued, received } => {
-                    arrived.push((self.id_of(queued.op.no), queued.op, received));
-                    rooms.push(queued.room);
-                    (touches, None)
-                }
-            });
+    ) -> Vec<(u64, Outcome)> {
+        let (mut arrived, mut rooms, mut known) = (Vec::new(), Vec::new(), Vec::new());
+        for (no, verdict) in judged {
+            known.push((
+                no,
+                match verdict {
+                    Verdict::Is(outcome) => Some(outcome),
+                    Verdict::Apply { queued, received } => {
+                        arrived.push((self.id_of(no), queued.op, received));
+                        rooms.push(queued.room);
+                        None
+                    }
+                },
+            ));
         }
         let (applier, epoch) = (self.applier.clone(), self.epoch);
         let work = move || {
@@ -513,14 +496,17 @@ impl Stream<'_> {
             applied
         };
         let mut applied = tokio::task::spawn_blocking(work).await.unwrap_or_default().into_iter();
-        outcomes
-            .into_iter()
-            .map(|(touches, known)| {
-                let outcome = known.or_else(|| applied.next());
-                (touches, outcome.unwrap_or_else(failed))
-            })
-            .collect()
+        let mut outcome = |known: Option<Outcome>| known.or_else(|| applied.next());
+        known.into_iter().map(|(no, is)| (no, clip(outcome(is).unwrap_or_else(failed)))).collect()
     }
+}
+
+/// What is to be done with an operation.
+enum Verdict {
+    /// It is answered so.
+    Is(Outcome),
+    /// It is to be applied, with the bytes that it needs.
+    Apply { queued: Queued, received: Option<Box<dyn Receive>> },
 }
 
 fn failed() -> Outcome {
@@ -632,94 +618,4 @@ fn clip(mut outcome: Outcome) -> Outcome {
 fn clip_reason(reason: &mut String) {
     let end = (0..=MAX_REASON.min(reason.len())).rev().find(|n| reason.is_char_boundary(*n));
     reason.truncate(end.unwrap_or(0));
-}
-
-/// An operation on its way through a batch.
-struct Judged {
-    touches: Touches,
-    verdict: Verdict,
-}
-
-enum Verdict {
-    /// It is answered so.
-    Is(Outcome),
-    /// It is to be applied, with the bytes that it needs.
-    Apply { queued: Queued, received: Option<Box<dyn Receive>> },
-}
-
-/// What an operation is about, as far as others may depend on it.
-#[derive(Clone)]
-struct Touches {
-    no: u64,
-    location: LocationId,
-    files: Vec<FileId>,
-    places: Vec<Place>,
-}
-
-impl Touches {
-    fn of(op: &Op) -> Self {
-        let mut files = vec![op.change.file()];
-        let places = match &op.change {
-            Change::Create { at, .. }
-            | Change::Link { at, .. }
-            | Change::Unlink { at, .. }
-            | Change::Rmdir { at, .. } => vec![at.clone()],
-            Change::Rename { from, to, replaced, .. } => {
-                files.extend(replaced.iter().map(|(file, _)| *file));
-                vec![from.clone(), to.clone()]
-            }
-            Change::Write { .. } | Change::SetAttr { .. } | Change::Xattr { .. } => vec![],
-        };
-        Self { no: op.no, location: op.location, files, places }
-    }
-
-    /// Whether this may mean something else before `earlier` than after it: they share a file
-    /// or a name, or one is in a directory that the other is about.
-    fn depends_on(&self, earlier: &Self) -> bool {
-        let within =
-            |files: &[FileId], places: &[Place]| places.iter().any(|p| files.contains(&p.dir));
-        self.location == earlier.location
-            && (self.files.iter().any(|f| earlier.files.contains(f))
-                || self.places.iter().any(|p| earlier.places.contains(p))
-                || within(&earlier.files, &self.places)
-                || within(&self.files, &earlier.places))
-    }
-}
-
-/// Operations of a stream that could not be carried out yet, and those that depend on them.
-#[derive(Default)]
-struct Delayed(BTreeMap<u64, (Touches, Obstacle)>);
-
-impl Delayed {
-    /// Makes those wait that depend on one that waits.
-    fn hold_back(&mut self, judged: &mut [Judged]) {
-        for Judged { touches, verdict } in judged {
-            // It has come again, so it is judged anew.
-            self.0.remove(&touches.no);
-            if let Verdict::Apply { .. } = verdict
-                && let Some(obstacle) = self.obstacle(touches)
-            {
-                *verdict = Verdict::Is(Outcome::Later(obstacle));
-            }
-            if let Verdict::Is(Outcome::Later(obstacle)) = verdict {
-                let obstacle = obstacle.clone();
-                self.note(touches.clone(), &Outcome::Later(obstacle));
-            }
-        }
-    }
-
-    fn obstacle(&self, touches: &Touches) -> Option<Obstacle> {
-        let is_full = self.0.len() >= MAX_DELAYED;
-        let mut earlier = self.0.range(..touches.no).map(|(_, waiting)| waiting);
-        let found = earlier.find(|(waiting, _)| is_full || touches.depends_on(waiting));
-        found.map(|(_, obstacle)| obstacle.clone())
-    }
-
-    fn note(&mut self, touches: Touches, outcome: &Outcome) {
-        if let Outcome::Later(obstacle) = outcome
-            && self.0.len() < MAX_DELAYED
-        {
-            self.0.insert(touches.no, (touches, obstacle.clone()));
-        }
-    }
 }
