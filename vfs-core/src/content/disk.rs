@@ -8,7 +8,7 @@ use std::path::Path;
 
 /// The bytes of a range, all of them; [`io::ErrorKind::UnexpectedEof`] when the file is shorter.
 /// The caller bounds the range.
-pub(super) fn read_range(file: &File, range: Range<u64>) -> io::Result<Bytes> {
+pub(crate) fn read_range(file: &File, range: Range<u64>) -> io::Result<Bytes> {
     let len = (range.end - range.start) as usize;
     let mut bytes = Vec::with_capacity(len);
     while bytes.len() < len {

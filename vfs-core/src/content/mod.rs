@@ -15,11 +15,11 @@
 //! were checked against the content id before anyone sees them.
 
 pub mod cache;
-mod disk;
+pub(crate) mod disk;
 mod fetch;
 pub mod manifest;
 pub mod manifests;
-mod ranges;
+pub(crate) mod ranges;
 pub mod reader;
 pub mod serve;
 mod window;

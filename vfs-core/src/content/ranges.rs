@@ -60,6 +60,20 @@ impl RangeSet {
         self.ranges.iter().map(|(&from, &to)| from..to)
     }
 
+    /// The range that has this number.
+    pub(crate) fn around(&self, at: u64) -> Option<Range<u64>> {
+        let (&from, &to) = self.ranges.range(..=at).next_back()?;
+        (at < to).then_some(from..to)
+    }
+
+    /// The parts of the range that are in the set, in order.
+    pub(crate) fn present(&self, range: Range<u64>) -> impl Iterator<Item = Range<u64>> + '_ {
+        let first = self.around(range.start).map_or(range.start, |around| around.start);
+        let found = self.ranges.range(first..range.end.max(first));
+        let parts = found.map(move |(&from, &to)| from.max(range.start)..to.min(range.end));
+        parts.filter(|part| !part.is_empty())
+    }
+
     /// The end of the last range.
     pub(crate) fn end(&self) -> u64 {
         self.ranges.last_key_value().map_or(0, |(_, &to)| to)
@@ -89,6 +103,10 @@ mod tests {
             let expected: Vec<u64> = asked.clone().filter(|n| !model[*n as usize]).collect();
             prop_assert_eq!(set.contains(&asked), expected.is_empty());
             prop_assert_eq!(missing, expected);
+            let present: Vec<u64> = set.present(asked.clone()).flatten().collect();
+            let expected: Vec<u64> = asked.clone().filter(|n| model[*n as usize]).collect();
+            prop_assert_eq!(present, expected);
+            prop_assert_eq!(set.around(at).is_some_and(|r| r.contains(&at)), model[at as usize]);
             let ranges: Vec<_> = set.iter().collect();
             prop_assert!(ranges.windows(2).all(|w| w[0].end < w[1].start));
         }

@@ -1,13 +1,39 @@
 //! Drafts: the bytes that programs of this device wrote to other devices' files.
+//!
+//! Owns its directory: a file `<2 hex>/<16 hex>` for each draft. A draft's file is a log of
+//! bytes, and a map in memory says which of them are where in the file that is written to:
+//!
+//! | module | what it is |
+//! |---|---|
+//! | `map` | what each byte of the file is: written, the base's, or zero |
+//! | `draft` | one draft: writes, commits, snapshots |
+//! | `store` | all drafts: their files, the space they take |
+//!
+//! **What never changes.** Bytes of a committed state are not written over: what replaces them
+//! goes to new space, behind all others. So a crash shows one committed state or another, never
+//! a mix, and a place in the draft's file has the same bytes for ever: two states that name the
+//! same place have the same bytes. Only what was written since the last commit is overwritten.
+//!
+//! **What is durable when.** The caller keeps [`Committed`] in its journal. Few new bytes go there
+//! too and need no sync here; many are synced here first.
+//!
+//! **Space.** What no state needs any more is punched out of the draft's file. A state is needed
+//! until it is released, because a journal may name it after a crash: forgetting to release costs
+//! space, not bytes.
 
-use crate::error::FsResult;
-use crate::model::ContentId;
+mod draft;
+mod map;
+mod store;
+
+#[cfg(test)]
+mod tests;
+
+pub use draft::Draft;
+pub use store::Staging;
+
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
-use std::collections::HashSet;
-use std::io;
 use std::ops::Range;
-use std::path::Path;
 use std::sync::Arc;
 
 /// What must stay free on the disk, unless set otherwise.
@@ -64,126 +90,30 @@ pub enum Piece {
     Zero(u64),
 }
 
-/// All drafts of this device.
-#[derive(Debug)]
-pub struct Staging {}
-
-/// The changed bytes of one file.
-#[derive(Debug)]
-pub struct Draft {}
-
-#[allow(clippy::unimplemented, unused_variables, missing_docs)]
-impl Staging {
-    /// Opens the drafts of a directory, which is made if need be.
-    pub fn open(dir: &Path) -> FsResult<Arc<Self>> {
-        unimplemented!()
+impl Extent {
+    /// Where it ends in the file.
+    fn end(&self) -> u64 {
+        self.at + self.len
     }
 
-    /// Sets how much must stay free on the disk ([`MIN_FREE_BYTES`]); writes beyond fail with
-    /// [`crate::error::Kind::NoSpace`].
-    pub fn set_min_free_bytes(&self, bytes: u64) {
-        unimplemented!()
-    }
-
-    /// A draft over a base of this size, all of which is kept.
-    pub fn create(&self, base_size: u64) -> FsResult<Arc<Draft>> {
-        unimplemented!()
-    }
-
-    /// A draft as it was committed. After a restart this is called for every snapshot that is
-    /// still needed, those of one draft in the order of their commits: the last is its state, the
-    /// earlier ones stay readable.
-    pub fn restore(&self, snapshot: &Snapshot, fill: &[(u64, Bytes)]) -> FsResult<Arc<Draft>> {
-        unimplemented!()
-    }
-
-    /// Removes a draft and all its bytes.
-    pub fn remove(&self, id: DraftId) {
-        unimplemented!()
-    }
-
-    /// Removes the drafts that nobody needs, as a crash leaves them; gives their bytes.
-    pub fn remove_all_but(&self, needed: &HashSet<DraftId>) -> FsResult<u64> {
-        unimplemented!()
-    }
-
-    /// Bytes on disk.
-    pub fn used_bytes(&self) -> u64 {
-        unimplemented!()
-    }
-
-    /// Makes every commit until now durable in the drafts' own files: no fill given until now
-    /// needs to be kept any more.
-    pub fn sync(&self) -> FsResult<()> {
-        unimplemented!()
+    /// Where its bytes are in the draft's own file.
+    fn stored(&self) -> Range<u64> {
+        self.stored_at..self.stored_at + self.len
     }
 }
 
-#[allow(clippy::unimplemented, unused_variables, missing_docs)]
-impl Draft {
-    /// Its number.
-    pub fn id(&self) -> DraftId {
-        unimplemented!()
-    }
-
-    /// Writes all bytes, or fails and changes nothing.
-    pub fn write(&self, offset: u64, bytes: &[u8]) -> FsResult<()> {
-        unimplemented!()
-    }
-
-    /// What a range holds, in order, up to the end of the file.
-    pub fn read(&self, offset: u64, len: u64) -> FsResult<Vec<Piece>> {
-        unimplemented!()
-    }
-
-    /// Cuts the file, or lengthens it with zeros.
-    pub fn set_size(&self, size: u64) -> FsResult<()> {
-        unimplemented!()
-    }
-
-    /// Makes a range zero, within the size.
-    pub fn zero(&self, range: Range<u64>) -> FsResult<()> {
-        unimplemented!()
-    }
-
-    /// Bytes of the file.
-    pub fn size(&self) -> u64 {
-        unimplemented!()
-    }
-
-    /// Whether anything changed since the last commit.
-    pub fn is_dirty(&self) -> bool {
-        unimplemented!()
-    }
-
-    /// Makes the present state one that survives, together with what the caller keeps of it. Up
-    /// to `inline_max` bytes that the disk may not have yet are given back as fill; are there
-    /// more, then all are made durable here and the fill is empty.
-    pub fn commit(&self, inline_max: u64) -> FsResult<Committed> {
-        unimplemented!()
-    }
-
-    /// Reads a snapshot's bytes; the range (of the file) lies within one extent.
-    pub fn snapshot_read(&self, snapshot: &Snapshot, range: Range<u64>) -> io::Result<Bytes> {
-        unimplemented!()
-    }
-
-    /// The snapshot is the owner's version now, and so the base of what follows: later commits
-    /// list only what differs from it.
-    pub fn delivered(&self, snapshot: &Snapshot) {
-        unimplemented!()
-    }
-
-    /// Nobody needs this snapshot any more, also not after a crash: the space of what was
-    /// written over since is freed. Every snapshot is kept until then.
-    pub fn release(&self, snapshot: &Snapshot) {
-        unimplemented!()
-    }
-
-    /// BLAKE3 of the extents' bytes, and of all bytes of the file where that needs no base and
-    /// the holes are small.
-    pub fn digest(&self, snapshot: &Snapshot) -> io::Result<([u8; 32], Option<ContentId>)> {
-        unimplemented!()
+impl Snapshot {
+    /// Whether it keeps the bounds that its fields tell of.
+    fn is_valid(&self) -> bool {
+        let sound = |e: &Extent| {
+            let fits =
+                |at: u64| at.checked_add(e.len).is_some_and(|end| i64::try_from(end).is_ok());
+            e.len > 0 && fits(e.at) && fits(e.stored_at)
+        };
+        self.kept_bytes <= self.size
+            && self.extents.iter().all(sound)
+            && self.extents.windows(2).all(|w| w[0].end() <= w[1].at)
+            && self.extents.last().is_none_or(|e| e.end() <= self.size)
     }
 }
 
