@@ -83,7 +83,7 @@ impl<'a> Translation<'a> {
             return Ok(());
         }
         let Some(dir) = self.directory_ino(location, parent, is_own)? else { return Ok(()) };
-        match self.own_file_still_there(location, dir, name, is_own) {
+        match self.own_file_still_there(location, parent, (dir, name), is_own)? {
             Some(file) => self.out.push(Invalidation::Content(file)),
             None => self.out.push(Invalidation::Entry { parent: dir, name: name.clone() }),
         }
@@ -91,20 +91,21 @@ impl<'a> Translation<'a> {
         Ok(())
     }
 
-    /// A file that a kernel knows under this name, when the disk still has it there: to drop
-    /// the name would take the ground from under a program that stands in that directory.
+    /// A file that a kernel knows under this name, when it is still there: to drop the name would
+    /// take the ground from under a program that stands in that directory. The index, which has
+    /// just looked, is asked and not the disk, which may be a dead network's.
     fn own_file_still_there(
         &self,
         location: LocationNo,
-        dir: InodeNo,
-        name: &Name,
+        parent: FileId,
+        (dir, name): (InodeNo, &Name),
         is_own: bool,
-    ) -> Option<InodeNo> {
+    ) -> FsResult<Option<InodeNo>> {
         if !is_own {
-            return None;
+            return Ok(None);
         }
-        let dir = self.own.dir(location, dir).ok()?;
-        self.own.known_at(&dir, name)
+        let entry = self.own.index.view()?.entry(location, parent, name.as_bytes())?;
+        Ok(entry.and_then(|entry| self.own.known_at(location, dir, name, &entry)))
     }
 
     fn attributes(&mut self, location: LocationNo, file: FileId) -> FsResult<()> {

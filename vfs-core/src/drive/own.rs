@@ -19,7 +19,7 @@ use crate::error::{FsError, FsResult, Kind};
 use crate::index::Index;
 use crate::indexer::Indexer;
 use crate::local::{self, Root};
-use crate::model::{Attr, FileType, LocationNo, Name, Time};
+use crate::model::{Attr, Entry, FileType, LocationNo, Name, Time};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, Statx, StatxAttributes};
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -261,11 +261,19 @@ impl Own {
         seen.found(self.table.look_up(location, seen.identity(), place).no)
     }
 
-    /// The inode that a kernel holds for this name, if the disk still has that file there.
-    pub fn known_at(&self, dir: &OwnDir, name: &Name) -> Option<InodeNo> {
-        let seen = Seen::at(dir.fd.as_fd(), name).ok()?;
-        let node = self.table.of_disk(dir.location, seen.disk_ino)?;
-        let is_known = node.identity == seen.identity() && node.places().contains(&dir.place(name));
+    /// The inode that a kernel holds for this name, if it is the file that the index has there.
+    pub fn known_at(
+        &self,
+        location: LocationNo,
+        dir: InodeNo,
+        name: &Name,
+        entry: &Entry,
+    ) -> Option<InodeNo> {
+        let Entry { disk_ino, attr: Attr { file_type, btime, .. }, .. } = *entry;
+        let node = self.table.of_disk(location, disk_ino)?;
+        let place = Place { parent: dir, name: name.clone() };
+        let is_known = node.identity == Identity { disk_ino, btime, file_type }
+            && node.places().contains(&place);
         is_known.then_some(node.no)
     }
 
