@@ -6,6 +6,7 @@
 //! Members are a last-writer-wins log: a record with the higher [`Stamp`]
 //! wins, on every device alike; a removal is a record, never an absence.
 
+use crate::local::RootId;
 use crate::model::{DeviceId, LocationId};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
@@ -111,6 +112,9 @@ pub struct OwnLocation {
     pub read_only: bool,
     /// The devices that may see it; `None` is all members.
     pub shared_with: Option<Vec<DeviceId>>,
+    /// Which folder that is, once it was found: another one at its path is not taken for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub root_id: Option<RootId>,
 }
 
 /// The content of the file.

@@ -12,6 +12,10 @@
 //!
 //! This module owns no state but the open folder, and knows no index rows.
 
+mod disk;
+
+pub use disk::RootId;
+
 use crate::error::{FsError, FsResult, Kind};
 use crate::index::Observed;
 use crate::model::{Attr, FileType, Name, Stamp, TARGET_MAX, Time};
@@ -53,6 +57,7 @@ pub struct Root {
     path: PathBuf,
     folder: OwnedFd,
     identity: Identity,
+    fs_type: u64,
 }
 
 /// Which folder it is: two disks may be mounted on one path, one after the other.
@@ -86,7 +91,20 @@ impl Root {
         let folder = rustix::fs::open(path, flags, Mode::empty())
             .map_err(|e| FsError::os(format!("open the folder {}", path.display()), e))?;
         let identity = Identity::of(&stat_of(folder.as_fd())?);
-        Ok(Self { path: path.to_owned(), folder, identity })
+        let disk = rustix::fs::fstatfs(&folder)
+            .map_err(|e| FsError::os(format!("ask for the disk of {}", path.display()), e))?;
+        let fs_type = disk.f_type as u64;
+        Ok(Self { path: path.to_owned(), folder, identity, fs_type })
+    }
+
+    /// What tells this folder from another one at its path, also after a restart.
+    pub fn id(&self) -> FsResult<RootId> {
+        Ok(RootId::of(&stat_of(self.folder.as_fd())?, self.fs_type))
+    }
+
+    /// Whether closing a file may tell that its disk refused bytes.
+    pub fn reports_at_close(&self) -> bool {
+        disk::reports_at_close(self.fs_type)
     }
 
     /// The path it was opened by.
@@ -94,8 +112,13 @@ impl Root {
         &self.path
     }
 
-    /// Whether the path still leads to the folder that is open; an error when it leads nowhere.
+    /// Whether the path still leads to the folder that is open; an error when it leads nowhere,
+    /// or to a disk that was unplugged, from which nothing can be told.
     pub fn is_current(&self) -> FsResult<bool> {
+        if disk::is_unplugged(Path::new(disk::BLOCK_DEVICES), self.identity.device) {
+            let what = format!("the disk of {} was unplugged", self.path.display());
+            return Err(FsError::new(Kind::NotFound, what));
+        }
         let stat = rustix::fs::statx(CWD, &self.path, AtFlags::NO_AUTOMOUNT, STATX_WANTED)
             .map_err(|e| FsError::os(format!("stat {}", self.path.display()), e))?;
         Ok(Identity::of(&stat) == self.identity)

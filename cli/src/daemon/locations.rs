@@ -45,13 +45,14 @@ impl Daemon {
         let added = self.library.update(|state| {
             let name = free_name(new.name.as_deref(), &root, &state.locations)?;
             let read_only = new.read_only;
-            let location = OwnLocation { id, name, root: root.clone(), read_only, shared_with };
+            let (root, root_id) = (root.clone(), None);
+            let location = OwnLocation { id, name, root, read_only, shared_with, root_id };
             state.locations.push(location.clone());
             Ok::<_, Failure>(location)
         });
         let added = added.map_err(library_failure)??;
         let location = self.put_location(&added)?;
-        self.indexer.watch(location.no);
+        self.watch(&added, location.no);
         self.node.locations_changed();
         Ok(location)
     }
@@ -263,6 +264,7 @@ mod tests {
             root: root.into(),
             read_only: false,
             shared_with: None,
+            root_id: None,
         }
     }
 

@@ -18,7 +18,7 @@ use vfs_core::content::{Cache, Content, ContentConfig, Manifests, OwnFiles};
 use vfs_core::index::{Index, IndexError, NewLocation, StoreError, open_store};
 use vfs_core::indexer::{Indexer, IndexerConfig};
 use vfs_core::library::{Library, LibraryError, OwnLocation};
-use vfs_core::model::{DeviceId, Location, Time};
+use vfs_core::model::{DeviceId, Location, LocationNo, Time};
 
 /// The automatic limit of the cache: a tenth of its disk, at most this.
 const AUTOMATIC_CACHE_BYTES: u64 = 50 << 30;
@@ -106,10 +106,25 @@ impl Daemon {
             }
         }
         for location in own {
-            let location = self.put_location(&location)?;
-            self.indexer.watch(location.no);
+            let no = self.put_location(&location)?.no;
+            self.watch(&location, no);
         }
         Ok(())
+    }
+
+    /// Has an own location indexed. Which folder it is, is kept in the library: the index may be
+    /// lost while its disk is away, and the empty mount point must not become the location.
+    pub fn watch(&self, own: &OwnLocation, no: LocationNo) {
+        let (library, id) = (Arc::clone(&self.library), own.id);
+        self.indexer.watch_known(no, own.root_id.clone(), move |found| {
+            let noted = library.update(|state| {
+                let location = state.locations.iter_mut().find(|l| l.id == id);
+                location.into_iter().for_each(|l| l.root_id = Some(found.clone()));
+            });
+            if let Err(error) = noted {
+                tracing::warn!(%error, "which folder a location has could not be kept");
+            }
+        });
     }
 
     /// Puts an own location into the index.

@@ -49,10 +49,9 @@ impl Applier {
     fn folder(&self, location: &Location, path: &std::path::Path) -> FsResult<Root> {
         let root = Root::open(path)?;
         let known = self.index.view()?.node(location.no, FileId::ROOT)?;
-        let found = root.observe_root()?;
-        match known.is_some_and(|node| is_same_folder(&node.entry, &found)) {
-            true => Ok(root),
-            false => Err(FsError::new(crate::error::Kind::NotFound, "another folder is there")),
+        match known {
+            Some(node) if is_same_folder(&node.entry, &root)? => Ok(root),
+            _ => Err(FsError::new(crate::error::Kind::NotFound, "another folder is there")),
         }
     }
 

@@ -25,7 +25,7 @@ mod watch;
 use crate::content::Manifests;
 use crate::error::{FsError, FsResult, Kind};
 use crate::index::Index;
-use crate::local::Root;
+use crate::local::{Root, RootId};
 use crate::model::{FileId, LocationNo};
 pub(crate) use asked::Look;
 use follow::Hints;
@@ -212,11 +212,24 @@ impl Indexer {
     ///
     /// A location that the index does not have, or that is another device's, is ignored.
     pub fn watch(&self, location: LocationNo) {
+        self.watch_known(location, None, |_| ());
+    }
+
+    /// The same for a location whose folder may be known from before: no other one that stands at
+    /// its path is taken for it, also when the index was lost. Else `first_found` is told which it
+    /// is; it shall remember that for as long as the location.
+    pub fn watch_known(
+        &self,
+        location: LocationNo,
+        known: Option<RootId>,
+        first_found: impl Fn(&RootId) + Send + Sync + 'static,
+    ) {
         let found = self.core.index.location(location);
         let Some(path) = found.and_then(|found| found.root.clone()) else { return };
-        let place = Arc::new(Place::new(location, path, self.core.config.clone()));
+        let config = self.core.config.clone();
+        let place = Place::new(location, path, config, known, Box::new(first_found));
         let mut places = self.core.places.write().unwrap_or_else(PoisonError::into_inner);
-        places.entry(location).or_insert(place);
+        places.entry(location).or_insert_with(|| Arc::new(place));
         drop(places);
         self.core.tend_soon();
     }

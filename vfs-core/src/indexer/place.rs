@@ -11,8 +11,8 @@
 use super::hash::HashQueue;
 use super::{IndexerConfig, State};
 use crate::error::{FsError, FsResult, Kind};
-use crate::index::{Index, Observed};
-use crate::local::Root;
+use crate::index::Index;
+use crate::local::{Root, RootId};
 use crate::model::{Entry, FileId, LocationNo};
 use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::path::PathBuf;
@@ -23,6 +23,9 @@ use std::time::{Duration, Instant};
 /// Locks that order the changes of one directory; two directories rarely share one.
 const STRIPES: usize = 1024;
 
+/// Told which folder a location has, when that was not known yet.
+pub(super) type FirstFound = Box<dyn Fn(&RootId) + Send + Sync>;
+
 /// One location.
 pub(super) struct Place {
     pub no: LocationNo,
@@ -30,6 +33,9 @@ pub(super) struct Place {
     pub config: IndexerConfig,
     opening: Mutex<()>,
     disk: Mutex<Disk>,
+    /// Which folder it is, once that is known; with it another one is told also without rows.
+    identity: Mutex<Option<RootId>>,
+    first_found: FirstFound,
     retry_at: Mutex<Option<Instant>>,
     pub scan: Mutex<ScanQueue>,
     pub scanned: Mutex<Scanned>,
@@ -44,6 +50,8 @@ pub(super) struct Place {
     pub hash: Mutex<HashQueue>,
     pub indexed: AtomicBool,
     pub forgotten: AtomicBool,
+    /// A thread looks after it just now.
+    pub tended: AtomicBool,
     pub bytes_hashed: AtomicU64,
     pub files_hashed: AtomicU64,
     order: [Mutex<()>; STRIPES],
@@ -259,13 +267,21 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Place {
-    pub fn new(no: LocationNo, path: PathBuf, config: IndexerConfig) -> Self {
+    pub fn new(
+        no: LocationNo,
+        path: PathBuf,
+        config: IndexerConfig,
+        known: Option<RootId>,
+        first_found: FirstFound,
+    ) -> Self {
         Self {
             no,
             path,
             config,
             opening: Mutex::new(()),
             disk: Mutex::new(Disk::Unknown),
+            identity: Mutex::new(known),
+            first_found,
             retry_at: Mutex::default(),
             scan: Mutex::default(),
             scanned: Mutex::default(),
@@ -277,6 +293,7 @@ impl Place {
             hash: Mutex::default(),
             indexed: AtomicBool::new(false),
             forgotten: AtomicBool::new(false),
+            tended: AtomicBool::new(false),
             bytes_hashed: AtomicU64::new(0),
             files_hashed: AtomicU64::new(0),
             order: std::array::from_fn(|_| Mutex::new(())),
@@ -350,16 +367,23 @@ impl Place {
         let root = Root::open(&self.path)?;
         // Fails where the folder cannot be listed: no access, or a disk that is gone.
         root.open_dir(&[])?;
-        let observed = root.observe_root()?;
-        let known = index.view()?.node(self.no, FileId::ROOT)?;
-        if known.is_some_and(|node| !is_same_folder(&node.entry, &observed)) {
-            let what = format!(
-                "{} is another folder than the one that was indexed; is its disk mounted?",
-                self.path.display()
-            );
-            return Err(FsError::new(Kind::NotFound, what));
+        if !root.is_current()? {
+            return Err(FsError::new(Kind::NotFound, "the folder was just replaced"));
         }
-        index.observe_root(self.no, &observed)?;
+        let found = root.id()?;
+        let noted = lock(&self.identity).clone();
+        let known = match &noted {
+            Some(noted) => Some(noted.clone()),
+            None => id_in_index(index, self.no)?,
+        };
+        if let Some(why) = known.and_then(|known| another_folder(&known, &found)) {
+            return Err(FsError::new(Kind::NotFound, format!("{} {why}", self.path.display())));
+        }
+        index.observe_root(self.no, &root.observe_root()?)?;
+        if noted.is_none() {
+            (self.first_found)(&found);
+            *lock(&self.identity) = Some(found);
+        }
         Ok(root)
     }
 
@@ -401,13 +425,25 @@ impl Place {
     }
 }
 
-/// Whether the folder found is the one that was indexed.
-///
-/// The time of birth tells it best: roots of file systems share inode numbers,
-/// and FAT invents new ones at every mount.
-pub(crate) fn is_same_folder(known: &Entry, found: &Observed) -> bool {
-    match (known.attr.btime, found.attr.btime) {
-        (Some(known), Some(found)) => known == found,
-        _ => known.disk_ino == found.disk_ino,
+/// Whether the folder is surely the one that was indexed, as far as its row tells.
+pub(crate) fn is_same_folder(known: &Entry, found: &Root) -> FsResult<bool> {
+    Ok(id_in_row(known).is_same(&found.id()?) == Some(true))
+}
+
+fn id_in_row(known: &Entry) -> RootId {
+    RootId::of_row(known.disk_ino, known.attr.btime)
+}
+
+fn id_in_index(index: &Index, no: LocationNo) -> FsResult<Option<RootId>> {
+    let node = index.view()?.node(no, FileId::ROOT)?;
+    Ok(node.map(|n| id_in_row(&n.entry)))
+}
+
+/// Why the folder found cannot be taken for the one that is known.
+fn another_folder(known: &RootId, found: &RootId) -> Option<&'static str> {
+    match known.is_same(found) {
+        Some(true) => None,
+        Some(false) => Some("is another folder than the one that was added; is its disk mounted?"),
+        None => Some("cannot be told from other disks: its file system has neither name nor times"),
     }
 }

@@ -252,6 +252,10 @@ impl Core {
             listings.push((job.dir(), entries));
             rest.push((job, epoch, own_changed, _order));
         }
+        // After the listing: what a disk that was pulled out meanwhile did not list is not deleted.
+        if !place.root()?.is_current()? {
+            return Err(FsError::new(Kind::NotFound, "the location's folder is gone"));
+        }
         let recorded = self.index.observe_directories(place.no, listings)?;
         let mut changed = Vec::new();
         for (subdirectories, (job, epoch, own_changed, order)) in recorded.into_iter().zip(rest) {

@@ -402,6 +402,55 @@ fn another_folder_is_never_taken_for_the_one_that_was_indexed() {
     assert_eq!(device.rows(), before);
 }
 
+/// The index says nothing then: what was noted beside it does.
+#[test]
+fn a_lost_index_does_not_make_the_empty_mount_point_the_location() {
+    let device = Device::new(quick());
+    populate(&device.at(""), 3, 3);
+    let noted = Arc::new(Mutex::new(None));
+    let note = Arc::clone(&noted);
+    device.indexer.watch_known(device.no, None, move |id| *lock(&note) = Some(id.clone()));
+    device.until("a whole scan", || device.progress().indexed);
+    let before = device.rows().len();
+    let Device { base, config, index, indexer, .. } = device;
+    indexer.stop();
+    drop((indexer, index));
+    fs::remove_dir_all(base.path().join("index")).unwrap();
+    let (folder, away) = (base.path().join("folder"), base.path().join("away"));
+    fs::rename(&folder, &away).unwrap();
+    fs::create_dir(&folder).unwrap();
+
+    let device = Device::on(base, config);
+    let known = lock(&noted).take();
+    assert!(known.is_some());
+    device.indexer.watch_known(device.no, known, |_| panic!("it is known"));
+    device.until("offline", || matches!(device.progress().state, State::Offline(_)));
+    assert_eq!(device.rows(), BTreeMap::new());
+    fs::remove_dir(&folder).unwrap();
+    fs::rename(&away, &folder).unwrap();
+    device.until("a whole scan", || device.progress().indexed);
+    assert_eq!(device.rows().len(), before);
+}
+
+/// As a disk does that was pulled out: it is listed, in part, and nothing fails.
+#[test]
+fn what_a_folder_that_is_gone_does_not_list_is_not_deleted() {
+    let config = IndexerConfig { root_check: Duration::from_secs(3600), watch: false, ..quick() };
+    let device = Device::new(config);
+    populate(&device.at(""), 3, 3);
+    device.start();
+    let before = device.rows().len();
+    let dir = device.entry("d1/e1").unwrap().file_id;
+    fs::remove_file(device.at("d1/e1/f2")).unwrap();
+    fs::rename(device.at(""), device.base.path().join("away")).unwrap();
+    fs::create_dir(device.at("")).unwrap();
+    let core = &device.indexer.core;
+    let place = core.place(device.no).unwrap();
+    lock(&place.scanned).remove(dir);
+    assert_eq!(core.scan_asked(&place, dir).unwrap_err().kind(), Kind::NotFound);
+    assert_eq!(device.rows().len(), before);
+}
+
 #[test]
 fn a_directory_that_cannot_be_read_keeps_its_rows() {
     let device = Device::new(quick());
