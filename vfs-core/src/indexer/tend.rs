@@ -2,7 +2,7 @@
 //!
 //! Folders that vanish, come back or turn out to be others; directories that
 //! could not be read or watched; rows of deleted directories. All of it is
-//! looked after by one thread about once a second.
+//! looked after about once a second, by a thread for each location.
 
 use super::Core;
 use super::place::{Job, Place, Strays, lock};
@@ -18,17 +18,42 @@ const FLUSH_EVERY: Duration = Duration::from_secs(1);
 /// How often directories that could not be read are tried again.
 const RETRY_EVERY: Duration = Duration::from_secs(60);
 
+/// Ends the tending of a location when it is dropped, also by a panic.
+struct Tended(Arc<Place>);
+
+impl Drop for Tended {
+    fn drop(&mut self) {
+        self.0.tended.store(false, Ordering::Release);
+    }
+}
+
 impl Core {
     /// The thread that tends, until the stop.
     pub(super) fn tend_loop(&self) {
         let (mut next, mut flushed) = (Instant::now(), Instant::now());
-        while let Some(()) = self.tend_work.wait(self, |core, due| core.tend_due(next, due)) {
-            next = Instant::now() + self.config.root_check;
-            self.places().iter().for_each(|place| self.tend(place));
-            if flushed.elapsed() >= FLUSH_EVERY {
-                flushed = Instant::now();
-                self.flush();
+        std::thread::scope(|scope| {
+            while let Some(()) = self.tend_work.wait(self, |core, due| core.tend_due(next, due)) {
+                next = Instant::now() + self.config.root_check;
+                self.places().into_iter().for_each(|place| self.tend_beside(scope, place));
+                if flushed.elapsed() >= FLUSH_EVERY {
+                    flushed = Instant::now();
+                    self.flush();
+                }
             }
+        });
+    }
+
+    /// Tends a location on a thread of its own, unless one is still at it: its disk may be a dead
+    /// network's, and the others do not wait for it.
+    fn tend_beside<'s>(&'s self, scope: &'s std::thread::Scope<'s, '_>, place: Arc<Place>) {
+        if place.tended.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let tended = Tended(place);
+        let tend = move || self.tend(&tended.0);
+        let spawned = std::thread::Builder::new().name("sd-tend-disk".into());
+        if let Err(e) = spawned.spawn_scoped(scope, tend) {
+            tracing::warn!("a location is not looked after now: {e}");
         }
     }
 
