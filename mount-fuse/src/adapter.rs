@@ -182,8 +182,14 @@ fn cached_flags(opened: &Opened, flags: OpenFlags) -> FopenFlags {
     fopen
 }
 
-/// Never with `FOPEN_KEEP_CACHE`, which the kernel answers with `EIO`.
-const PASSTHROUGH_FLAGS: FopenFlags = FopenFlags::FOPEN_NOFLUSH;
+/// Never with `FOPEN_KEEP_CACHE`, which the kernel answers with `EIO`. What the kernel wrote by
+/// itself has nothing to report at `close`, unless the disk's file system may have.
+fn passthrough_flags(opened: &Opened) -> FopenFlags {
+    match opened.is_flushed {
+        true => FopenFlags::empty(),
+        false => FopenFlags::FOPEN_NOFLUSH,
+    }
+}
 
 fn reply_empty(reply: ReplyEmpty, result: Result<(), Errno>) {
     match result {
@@ -377,7 +383,9 @@ impl Filesystem for Adapter {
         };
         let fh = FileHandle(opened.handle.0);
         match self.io_mode(node, &opened, |file| reply.open_backing(file)) {
-            IoMode::Passthrough(id) => reply.opened_passthrough(fh, PASSTHROUGH_FLAGS, &id),
+            IoMode::Passthrough(id) => {
+                reply.opened_passthrough(fh, passthrough_flags(&opened), &id)
+            }
             IoMode::Cached => reply.opened(fh, cached_flags(&opened, flags)),
         }
     }
@@ -407,7 +415,8 @@ impl Filesystem for Adapter {
         let fh = FileHandle(opened.handle.0);
         match self.io_mode(found.ino, &opened, |file| reply.open_backing(file)) {
             IoMode::Passthrough(id) => {
-                reply.created_passthrough(&valid, &attr, generation, fh, PASSTHROUGH_FLAGS, &id);
+                let flags = passthrough_flags(&opened);
+                reply.created_passthrough(&valid, &attr, generation, fh, flags, &id);
             }
             IoMode::Cached => {
                 reply.created(&valid, &attr, generation, fh, cached_flags(&opened, flags));
@@ -702,5 +711,20 @@ fn stop_if(full: bool) -> ControlFlow<()> {
     match full {
         true => ControlFlow::Break(()),
         false => ControlFlow::Continue(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_that_may_report_at_close_is_asked_also_by_a_kernel_that_writes_itself() {
+        let opened = |is_flushed| {
+            let io = Io::Calls { keep_cache: false };
+            Opened { handle: HandleId(1), generation: 0, is_flushed, io }
+        };
+        assert_eq!(passthrough_flags(&opened(true)), FopenFlags::empty());
+        assert_eq!(passthrough_flags(&opened(false)), FopenFlags::FOPEN_NOFLUSH);
     }
 }

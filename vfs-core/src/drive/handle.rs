@@ -14,6 +14,23 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub(super) struct OwnFile {
     pub file: Arc<File>,
     pub flags: OpenFlags,
+    /// Closing it may tell that its disk refused bytes.
+    pub reports_at_close: bool,
+}
+
+impl OwnFile {
+    /// Whether each close of a descriptor is to be passed on to the disk's file system.
+    pub fn is_flushed(&self) -> bool {
+        self.reports_at_close && self.flags.may_change()
+    }
+
+    /// Does what closing one of several descriptors does, and says what that says.
+    pub fn flush(&self) -> FsResult<()> {
+        let descriptor = self.file.try_clone().map_err(|e| FsError::os("duplicate a handle", e))?;
+        // Dropped, it would be closed as well, and the error be lost.
+        nix::unistd::close(descriptor)
+            .map_err(|e| FsError::os("close", std::io::Error::from_raw_os_error(e as i32)))
+    }
 }
 
 /// What a handle stands for.

@@ -223,7 +223,8 @@ impl Drive {
             Class::Remote(remote) => {
                 let (file, io) = self.remote.open(remote)?;
                 let generation = file.generation();
-                Ok(Opened { handle: self.handles.add(Handle::Remote(file)), generation, io })
+                let handle = self.handles.add(Handle::Remote(file));
+                Ok(Opened { handle, generation, is_flushed: false, io })
             }
             Class::Root | Class::Device => Err(handle::is_a_directory()),
         }
@@ -231,7 +232,8 @@ impl Drive {
 
     fn opened(&self, open: OwnFile) -> Opened {
         let io = Io::Backing(Arc::clone(&open.file));
-        Opened { handle: self.handles.add(Handle::Own(open)), generation: 0, io }
+        let is_flushed = open.is_flushed();
+        Opened { handle: self.handles.add(Handle::Own(open)), generation: 0, is_flushed, io }
     }
 
     /// Creates a regular file and opens it; opens it when it is there and `flags` are not
@@ -277,9 +279,13 @@ impl Drive {
     }
 
     /// A program closed one of its descriptors. Own files have nothing to flush: what was
-    /// written is with the disk's file system, as after a `close` there.
+    /// written is with the disk's file system, as after a `close` there. But network file
+    /// systems may say at that very close that they could not keep it.
     pub fn flush(&self, handle: HandleId) -> FsResult<()> {
-        self.handles.get(handle).map(drop)
+        match &*self.handles.get(handle)? {
+            Handle::Own(open) if open.is_flushed() => open.flush(),
+            _ => Ok(()),
+        }
     }
 
     /// Makes the file durable.

@@ -335,7 +335,8 @@ impl Own {
         let handle = self.handle(location, ino)?;
         let file = Arc::new(reopen(handle.as_fd(), flags)?);
         self.node(ino)?.opened(&file);
-        Ok(OwnFile { file, flags })
+        let reports_at_close = self.root(location)?.reports_at_close();
+        Ok(OwnFile { file, flags, reports_at_close })
     }
 
     pub fn statfs(&self, location: LocationNo) -> FsResult<Statfs> {

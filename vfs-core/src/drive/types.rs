@@ -105,6 +105,9 @@ pub struct Opened {
     pub handle: HandleId,
     /// As [`Found::generation`]: which of the files that ever had its number.
     pub generation: u64,
+    /// Each `close` is to be told by [`super::Drive::flush`], which may fail: also where a kernel
+    /// writes the backing file itself.
+    pub is_flushed: bool,
     /// How its bytes are reached.
     pub io: Io,
 }

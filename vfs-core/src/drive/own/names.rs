@@ -66,7 +66,8 @@ impl Own {
         let found = self.count(dir.ino, dir.location, name, &seen);
         let file = Arc::new(file);
         self.node(found.ino)?.opened(&file);
-        Ok((found, OwnFile { file, flags }))
+        let reports_at_close = self.root(dir.location)?.reports_at_close();
+        Ok((found, OwnFile { file, flags, reports_at_close }))
     }
 
     pub fn mkdir(
