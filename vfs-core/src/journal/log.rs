@@ -74,6 +74,9 @@ impl Pool {
         let use_id = draw_use_id();
         let header = SegmentHeader { no, base: base.unwrap_or(no), use_id, first };
         file.write_at(&header.encode(), 0)?;
+        // Durable before the name is: under its name a file never has the header, and so the
+        // records, of an earlier use.
+        file.sync()?;
         self.disk.rename(&from, &segment_name(no))?;
         self.next_no += 1;
         if !long {

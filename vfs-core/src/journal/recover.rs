@@ -145,7 +145,7 @@ fn number(name: &str, prefix: &str, suffix: &str) -> Option<u64> {
     digits.bytes().all(|b| b.is_ascii_digit()).then(|| digits.parse().ok()).flatten()
 }
 
-/// Reads a segment. One that calls itself by another number was given its name without that
+/// Reads a segment. One that calls itself by another number was given another name, without that
 /// having reached the disk, and before that nothing in it is durable: only its size is given.
 fn scan(disk: &dyn LogDisk, no: u64) -> Result<Result<Scanned, u64>, JournalError> {
     let failed = |source| JournalError::Io { attempted: "read the journal", source };
@@ -210,19 +210,13 @@ fn last_use(bytes: &[u8]) -> u64 {
     uses.max().map_or(0, |(_, id)| id)
 }
 
-/// Drops what the last segments only seem to have because their headers never reached the disk.
-fn drop_stale(segments: &mut Vec<Scanned>, pool: &mut Pool) -> io::Result<()> {
+/// Drops records of an earlier use, which may seem to count where a header is lost.
+fn drop_stale(segments: &mut [Scanned]) {
     let mut last = Lsn(0);
-    for segment in segments.iter_mut() {
+    for segment in segments {
         segment.records.retain(|record| record.lsn > last);
         last = segment.records.last().map_or(last, |record| record.lsn);
     }
-    let unused = |s: &Scanned| s.header.is_none() && s.records.is_empty();
-    while segments.len() > 1 && segments.last().is_some_and(unused) {
-        let segment = segments.pop().expect("it is there");
-        pool.recycle(segment.no, segment.size)?;
-    }
-    Ok(())
 }
 
 /// Says to which log each segment belongs, also where its header is lost.
@@ -259,12 +253,12 @@ fn choose(segments: &[Scanned]) -> Option<u64> {
 
 /// Goes through a log's segments, in order; cuts the torn tail, sets aside what is damaged.
 fn assemble(mut segments: Vec<Scanned>, mut pool: Pool) -> io::Result<Found> {
-    drop_stale(&mut segments, &mut pool)?;
+    drop_stale(&mut segments);
     let holes = holes(&segments);
     let proven = |hole: &Hole| is_proven(hole, &segments, pool.disk.boot());
     let cut = holes.iter().position(|hole| !proven(hole));
     let damage = holes[..cut.unwrap_or(holes.len())].iter().flat_map(|h| h.ranges.clone());
-    let headers = damaged_headers(&segments, pool.disk.boot());
+    let headers = segments.iter().filter(|s| s.header.is_none()).map(|s| (s.no, 0..SEGMENT_HEADER));
     let damage = headers
         .into_iter()
         .chain(damage)
@@ -363,17 +357,7 @@ fn is_proven(hole: &Hole, segments: &[Scanned], boot: [u8; 16]) -> bool {
     written_since_boot
 }
 
-/// Headers that had been durable. One may be missing as well because the power went before the
-/// first records of its segment were synced.
-fn damaged_headers(segments: &[Scanned], boot: [u8; 16]) -> Vec<(u64, Range<u64>)> {
-    let records = || segments.iter().flat_map(|s| &s.records);
-    let same_boot = records().any(|r| r.checkpoint.is_some_and(|told| told.boot == boot));
-    let durable = records().map(|r| r.durable).max().unwrap_or_default();
-    let was_durable = |s: &Scanned| s.records.first().is_some_and(|r| r.lsn <= durable);
-    let damaged = |s: &&Scanned| s.header.is_none() && (same_boot || was_durable(s));
-    segments.iter().filter(damaged).map(|s| (s.no, 0..SEGMENT_HEADER)).collect()
-}
-
+/// Writes damaged headers anew, so that more records can follow.
 fn mend_headers(segments: &mut [Scanned], last: Lsn) -> io::Result<()> {
     for segment in segments.iter_mut().filter(|s| s.header.is_none()) {
         let first = segment.records.first().map_or(Lsn(last.0 + 1), |r| r.lsn);

@@ -58,6 +58,8 @@ pub(super) enum Kept {
     First(usize),
     /// All but one sector; all changes of names.
     AllBut(usize),
+    /// All sectors, no changes of names.
+    Sectors,
     /// Drawn by this number.
     Some(u64),
 }
@@ -66,7 +68,7 @@ impl Kept {
     fn sector(self, n: usize) -> bool {
         match self {
             Self::Nothing => false,
-            Self::All => true,
+            Self::All | Self::Sectors => true,
             Self::First(count) => n < count,
             Self::AllBut(lost) => n != lost,
             Self::Some(seed) => draw(seed, n) & 1 == 0,
@@ -75,7 +77,7 @@ impl Kept {
 
     fn names(self, of: usize) -> usize {
         match self {
-            Self::Nothing => 0,
+            Self::Nothing | Self::Sectors => 0,
             Self::All | Self::AllBut(_) => of,
             Self::First(count) => count.min(of),
             Self::Some(seed) => draw(seed, usize::MAX) as usize % (of + 1),

@@ -100,10 +100,15 @@ impl Draft {
             if snapshot.extents.is_empty() && fill.is_empty() { None } else { Some(self.file()?) };
         if let Some(file) = &file {
             let len = file.metadata().map_err(failed)?.len();
-            state.named |= Self::check_stored(snapshot, fill, len)?;
+            let durable = durable(snapshot, fill, len)?;
             for (at, bytes) in fill {
                 file.write_all_at(bytes, *at).map_err(failed)?;
                 state.unsynced.insert(*at..at + bytes.len() as u64);
+            }
+            for range in durable.iter() {
+                // The file's name was durable with them.
+                state.named = true;
+                state.unsynced.remove(range);
             }
             let len = file.metadata().map_err(failed)?.len();
             state.end = state.end.max(len.next_multiple_of(BLOCK_BYTES));
@@ -116,23 +121,6 @@ impl Draft {
         state.held.push(snapshot.clone());
         state.dirty = false;
         Ok(())
-    }
-
-    /// Every extent has bytes, in the file or in what fills it. Gives whether the file has some,
-    /// which were synced then, and its name with them.
-    fn check_stored(snapshot: &Snapshot, fill: &[(u64, Bytes)], len: u64) -> FsResult<bool> {
-        let mut filled = RangeSet::default();
-        for (at, bytes) in fill {
-            let end = at.checked_add(bytes.len() as u64).filter(|&end| i64::try_from(end).is_ok());
-            filled.insert(*at..end.ok_or(Kind::Invalid)?);
-        }
-        let stored = || snapshot.extents.iter().map(Extent::stored);
-        let in_file = stored().any(|range| !filled.contains(&range));
-        filled.insert(0..len);
-        if stored().all(|range| filled.contains(&range)) {
-            return Ok(in_file);
-        }
-        Err(FsError::new(Kind::Io, "restore a staged file: its bytes are not there"))
     }
 
     /// Its number.
@@ -528,6 +516,24 @@ impl State {
         let unneeded = needed.missing(0..self.committed_end);
         unneeded.flat_map(|range| self.freed.missing(range).collect::<Vec<_>>()).collect()
     }
+}
+
+/// What of a snapshot the disk had when it was committed: all but its fill. An error if the
+/// file is too short to have it.
+fn durable(snapshot: &Snapshot, fill: &[(u64, Bytes)], len: u64) -> FsResult<RangeSet> {
+    let mut durable = RangeSet::default();
+    for stored in snapshot.extents.iter().map(Extent::stored) {
+        durable.insert(stored);
+    }
+    for (at, bytes) in fill {
+        let end = at.checked_add(bytes.len() as u64).filter(|&end| i64::try_from(end).is_ok());
+        durable.remove(*at..end.ok_or(Kind::Invalid)?);
+    }
+    if durable.end() > len {
+        let what = "restore a staged file: its bytes are not there";
+        return Err(FsError::new(Kind::Io, what));
+    }
+    Ok(durable)
 }
 
 fn same(a: &Snapshot, b: &Snapshot) -> bool {

@@ -200,7 +200,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, ..Default::default() })]
+    #![proptest_config(ProptestConfig { cases: 64, ..Default::default() })]
 
     #[test]
     fn is_a_file(base_size in prop_oneof![Just(0usize), 0..MOST], steps in steps()) {
