@@ -85,6 +85,8 @@ pub(super) struct Done {
     pub file: Option<FileId>,
     pub version: Option<Stamp>,
     pub conflict: Option<Conflict>,
+    /// It was found, not made.
+    pub was_there: bool,
     pub looks: Vec<Look>,
     /// The look whose row is the file's.
     pub main: Option<usize>,
@@ -171,10 +173,10 @@ enum Prepared {
 }
 
 impl Prepared {
-    fn body(&self) -> &Body {
+    fn ready(&self) -> &Ready {
         match self {
-            Self::Create(ready) => ready.body(),
-            Self::Write(writing) => writing.ready.body(),
+            Self::Create(ready) => ready,
+            Self::Write(writing) => &writing.ready,
         }
     }
 }
@@ -201,6 +203,8 @@ pub(super) struct Batch<'a> {
     /// Where in `outcomes` they are.
     new: Vec<usize>,
     dirs: HashMap<(LocationNo, FileId), OwnedFd>,
+    /// Names that were hidden for this batch.
+    hidden: Vec<(LocationNo, Name)>,
     entry: Entry,
 }
 
@@ -217,6 +221,7 @@ impl<'a> Batch<'a> {
             applied: HashMap::new(),
             new: Vec::new(),
             dirs: HashMap::new(),
+            hidden: Vec::new(),
             entry: Entry::default(),
         }
     }
@@ -248,10 +253,17 @@ impl<'a> Batch<'a> {
             begun.push((*id, site.intent(at, step)?));
         }
         for (_, intent) in &begun {
-            self.applier.hide(intent);
+            self.hide(intent);
         }
         self.entry.ended.extend(begun.iter().map(|(id, _)| *id));
         self.applier.ledger.commit(Entry { begun, ..Entry::default() })
+    }
+
+    fn hide(&mut self, intent: &Intent) {
+        self.applier.hide(intent);
+        let location = self.applier.index.location_by_id(intent.location);
+        let hidden = intent.step.hidden().cloned();
+        self.hidden.extend(location.map(|l| l.no).zip(hidden));
     }
 
     fn site(&mut self, location: LocationId) -> Result<Rc<Site<'a>>, Fail> {
@@ -272,10 +284,7 @@ impl<'a> Batch<'a> {
             self.outcomes[*slot] = Some(Outcome::Applied(applied));
             return Ok(());
         }
-        if let Some(outcome) = self.applier.waiting.outcome(id, op) {
-            self.outcomes[*slot] = Some(outcome);
-            return Ok(());
-        }
+        self.applier.waiting.done(id);
         let site = self.site(op.location)?;
         self.applier.finish_redo(&site, id)?;
         let touches = site.touches(op)?;
@@ -283,6 +292,11 @@ impl<'a> Batch<'a> {
         let touches = touches.unwrap_or_default();
         if is_alone || touches.iter().any(|touch| self.touched.contains(touch)) {
             self.flush();
+        }
+        if let Some(outcome) = self.applier.waiting.outcome(id, op) {
+            self.applier.waiting.note(id, op, &outcome);
+            self.outcomes[*slot] = Some(outcome);
+            return Ok(());
         }
         let Some(work) = self.prepare(&site, &item, receiving)? else {
             let done = self.carry_out(&site, &item)?;
@@ -413,7 +427,7 @@ impl<'a> Batch<'a> {
         if pending.is_empty() {
             return;
         }
-        let synced: Vec<_> = pending.iter().map(|p| p.work.body().sync()).collect();
+        let synced: Vec<_> = pending.iter().map(|p| p.work.ready().body().sync()).collect();
         let noted = self.note_swaps(&pending);
         let mut done = Vec::new();
         for (Pending { item, site, work }, synced) in pending.into_iter().zip(synced) {
@@ -435,7 +449,7 @@ impl<'a> Batch<'a> {
         for Pending { item, site, work } in pending {
             let Prepared::Write(writing) = work else { continue };
             if let Some(intent) = site.write_intent(writing)? {
-                self.applier.hide(&intent);
+                self.hide(&intent);
                 begun.push((item.id, intent));
             }
         }
@@ -444,26 +458,23 @@ impl<'a> Batch<'a> {
     }
 
     fn finish(&mut self, site: &Site<'a>, item: &Item, work: Prepared) -> Result<Done, Fail> {
-        let (done, ready) = match (work, &item.op.change) {
+        self.store_manifest(work.ready());
+        let done = match (&work, &item.op.change) {
             (Prepared::Create(ready), Change::Create { at, file, what, perm, mtime }) => {
-                self.store_manifest(&ready);
-                let new = Making {
-                    file: Some(*file),
-                    what,
-                    perm: *perm,
-                    mtime: content_time(what, *mtime),
-                };
-                (site.create(at, &new, Some(&ready))?, ready)
+                let mtime = content_time(what, *mtime);
+                let new = Making { file: Some(*file), what, perm: *perm, mtime };
+                site.create(at, &new, Some(ready))
             }
             (Prepared::Write(writing), Change::Write { content, .. }) => {
-                self.store_manifest(&writing.ready);
-                let done = site.write(item.id, &writing, content)?;
-                (done, writing.ready)
+                site.write(item.id, writing, content)
             }
             _ => unreachable!("prepared as what it is"),
         };
-        drop(ready);
-        Ok(done)
+        if done.is_ok() || work.ready().body().is_named() {
+            // It is its owner's file now, and not for new bytes any more.
+            self.applier.receptions.remove(&item.id);
+        }
+        done
     }
 
     /// Before the index says that the file has this content.
@@ -550,11 +561,14 @@ impl<'a> Batch<'a> {
                 self.outcomes[slot] = Some(Fail::from(e).into_later());
             }
         }
+        // Those of operations that failed; the others are seen already, while nobody looked.
+        self.hidden.iter().for_each(|(no, name)| self.applier.index.unhide(*no, name));
         let outcomes = self.outcomes.into_iter();
         outcomes.map(|o| o.expect("each operation was answered")).collect()
     }
 
     fn make_durable(&mut self) -> FsResult<()> {
+        super::fail_point("apply::done");
         for dir in self.dirs.values() {
             rustix::fs::fsync(dir).map_err(|e| FsError::os("make a directory durable", e))?;
         }

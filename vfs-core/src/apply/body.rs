@@ -19,7 +19,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// What is read and hashed, or copied by hand, at a time.
 const CHUNK_BYTES: usize = 1 << 20;
@@ -32,15 +32,17 @@ pub(super) struct Body {
     pub file: File,
     /// The inode of the directory in which it can get a name; `None`: nowhere.
     pub home: Option<u64>,
+    /// It has or had a name: the kernel gives it no other, and its bytes are its owner's.
+    named: AtomicBool,
 }
 
 impl Body {
     /// In this directory if its file system can, else in `spare`.
     pub fn new(dir: BorrowedFd<'_>, spare: &Path) -> FsResult<Self> {
         match unnamed_in(dir) {
-            Ok(file) => Ok(Self { file, home: Some(stat_of(dir)?.stx_ino) }),
+            Ok(file) => Ok(Self::unnamed(file, Some(stat_of(dir)?.stx_ino))),
             Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::NOENT | Errno::INVAL) => {
-                Ok(Self { file: unnamed_spare(spare)?, home: None })
+                Ok(Self::unnamed(unnamed_spare(spare)?, None))
             }
             Err(e) => Err(FsError::os("make a file without a name", e)),
         }
@@ -48,7 +50,19 @@ impl Body {
 
     /// Away from the directory: it may not be written to, or is not there yet.
     pub fn spare(spare: &Path) -> FsResult<Self> {
-        Ok(Self { file: unnamed_spare(spare)?, home: None })
+        Ok(Self::unnamed(unnamed_spare(spare)?, None))
+    }
+
+    fn unnamed(file: File, home: Option<u64>) -> Self {
+        Self { file, home, named: AtomicBool::new(false) }
+    }
+
+    /// Gives it a name, unless that is taken.
+    pub fn link_into(&self, dir: &OwnedFd, name: &[u8]) -> rustix::io::Result<()> {
+        let path = path_of(self.file.as_fd());
+        rustix::fs::linkat(rustix::fs::CWD, path, dir, name, AtFlags::SYMLINK_FOLLOW)?;
+        self.named.store(true, Ordering::Relaxed);
+        Ok(())
     }
 
     pub fn write(&self, at: u64, bytes: &[u8]) -> FsResult<()> {
@@ -104,6 +118,11 @@ impl Body {
             true => Ok(Verified::Parts),
             false => Ok(Verified::Wrong),
         }
+    }
+
+    /// Whether it got a name, and is no longer only ours.
+    pub fn is_named(&self) -> bool {
+        self.named.load(Ordering::Relaxed)
     }
 
     pub fn stamp(&self) -> FsResult<Stamp> {
@@ -199,11 +218,6 @@ fn unnamed_spare(spare: &Path) -> FsResult<File> {
     rustix::fs::unlinkat(&dir, name.as_bytes(), AtFlags::empty())
         .map_err(|e| FsError::os("make a temporary file", e))?;
     Ok(file.into())
-}
-
-/// Gives a file without a name one, unless it is taken.
-pub(super) fn link_into(file: &File, dir: &OwnedFd, name: &[u8]) -> rustix::io::Result<()> {
-    rustix::fs::linkat(rustix::fs::CWD, path_of(file.as_fd()), dir, name, AtFlags::SYMLINK_FOLLOW)
 }
 
 /// A path that means an open file, for calls that take no file.

@@ -72,14 +72,17 @@ impl Site<'_> {
         match known.content {
             None => Ok(is_unwritten(&found.seen, &known.stamp)),
             Some(_) if now.size != known.stamp.size => Ok(false),
-            Some(content) => {
-                let hashed = self.opened(found, |file| {
-                    Manifest::of_file(file, now.size, &AtomicBool::new(false))
-                        .map_err(|e| FsError::os("hash a file", e))
-                })?;
-                Ok(hashed.flatten().is_some_and(|(id, _)| id == content))
-            }
+            Some(content) => Ok(self.content_of(found)? == Some(content)),
         }
+    }
+
+    /// The id of a file's bytes, read now; `None` when they change meanwhile.
+    pub fn content_of(&self, found: &Found) -> FsResult<Option<ContentId>> {
+        let hashed = self.opened(found, |file| {
+            Manifest::of_file(file, found.seen.attr.size, &AtomicBool::new(false))
+                .map_err(|e| FsError::os("hash a file", e))
+        })?;
+        Ok(hashed.flatten().map(|(id, _)| id))
     }
 
     /// Whether a file already has the bytes of a change.

@@ -161,3 +161,98 @@ pub(super) fn decide(meeting: Meeting) -> Decision {
         Meeting::Attributes { file: There::No } => Stands(DELETED),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DIRS: [Dir; 2] = [Dir::There, Dir::Gone];
+    const THERE: [There; 2] = [There::Yes, There::No];
+    const NAMES: [AtName; 3] = [AtName::Free, AtName::Alike, AtName::Other];
+    const TARGETS: [Target; 4] = [Target::Free, Target::Itself, Target::AsSeen, Target::Other];
+    const VICTIMS: [Victim; 4] = [Victim::Nothing, Victim::AsSeen, Victim::Changed, Victim::Other];
+    const VERSIONS: [Version; 4] = [Version::Base, Version::Equal, Version::Changed, Version::Gone];
+
+    fn all() -> Vec<Meeting> {
+        let mut all = Vec::new();
+        for dir in DIRS {
+            all.extend(NAMES.map(|at| Meeting::Create { dir, at }));
+            for file in THERE {
+                all.extend(NAMES.map(|at| Meeting::Link { file, dir, at }));
+                all.extend(TARGETS.map(|at_to| Meeting::Rename { at_from: file, dir, at_to }));
+            }
+        }
+        for whole in [false, true] {
+            all.extend(VERSIONS.map(|file| Meeting::Write { file, whole }));
+        }
+        for at_from in THERE {
+            all.extend(TARGETS.map(|at_to| Meeting::Exchange { at_from, at_to }));
+        }
+        all.extend(VICTIMS.map(|at| Meeting::Unlink { at }));
+        all.extend(VICTIMS.map(|at| Meeting::Rmdir { at }));
+        all.extend(THERE.map(|file| Meeting::Attributes { file }));
+        all
+    }
+
+    /// Whether something that the writer had not seen is where it is to be carried out.
+    fn meets_a_change(meeting: Meeting) -> bool {
+        match meeting {
+            Meeting::Create { dir, at } => dir == Dir::Gone || at == AtName::Other,
+            Meeting::Write { file, .. } => matches!(file, Version::Changed | Version::Gone),
+            Meeting::Link { file, dir, at } => {
+                file == There::No || dir == Dir::Gone || at == AtName::Other
+            }
+            Meeting::Rename { at_from, dir, at_to } => {
+                at_from == There::No || dir == Dir::Gone || at_to == Target::Other
+            }
+            Meeting::Exchange { at_from, at_to } => {
+                at_from == There::No || matches!(at_to, Target::Other | Target::Free)
+            }
+            Meeting::Unlink { at } | Meeting::Rmdir { at } => {
+                matches!(at, Victim::Changed | Victim::Other)
+            }
+            Meeting::Attributes { file } => file == There::No,
+        }
+    }
+
+    #[test]
+    fn nothing_is_carried_out_on_what_its_writer_had_not_seen() {
+        for meeting in all() {
+            let decision = decide(meeting);
+            assert!(decision != Decision::Do || !meets_a_change(meeting), "{meeting:?}");
+        }
+    }
+
+    #[test]
+    fn bytes_that_cannot_be_put_in_place_are_kept_or_asked_for() {
+        for meeting in all().into_iter().filter(|m| meets_a_change(*m)) {
+            let decision = decide(meeting);
+            let kept = match meeting {
+                Meeting::Create { .. } => decision == Decision::Beside,
+                Meeting::Write { whole: true, .. } => {
+                    matches!(decision, Decision::Beside | Decision::Again)
+                }
+                Meeting::Write { whole: false, .. } => decision == Decision::NeedsWhole,
+                // Nothing of the writer's is lost when a name stays as the owner has it.
+                _ => matches!(decision, Decision::Beside | Decision::Stands(_) | Decision::Done),
+            };
+            assert!(kept, "{meeting:?}: {decision:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_done_is_not_done_again() {
+        let done = [
+            Meeting::Create { dir: Dir::There, at: AtName::Alike },
+            Meeting::Write { file: Version::Equal, whole: false },
+            Meeting::Link { file: There::Yes, dir: Dir::There, at: AtName::Alike },
+            Meeting::Rename { at_from: There::No, dir: Dir::There, at_to: Target::Itself },
+            Meeting::Exchange { at_from: There::No, at_to: Target::Itself },
+            Meeting::Unlink { at: Victim::Nothing },
+            Meeting::Rmdir { at: Victim::Nothing },
+        ];
+        for meeting in done {
+            assert_eq!(decide(meeting), Decision::Done, "{meeting:?}");
+        }
+    }
+}

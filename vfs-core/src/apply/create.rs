@@ -1,7 +1,7 @@
 //! Something new under a name.
 
 use super::batch::{Done, Ready};
-use super::body::{Body, link_into, path_of};
+use super::body::{Body, path_of};
 use super::conflict::{AtName, Decision, Dir as DirState, Meeting, decide};
 use super::names::{conflict_name, hidden_name};
 use super::site::{Dir, Fail, Found, Site};
@@ -116,7 +116,7 @@ impl Site<'_> {
     ) -> Result<Done, Fail> {
         let version = found.filter(|(_, seen)| seen.attr.file_type == FileType::File);
         let version = version.map(|(_, seen)| seen.stamp());
-        Ok(Done { version, ..Done::at(dir, name) }.met(conflict))
+        Ok(Done { version, was_there: true, ..Done::at(dir, name) }.met(conflict))
     }
 
     /// Makes it under a name that is free; [`Kind::Exists`] when it is not any more.
@@ -175,18 +175,32 @@ impl Site<'_> {
         ready: &Ready,
         file: Option<FileId>,
     ) -> FsResult<Done> {
-        let rehomed = self.rehome(dir, ready)?;
-        let body = rehomed.as_ref().unwrap_or(ready.body());
-        let Some(_) = body.home else {
-            return self.place_by_copy(dir, name, ready, file);
+        let rehomed = match self.is_home(dir, ready.body())? {
+            true => None,
+            false => Some(self.rehome(dir, ready)?),
         };
+        self.place_body(dir, name, rehomed.as_ref().unwrap_or(ready.body()), ready, file)
+    }
+
+    fn place_body(
+        &self,
+        dir: &Dir,
+        name: &Name,
+        body: &Body,
+        ready: &Ready,
+        file: Option<FileId>,
+    ) -> FsResult<Done> {
+        if body.home.is_none() {
+            return self.place_by_copy(dir, name, ready, file);
+        }
         let disk_ino = body.stamp()?.disk_ino;
         if let Some(file) = file {
             self.applier.index.expect(self.no(), disk_ino, file);
         }
-        crate::apply::fail_point("apply::link");
-        match link_into(&body.file, &dir.fd, name.as_bytes()) {
+        super::fail_point("apply::link");
+        match body.link_into(&dir.fd, name.as_bytes()) {
             Ok(()) => {
+                super::fail_point("apply::linked");
                 let stamp = body.stamp()?;
                 Ok(Done::of(dir, name.clone(), stamp, ready).expecting(self.no(), disk_ino))
             }
@@ -197,18 +211,20 @@ impl Site<'_> {
         }
     }
 
-    /// Bytes that were received elsewhere, or before the directory was made.
-    fn rehome(&self, dir: &Dir, ready: &Ready) -> FsResult<Option<Body>> {
+    pub fn is_home(&self, dir: &Dir, body: &Body) -> FsResult<bool> {
         let ino = crate::local::stat_of(dir.fd.as_fd())?.stx_ino;
-        if ready.body().home == Some(ino) {
-            return Ok(None);
-        }
+        Ok(body.home == Some(ino) && !body.is_named())
+    }
+
+    /// A copy in the directory itself: of bytes that were received elsewhere, or before the
+    /// directory was made.
+    fn rehome(&self, dir: &Dir, ready: &Ready) -> FsResult<Body> {
         let body = Body::new(dir.fd.as_fd(), &self.applier.spare)?;
         if body.home.is_some() {
             ready.copy_to(&body.file)?;
             body.sync()?;
         }
-        Ok(Some(body))
+        Ok(body)
     }
 
     /// For a file system that has no files without names: under a hidden name first.

@@ -55,6 +55,18 @@ pub(super) enum Step {
     Redo { redo: Redo },
 }
 
+impl Step {
+    /// The name that nobody is to see.
+    pub fn hidden(&self) -> Option<&Name> {
+        match self {
+            Self::Bytes { hidden, .. } | Self::Swap { hidden, .. } | Self::Remove { hidden } => {
+                Some(hidden)
+            }
+            Self::Redo { .. } => None,
+        }
+    }
+}
+
 /// A change of a file in place, that is done again from its start after a crash.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub(super) struct Redo {

@@ -50,8 +50,11 @@ impl Applier {
         let root = Root::open(path)?;
         let known = self.index.view()?.node(location.no, FileId::ROOT)?;
         match known {
-            Some(node) if is_same_folder(&node.entry, &root)? => Ok(root),
-            _ => Err(FsError::new(crate::error::Kind::NotFound, "another folder is there")),
+            Some(node) if !is_same_folder(&node.entry, &root)? => {
+                Err(FsError::new(crate::error::Kind::NotFound, "another folder is there"))
+            }
+            // In an index that was made anew nothing is known of it.
+            _ => Ok(root),
         }
     }
 

@@ -48,6 +48,7 @@ impl Site<'_> {
         };
         self.applier.begin_redo(id, intent)?;
         let dirs = self.directories_of(found)?;
+        super::fail_point("apply::in-place-noted");
         // Nobody is to see it half done; the last look is as late as it can be.
         let begun = self.applier.indexer.unobserved(self.no(), &dirs, || {
             if !self.may_write_in_place(found, base.as_ref())? {
@@ -156,11 +157,11 @@ impl Applier {
             target.set_len(redo.kept_bytes).map_err(io)?;
         }
         target.set_len(redo.size).map_err(io)?;
-        crate::apply::fail_point("apply::in-place");
+        super::fail_point("apply::in-place");
         for extent in &redo.extents {
             // Holes of the source are zeros that were written.
             super::body::copy_all(&source, target, extent.clone())?;
-            crate::apply::fail_point("apply::in-place-extent");
+            super::fail_point("apply::in-place-extent");
         }
         set_times(target.as_fd(), None, Some(redo.mtime)).map_err(|e| io(e.into()))?;
         target.sync_all().map_err(io)

@@ -54,14 +54,19 @@ impl Site<'_> {
         meant: &Meant,
     ) -> FsResult<Victim> {
         let Some(seen) = seen else { return Ok(Victim::Nothing) };
-        let is_dir = seen.attr.file_type == FileType::Directory;
-        if is_dir || self.id_at(dir, name, seen)? != Some(file) {
+        if seen.attr.file_type == FileType::Directory {
             return Ok(Victim::Other);
         }
+        let is_file = self.id_at(dir, name, seen)? == Some(file);
         let Some(dir) = self.dir_now(dir.id)? else { return Ok(Victim::Other) };
         let found = Found { dir, name: name.clone(), seen: seen.clone() };
-        let is_base = self.is_meant(&found, meant)?;
-        Ok(if is_base { Victim::AsSeen } else { Victim::Changed })
+        Ok(match (is_file, self.is_meant(&found, meant)?) {
+            (true, true) => Victim::AsSeen,
+            (true, false) => Victim::Changed,
+            // Saved again with the same bytes.
+            (false, true) if matches!(meant, Meant::Version(_)) => Victim::AsSeen,
+            (false, _) => Victim::Other,
+        })
     }
 
     /// `false`: its owner changed it in this moment, and it has its name again.
@@ -78,7 +83,7 @@ impl Site<'_> {
             Err(Errno::NOENT) => return Ok(true),
             Err(e) => return Err(FsError::os("remove a file", e)),
         }
-        crate::apply::fail_point("apply::aside");
+        super::fail_point("apply::aside");
         let is_same = dir.look(aside)?.is_some_and(|now| is_unwritten(&now, &seen.stamp()));
         if is_same {
             return remove(dir, aside, AtFlags::empty());

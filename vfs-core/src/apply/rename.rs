@@ -2,7 +2,7 @@
 
 use super::batch::Done;
 use super::body::path_of;
-use super::compare::Meant;
+use super::compare::{Meant, is_unwritten};
 use super::conflict::{AtName, Decision, Dir as DirState, Meeting, Target, There, decide};
 use super::create::rename_new;
 use super::names::conflict_name;
@@ -10,7 +10,7 @@ use super::site::{Dir, Fail, Found, Site};
 use crate::error::{FsError, FsResult, Kind};
 use crate::index::Observed;
 use crate::local::handle_at;
-use crate::model::{FileId, FileType, Name, Time};
+use crate::model::{FileId, FileType, Name, Stamp, Time};
 use crate::ops::{Conflict, Obstacle, Place};
 use rustix::fs::{AtFlags, CWD, RenameFlags};
 use rustix::io::Errno;
@@ -25,6 +25,8 @@ struct Ends {
     seen: Observed,
     to: Dir,
     target: Target,
+    /// What is replaced, as it was looked at.
+    old: Option<Stamp>,
 }
 
 impl Site<'_> {
@@ -84,16 +86,20 @@ impl Site<'_> {
         let found = self.find(file, Some(from))?;
         let to_dir = self.dir(to.dir)?;
         let at_from = self.is_at(found.as_ref(), from)?;
-        let at_to = match (&found, &to_dir) {
+        let (at_to, old) = match (&found, &to_dir) {
             (Some(found), Some(dir)) => self.target(found, dir, &to.name, replaced.as_ref())?,
-            _ => Target::Free,
+            _ => (Target::Free, None),
         };
         let dir = if to_dir.is_some() { DirState::There } else { DirState::Gone };
         match (decide(Meeting::Rename { at_from, dir, at_to }), found, to_dir) {
             (Decision::Stands(why), ..) => Ok(Done::stands(file, why)),
-            (Decision::Done, Some(_), Some(dir)) => {
+            (Decision::Done, Some(found), Some(dir)) => {
                 let left = self.dir(from.dir)?;
-                self.drop_replaced(left.as_ref(), &from.name, replaced.as_ref())?;
+                if let (Some(left), Some(_)) = (&left, &replaced) {
+                    // A crash may have come after the swap, and before what was replaced went.
+                    let (_, old) = self.target(&found, left, &from.name, replaced.as_ref())?;
+                    old.map(|old| self.drop_replaced(left, &from.name, &old)).transpose()?;
+                }
                 let done = Done::at(&dir, to.name.clone());
                 Ok(match left {
                     Some(left) => done.and(&left, from.name.clone()),
@@ -101,8 +107,9 @@ impl Site<'_> {
                 })
             }
             (Decision::Do, Some(found), Some(to_dir)) => {
-                let ends = Ends { from: found.dir, seen: found.seen, to: to_dir, target: at_to };
-                self.rename_now(file, ends, from, to, replaced.as_ref())
+                let (from_dir, seen) = (found.dir, found.seen);
+                let ends = Ends { from: from_dir, seen, to: to_dir, target: at_to, old };
+                self.rename_now(file, ends, from, to)
             }
             (Decision::Beside, Some(found), Some(dir)) => {
                 self.rename_beside(&found.dir, &from.name, &dir, &to.name, file)
@@ -117,23 +124,49 @@ impl Site<'_> {
         Ok(if is { There::Yes } else { There::No })
     }
 
+    /// What is at the target; with its stamp, where it may be replaced.
     fn target(
         &self,
         moved: &Found,
         dir: &Dir,
         name: &Name,
         replaced: Option<&(FileId, Meant)>,
-    ) -> FsResult<Target> {
-        let Some(seen) = dir.look(name)? else { return Ok(Target::Free) };
+    ) -> FsResult<(Target, Option<Stamp>)> {
+        let Some(seen) = dir.look(name)? else { return Ok((Target::Free, None)) };
         if seen.disk_ino == moved.seen.disk_ino {
-            return Ok(Target::Itself);
+            return Ok((Target::Itself, None));
         }
-        let Some((id, meant)) = replaced else { return Ok(Target::Other) };
-        if self.id_at(dir, name, &seen)? != Some(*id) {
-            return Ok(Target::Other);
+        let is_as_seen = match replaced {
+            None => false,
+            Some((id, meant)) => {
+                let is_it = matches!(meant, Meant::Version(_))
+                    || self.id_at(dir, name, &seen)? == Some(*id);
+                is_it && self.is_as_seen(dir, name, seen.clone(), meant)?
+            }
+        };
+        // Equal bytes are never a conflict.
+        match is_as_seen || self.is_alike_to(moved, dir, name, &seen)? {
+            true => Ok((Target::AsSeen, Some(seen.stamp()))),
+            false => Ok((Target::Other, None)),
         }
-        let is_as_seen = self.is_as_seen(dir, name, seen, meant)?;
-        Ok(if is_as_seen { Target::AsSeen } else { Target::Other })
+    }
+
+    fn is_alike_to(
+        &self,
+        moved: &Found,
+        dir: &Dir,
+        name: &Name,
+        seen: &Observed,
+    ) -> FsResult<bool> {
+        let (a, b) = (&moved.seen.attr, &seen.attr);
+        let both_files = a.file_type == FileType::File && b.file_type == FileType::File;
+        if !both_files || a.size != b.size {
+            return Ok(false);
+        }
+        let Some(dir) = self.dir_now(dir.id)? else { return Ok(false) };
+        let target = Found { dir, name: name.clone(), seen: seen.clone() };
+        let ids = (self.content_of(moved)?, self.content_of(&target)?);
+        Ok(ids.0.is_some() && ids.0 == ids.1)
     }
 
     fn is_as_seen(&self, dir: &Dir, name: &Name, seen: Observed, meant: &Meant) -> FsResult<bool> {
@@ -141,28 +174,20 @@ impl Site<'_> {
         self.is_meant(&Found { dir, name: name.clone(), seen }, meant)
     }
 
-    fn rename_now(
-        &self,
-        file: FileId,
-        ends: Ends,
-        from: &Place,
-        to: &Place,
-        replaced: Option<&(FileId, Meant)>,
-    ) -> Result<Done, Fail> {
-        let Ends { from: from_dir, seen, to: to_dir, target } = ends;
-        let done = || Done::at(&to_dir, to.name.clone()).and(&from_dir, from.name.clone());
+    fn rename_now(&self, file: FileId, ends: Ends, from: &Place, to: &Place) -> Result<Done, Fail> {
+        if let Some(old) = ends.old {
+            return self.rename_over(file, &ends, &old, from, to);
+        }
+        let Ends { from: from_dir, to: to_dir, target, .. } = ends;
         let renamed = match target {
             // Two names of one file: the one goes, as after a rename to a free name.
             Target::Itself => {
                 rustix::fs::unlinkat(&from_dir.fd, from.name.as_bytes(), AtFlags::empty())
             }
-            Target::AsSeen => {
-                return self.rename_over(&from_dir, from, &to_dir, to, &seen, replaced, file);
-            }
             _ => rename_new(&from_dir, &from.name, &to_dir, &to.name),
         };
         match renamed {
-            Ok(()) => Ok(done()),
+            Ok(()) => Ok(Done::at(&to_dir, to.name.clone()).and(&from_dir, from.name.clone())),
             Err(Errno::EXIST) => self.rename_beside(&from_dir, &from.name, &to_dir, &to.name, file),
             Err(e) => self.not_renamed(e, file),
         }
@@ -170,60 +195,47 @@ impl Site<'_> {
 
     /// Swaps the two first: what comes out of the target's place is looked at once more, and
     /// only then removed.
-    #[allow(
-        clippy::too_many_arguments,
-        reason = "both ends of a rename, and what is known of them"
-    )]
     fn rename_over(
         &self,
-        from_dir: &Dir,
-        from: &Place,
-        to_dir: &Dir,
-        to: &Place,
-        seen: &Observed,
-        replaced: Option<&(FileId, Meant)>,
         file: FileId,
+        ends: &Ends,
+        old: &Stamp,
+        from: &Place,
+        to: &Place,
     ) -> Result<Done, Fail> {
+        let Ends { from: from_dir, seen, to: to_dir, .. } = ends;
+        let done = || Done::at(to_dir, to.name.clone()).and(from_dir, from.name.clone());
+        super::fail_point("apply::rename");
         let swapped = swap(from_dir, &from.name, to_dir, &to.name);
-        crate::apply::fail_point("apply::renamed");
+        super::fail_point("apply::renamed");
         match swapped {
             Ok(()) => {}
             Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
                 // A file system that cannot swap, or a directory into itself, which says so.
                 let (old, new) = (from.name.as_bytes(), to.name.as_bytes());
                 return match rustix::fs::renameat(&from_dir.fd, old, &to_dir.fd, new) {
-                    Ok(()) => {
-                        Ok(Done::at(to_dir, to.name.clone()).and(from_dir, from.name.clone()))
-                    }
+                    Ok(()) => Ok(done()),
                     Err(e) => self.not_renamed(e, file),
                 };
             }
             Err(e) => return self.not_renamed(e, file),
         }
         let arrived = to_dir.look(&to.name)?.is_some_and(|now| now.disk_ino == seen.disk_ino);
-        if arrived && self.drop_replaced(Some(from_dir), &from.name, replaced)? {
-            return Ok(Done::at(to_dir, to.name.clone()).and(from_dir, from.name.clone()));
+        if arrived && self.drop_replaced(from_dir, &from.name, old)? {
+            return Ok(done());
         }
         swap(from_dir, &from.name, to_dir, &to.name)
             .map_err(|e| FsError::os("undo a rename", e))?;
         self.rename_beside(from_dir, &from.name, to_dir, &to.name, file)
     }
 
-    /// Removes what a rename replaced and swapped to its own old place, if it still is what the
-    /// writer saw; `false`: it is not.
-    fn drop_replaced(
-        &self,
-        dir: Option<&Dir>,
-        name: &Name,
-        replaced: Option<&(FileId, Meant)>,
-    ) -> FsResult<bool> {
-        let (Some(dir), Some((id, meant))) = (dir, replaced) else { return Ok(true) };
+    /// Removes what a rename replaced and swapped to its own old place, if it still is what was
+    /// looked at; `false`: it is not.
+    fn drop_replaced(&self, dir: &Dir, name: &Name, old: &Stamp) -> FsResult<bool> {
         let Some(seen) = dir.look(name)? else { return Ok(true) };
-        if self.id_at(dir, name, &seen)? != Some(*id) {
-            return Ok(false);
-        }
         let is_dir = seen.attr.file_type == FileType::Directory;
-        if !self.is_as_seen(dir, name, seen, meant)? {
+        let is_it = if is_dir { seen.disk_ino == old.disk_ino } else { is_unwritten(&seen, old) };
+        if !is_it {
             return Ok(false);
         }
         let how = if is_dir { AtFlags::REMOVEDIR } else { AtFlags::empty() };

@@ -7,7 +7,7 @@
 //! elsewhere first ([`super::redo`]).
 
 use super::batch::{Done, Ready};
-use super::body::{Body, Verified, can_share, kept_ranges, link_into};
+use super::body::{Body, Verified, can_share, kept_ranges};
 use super::compare::{Known, is_unwritten};
 use super::conflict::{Decision, Meeting, Version, decide};
 use super::create::{Making, rename_new};
@@ -63,7 +63,7 @@ impl Site<'_> {
         path: &[Name],
         receiving: Option<Receiving>,
     ) -> Result<Option<Writing>, Fail> {
-        let found = self.find(file, None)?;
+        let found = self.find_version(file, None, base.as_ref(), path)?;
         let version = match &found {
             None => Version::Gone,
             Some(found) => self.version(found, base.as_ref(), content)?,
@@ -99,6 +99,30 @@ impl Site<'_> {
         Ok(Some(Writing { ready, file, base, path, at, how, hidden }))
     }
 
+    /// The file by its id; or, where that is gone, what is at its path if it is the very version
+    /// that was changed: saved again with the same bytes, or in an index that was made anew.
+    fn find_version(
+        &self,
+        file: FileId,
+        near: Option<&Place>,
+        base: Option<&Known>,
+        path: &[Name],
+    ) -> Result<Option<Found>, Fail> {
+        if let Some(found) = self.find(file, near)? {
+            return Ok(Some(found));
+        }
+        let Some(base) = base else { return Ok(None) };
+        let entry = self.applier.index.view()?.resolve(self.no(), path)?;
+        let Some(entry) = entry.filter(|e| e.attr.file_type == FileType::File) else {
+            return Ok(None);
+        };
+        let found = self.find(entry.file_id, None)?;
+        Ok(match found {
+            Some(found) if self.is_version(&found, base)? => Some(found),
+            _ => None,
+        })
+    }
+
     fn how(&self, found: &Found, base: &File, content: &NewContent) -> FsResult<How> {
         if found.seen.attr.nlink > 1 || !super::attr::can_keep(&found.dir, base)? {
             return Ok(How::InPlace);
@@ -119,7 +143,8 @@ impl Site<'_> {
         receiving: Option<Receiving>,
     ) -> Result<Ready, Fail> {
         let receiving = receiving.or_else(|| self.applier.receptions.get(&id, content));
-        if let Some(receiving) = receiving.filter(|r| r.is_of(content)) {
+        let usable = |r: &Receiving| r.is_of(content) && !r.body().is_named();
+        if let Some(receiving) = receiving.filter(usable) {
             let verified = receiving.verified();
             let verified = verified.map_err(|_| Fail::Later(Obstacle::NoBytes))?;
             return Ok(Ready::received(receiving, verified));
@@ -182,7 +207,8 @@ impl Site<'_> {
 
     /// Carries out a change whose bytes are durable.
     pub fn write(&self, id: OpId, writing: &Writing, content: &NewContent) -> Result<Done, Fail> {
-        let found = self.find(writing.file, writing.at.as_ref())?;
+        let (near, base) = (writing.at.as_ref(), writing.base.as_ref());
+        let found = self.find_version(writing.file, near, base, &writing.path)?;
         let mut version = match &found {
             None => Version::Gone,
             Some(found) => self.version(found, writing.base.as_ref(), content)?,
@@ -237,30 +263,25 @@ impl Site<'_> {
         let (dir, target, hidden) = (&found.dir, &found.name, &writing.hidden);
         let (no, index) = (self.no(), &self.applier.index);
         index.hide(no, hidden.clone());
-        let copy;
-        let new = match &writing.ready.body().home {
-            Some(ino) if *ino == crate::local::stat_of(dir.fd.as_fd())?.stx_ino => {
-                let file = &writing.ready.body().file;
-                link_into(file, &dir.fd, hidden.as_bytes())
+        let body = writing.ready.body();
+        let copy = match self.is_home(dir, body)? {
+            true => {
+                body.link_into(&dir.fd, hidden.as_bytes())
                     .map_err(|e| FsError::os("name new bytes", e))?;
-                file
+                None
             }
-            _ => {
-                copy = self.hidden_copy(
-                    dir,
-                    target,
-                    &writing.ready,
-                    hidden,
-                    Some(found.seen.stamp()),
-                )?;
-                &copy
+            false => {
+                let old = Some(found.seen.stamp());
+                Some(self.hidden_copy(dir, target, &writing.ready, hidden, old)?)
             }
         };
+        let new = copy.as_ref().unwrap_or(&body.file);
         let disk_ino = crate::local::stamp_of(new)?.disk_ino;
-        index.expect(no, disk_ino, writing.file);
-        crate::apply::fail_point("apply::exchange");
+        let row = self.applier.index.view()?.entry(no, dir.id, target.as_bytes())?;
+        index.expect(no, disk_ino, row.map_or(writing.file, |row| row.file_id));
+        super::fail_point("apply::exchange");
         let swapped = exchange(dir, hidden, target, &found.seen);
-        crate::apply::fail_point("apply::exchanged");
+        super::fail_point("apply::exchanged");
         let out = dir.look(hidden)?;
         match (swapped, out) {
             (Ok(Exchanged::Replaced), _) => {}
@@ -284,6 +305,7 @@ impl Site<'_> {
                 };
             }
         }
+        super::fail_point("apply::swapped");
         let stamp = crate::local::stamp_of(new)?;
         let done = Done::of(dir, target.clone(), stamp, &writing.ready);
         Ok(Some(done.expecting(no, disk_ino).revealing(hidden.clone())))
@@ -374,6 +396,9 @@ impl Site<'_> {
         let what = New::File(content.clone());
         let new = Making { file: None, what: &what, perm: PERM_AGAIN, mtime: content.mtime };
         let done = self.put(&dir, &name, 0, &new, Some(&writing.ready))?;
+        if done.was_there && done.conflict.is_none() {
+            return Ok(done);
+        }
         let name = done.looks.first().map_or(&name, |look| &look.name);
         let path = dir.path_of(name);
         Ok(Done { conflict: Some(Conflict::MadeAgain(path)), ..done })

@@ -406,6 +406,10 @@ impl Drive {
         let Some(fd) = &own.fd else { return Ok(()) };
         let entries = own.entries.at(listing.is_rewind(), || readdir::read_disk(fd))?;
         for (next_cookie, entry) in readdir::after(&entries, listing.cookie) {
+            // There for a moment, while a change of another device is applied.
+            if self.own.index.is_hidden(own.location, &entry.name) {
+                continue;
+            }
             let shown = match (listing.detail, entry.file_type) {
                 (Detail::Names, Some(file_type)) => {
                     self.show_name(own, entry, file_type, next_cookie, visit)

@@ -113,7 +113,7 @@ fn begin_location(tx: &mut Tx<'_>, own: bool) -> Result<LocationNo, IndexError> 
         return Err(IndexError::TooMany("locations"));
     }
     tx.batch.put(Table::Meta, NEXT_LOCATION, encode(&(next + 1)));
-    tx.set_state(LocationNo(next), State::new(if own { new_log_id() } else { 0 }));
+    tx.set_state(LocationNo(next), if own { State::begin(new_log_id()) } else { State::new(0) });
     Ok(LocationNo(next))
 }
 

@@ -47,6 +47,15 @@ pub(super) struct State {
 }
 
 impl State {
+    /// The state of an own location that has nothing yet. Its ids begin somewhere else than
+    /// those of the log before it, should there have been one: a writer that was away for long
+    /// must not mean another file by an old id.
+    pub(super) fn begin(log_id: u64) -> Self {
+        // Far below the ids that writers draw, with room for 2^38 files.
+        let first = FileId::ROOT.0 + (log_id >> 26);
+        Self { last_file: first, ..Self::new(log_id) }
+    }
+
     /// The state of a location that has nothing yet.
     pub(super) fn new(log_id: u64) -> Self {
         Self { log_id, last_file: FileId::ROOT.0, ..Self::default() }
