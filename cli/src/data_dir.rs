@@ -146,6 +146,11 @@ impl DataDir {
         self.path.join("cache")
     }
 
+    /// Writes that wait for their owners: the journal and the staged bytes.
+    pub fn outbox(&self) -> PathBuf {
+        self.path.join("outbox")
+    }
+
     pub fn log(&self) -> PathBuf {
         self.path.join("sd.log")
     }

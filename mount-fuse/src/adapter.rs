@@ -151,6 +151,12 @@ impl Adapter {
         Ok(())
     }
 
+    /// The kernel does not get this handle.
+    fn give_back(&self, ino: InodeNo, opened: &Opened) {
+        self.modes.close(ino.0, opened.handle);
+        self.drive.release(opened.handle);
+    }
+
     fn listing_flags(&self, dir: InodeNo) -> FopenFlags {
         if self.drive.negative_valid_for(dir) < LISTING_CACHED_FROM {
             return FopenFlags::empty();
@@ -171,6 +177,13 @@ impl Adapter {
         }
         Ok(opened)
     }
+}
+
+/// Whether what is written goes into staging. Such a handle must never follow another into
+/// passthrough, where the kernel would write into the cache's file: the kernel looks the name
+/// up again, and finds another inode ([`Drive::open`] sees to it).
+fn is_staged(opened: &Opened, flags: OpenFlags) -> bool {
+    flags.may_change() && matches!(opened.io, Io::Calls { .. })
 }
 
 /// FLUSH, a request at each `close`, is for those who have something to report then: not for
@@ -383,6 +396,10 @@ impl Filesystem for Adapter {
         };
         let fh = FileHandle(opened.handle.0);
         match self.io_mode(node, &opened, |file| reply.open_backing(file)) {
+            IoMode::Passthrough(_) if is_staged(&opened, flags) => {
+                self.give_back(node, &opened);
+                reply.error(Errno::ESTALE);
+            }
             IoMode::Passthrough(id) => {
                 reply.opened_passthrough(fh, passthrough_flags(&opened), &id)
             }
@@ -414,6 +431,10 @@ impl Filesystem for Adapter {
         let generation = Generation(found.generation);
         let fh = FileHandle(opened.handle.0);
         match self.io_mode(found.ino, &opened, |file| reply.open_backing(file)) {
+            IoMode::Passthrough(_) if is_staged(&opened, flags) => {
+                self.give_back(found.ino, &opened);
+                reply.error(Errno::ESTALE);
+            }
             IoMode::Passthrough(id) => {
                 let flags = passthrough_flags(&opened);
                 reply.created_passthrough(&valid, &attr, generation, fh, flags, &id);

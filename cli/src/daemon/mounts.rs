@@ -137,6 +137,7 @@ impl Daemon {
             Arc::clone(&self.indexer),
             Arc::clone(&self.content),
             Arc::clone(&self.library),
+            Arc::clone(&self.outbox),
             config,
         );
         let default = MountOptions::default();

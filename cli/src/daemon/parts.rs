@@ -1,8 +1,8 @@
 //! What a daemon is made of, and how the parts are joined.
 //!
-//! Order of making: identity, library, index, indexer, own files, network,
-//! cache, content. Closing goes the other way round: mounts, network, indexer,
-//! index, so that nothing writes into what is closed already.
+//! Order of making: identity, library, index, indexer, own files, outbox,
+//! network, cache, content. Closing goes the other way round: mounts, network,
+//! outbox, indexer, index, so that nothing writes into what is closed already.
 
 use super::mounts::Mounts;
 use crate::config::Config;
@@ -19,6 +19,7 @@ use vfs_core::index::{Index, IndexError, NewLocation, StoreError, open_store};
 use vfs_core::indexer::{Indexer, IndexerConfig};
 use vfs_core::library::{Library, LibraryError, OwnLocation};
 use vfs_core::model::{DeviceId, Location, LocationNo, Time};
+use vfs_core::outbox::{Outbox, OutboxConfig, OutboxError};
 
 /// The automatic limit of the cache: a tenth of its disk, at most this.
 const AUTOMATIC_CACHE_BYTES: u64 = 50 << 30;
@@ -34,6 +35,7 @@ pub struct Daemon {
     pub node: Arc<Node>,
     pub cache: Arc<Cache>,
     pub content: Arc<Content>,
+    pub outbox: Arc<Outbox>,
     pub mounts: Mounts,
     pub runtime: tokio::runtime::Handle,
     pub started: Time,
@@ -55,11 +57,12 @@ impl Daemon {
         let manifests = Arc::new(manifests);
         let indexer = Indexer::start(index.clone(), Arc::clone(&manifests), indexer_config(config));
         let own = Arc::new(OwnFiles::new(index.clone(), Arc::clone(&indexer), manifests));
+        let outbox = open_outbox(dir, &index)?;
         let parts = Parts {
             library: Arc::clone(&library),
             index: index.clone(),
             own: Arc::clone(&own),
-            outbox: None,
+            outbox: Some(Arc::clone(&outbox) as _),
             applier: None,
         };
         let node = Node::start(node_config(config, secret_key), parts)
@@ -87,6 +90,7 @@ impl Daemon {
             node,
             cache,
             content,
+            outbox,
             mounts: Mounts::default(),
             runtime,
             started: Time::now(),
@@ -161,6 +165,9 @@ impl Daemon {
         let daemon = Arc::clone(self);
         let closing = tokio::task::spawn_blocking(move || {
             daemon.indexer.stop();
+            if let Err(error) = daemon.outbox.close() {
+                tracing::error!(%error, "the last accepted writes may not be on the disk");
+            }
             daemon.cache.close();
             daemon.index.flush()
         });
@@ -215,6 +222,33 @@ fn indexer_config(config: &Config) -> IndexerConfig {
             false => 0,
         },
         ..default
+    }
+}
+
+fn open_outbox(dir: &DataDir, index: &Index) -> Outcome<Arc<Outbox>> {
+    let path = dir.subdirectory(dir.outbox())?;
+    let opened = Outbox::open(&path, index.clone(), OutboxConfig::default());
+    let (outbox, report) = opened.map_err(outbox_failure)?;
+    for lost in &report.lost {
+        tracing::error!("a pending write is damaged: {lost}");
+    }
+    for aside in &report.set_aside {
+        tracing::error!("a damaged part of the journal was set aside as {}", aside.display());
+    }
+    if report.pending > 0 {
+        tracing::info!(pending = report.pending, "writes of the last run wait for their owners");
+    }
+    Ok(outbox)
+}
+
+fn outbox_failure(error: OutboxError) -> Failure {
+    match &error {
+        OutboxError::Io { .. } => Failure::new(Code::Io, error.to_string())
+            .hint("pending writes are in that folder: do not delete it"),
+        OutboxError::NewerFormat { .. } => Failure::new(Code::Version, error.to_string())
+            .hint("install the newer sd that wrote it"),
+        OutboxError::InUse { .. } => Failure::new(Code::Busy, error.to_string())
+            .hint("another process has it open; end that one"),
     }
 }
 

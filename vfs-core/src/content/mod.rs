@@ -160,6 +160,11 @@ impl Content {
         }
     }
 
+    /// Where fetches run.
+    pub(crate) fn runtime(&self) -> &tokio::runtime::Handle {
+        &self.runtime
+    }
+
     /// The cache.
     pub fn cache(&self) -> &Cache {
         &self.cache

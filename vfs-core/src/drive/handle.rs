@@ -65,7 +65,7 @@ impl Handles {
 }
 
 impl Handle {
-    /// An own file: the only kind that can be changed.
+    /// An own file.
     pub fn own(&self) -> FsResult<&OwnFile> {
         match self {
             Self::Own(file) => Ok(file),

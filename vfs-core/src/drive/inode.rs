@@ -99,7 +99,12 @@ impl RemoteIno {
 
     /// Whether the entry is still the version that this number stands for.
     pub fn is_version_of(self, entry: &Entry) -> bool {
-        entry.attr.file_type != FileType::File || self.tag == entry.generation.to_le_bytes()[0]
+        entry.attr.file_type != FileType::File || self.is_generation(entry.generation)
+    }
+
+    /// Of a regular file: whether its number stands for this generation.
+    pub fn is_generation(self, generation: u32) -> bool {
+        self.tag == generation.to_le_bytes()[0]
     }
 
     pub fn no(self) -> InodeNo {

@@ -12,8 +12,8 @@ use super::top::Top;
 use super::types::{InodeNo, Invalidation};
 use crate::changes::Change;
 use crate::error::FsResult;
-use crate::index::View;
 use crate::model::{FileId, LocationNo, Name};
+use crate::overlay::Merged;
 use std::collections::HashSet;
 
 /// The changes of one commit, being turned into invalidations.
@@ -82,6 +82,9 @@ impl<'a> Translation<'a> {
         if is_own && self.own.table.is_empty() && parent != FileId::ROOT {
             return Ok(());
         }
+        if !is_own && self.is_covered(location, parent, name)? {
+            return Ok(());
+        }
         let Some(dir) = self.directory_ino(location, parent, is_own)? else { return Ok(()) };
         match self.own_file_still_there(location, parent, (dir, name), is_own)? {
             Some(file) => self.out.push(Invalidation::Content(file)),
@@ -89,6 +92,14 @@ impl<'a> Translation<'a> {
         }
         self.directory(dir);
         Ok(())
+    }
+
+    /// The owner's echo of what this device did: its kernel knows it already, and what is shown
+    /// stays as it is until the overlay goes.
+    fn is_covered(&self, location: LocationNo, parent: FileId, name: &Name) -> FsResult<bool> {
+        let row = self.remote.index.view()?.entry(location, parent, name.as_bytes())?;
+        let row = row.map(|row| row.file_id);
+        Ok(self.remote.outbox.view().covers(location, parent, name, row))
     }
 
     /// A file that a kernel knows under this name, when it is still there: to drop the name would
@@ -112,11 +123,11 @@ impl<'a> Translation<'a> {
         if self.is_own(location) {
             return self.own_attributes(location, file);
         }
-        let view = self.remote.index.view()?;
+        let view = self.remote.outbox.view();
         let Some(node) = view.node(location, file)? else { return Ok(()) };
         let depth = match node.parent {
             crate::index::ROOT_PARENT => return self.remote_root(location),
-            parent => depth_of(&view, location, parent)?,
+            parent => depth_of(view, location, parent)?,
         };
         let ino = RemoteIno::at_depth(location, depth, &node.entry).no();
         self.out.push(Invalidation::Attributes(ino));
@@ -159,8 +170,7 @@ impl<'a> Translation<'a> {
         if dir == FileId::ROOT {
             return Ok(RemoteIno::root(location).no());
         }
-        let view = self.remote.index.view()?;
-        let depth = depth_of(&view, location, dir)?;
+        let depth = depth_of(self.remote.outbox.view(), location, dir)?;
         Ok(RemoteIno::directory(location, depth, dir).no())
     }
 
@@ -179,6 +189,6 @@ impl<'a> Translation<'a> {
 
 /// How deep a directory lies below its location's folder; 0 when it lost its name, for then no
 /// kernel can reach it either.
-fn depth_of(view: &View<'_>, location: LocationNo, dir: FileId) -> FsResult<usize> {
+fn depth_of(view: Merged<'_>, location: LocationNo, dir: FileId) -> FsResult<usize> {
     Ok(view.path(location, dir)?.map_or(0, |path| path.len()))
 }

@@ -48,6 +48,7 @@ use crate::index::Index;
 use crate::indexer::Indexer;
 use crate::library::Library;
 use crate::model::{Entry, FileType, LocationNo, NAME_MAX, Name};
+use crate::outbox::Outbox;
 use bytes::Bytes;
 use cookie::{Call, Held, Place, Stems};
 use handle::{Handle, Handles, OwnFile};
@@ -70,7 +71,7 @@ pub struct DriveConfig {
     pub uid: u32,
     /// And this user's group.
     pub gid: u32,
-    /// Own locations are read-only as well.
+    /// Nothing is changed through it.
     pub read_only: bool,
     /// What becomes of other devices' links that lead out of their location.
     pub foreign_symlinks: ForeignSymlinks,
@@ -92,6 +93,7 @@ impl Drive {
         indexer: Arc<Indexer>,
         content: Arc<Content>,
         library: Arc<Library>,
+        outbox: Arc<Outbox>,
         config: DriveConfig,
     ) -> Arc<Self> {
         let DriveConfig { uid, gid, read_only, foreign_symlinks } = config;
@@ -102,7 +104,8 @@ impl Drive {
             read_only,
             gives_away: rustix::process::geteuid().is_root(),
         };
-        let remote = Remote::new(index.clone(), content, (uid, gid), foreign_symlinks);
+        let remote =
+            Remote::new(index.clone(), content, outbox, (uid, gid), (foreign_symlinks, read_only));
         let top = Top { index, indexer, library, uid, gid };
         Arc::new(Self { top, own, remote, handles: Handles::default(), stems: Stems::default() })
     }
@@ -195,12 +198,27 @@ impl Drive {
         handle: Option<HandleId>,
         set: SetAttr,
     ) -> FsResult<Found> {
-        let location = changeable(ino)?;
         let handle = handle.map(|h| self.handles.get(h)).transpose()?;
-        match handle.as_deref() {
-            Some(Handle::Own(open)) => self.own.setattr(location, ino, Some(open), &set),
-            _ => self.own.setattr(location, ino, None, &set),
+        match (changeable(ino)?, handle.as_deref()) {
+            (Target::Own(location), Some(Handle::Own(open))) => {
+                self.own.setattr(location, ino, Some(open), &set)
+            }
+            (Target::Own(location), _) => self.own.setattr(location, ino, None, &set),
+            (Target::Remote(remote), Some(Handle::Remote(open))) => {
+                self.setattr_remote(remote, Some(open), &set)
+            }
+            (Target::Remote(remote), _) => self.setattr_remote(remote, None, &set),
         }
+    }
+
+    fn setattr_remote(
+        &self,
+        ino: RemoteIno,
+        open: Option<&remote::RemoteFile>,
+        set: &SetAttr,
+    ) -> FsResult<Found> {
+        let found = self.remote.setattr(ino, open, set)?;
+        Ok(found.unwrap_or_else(|| self.top.placeholder(ino.no())))
     }
 
     /// The target of a symbolic link. `NotPermitted` for another device's that leads out of its
@@ -219,12 +237,9 @@ impl Drive {
     pub fn open(&self, ino: InodeNo, flags: OpenFlags) -> FsResult<Opened> {
         match ino.class() {
             Class::Own(location) => Ok(self.opened(self.own.open(location, ino, flags)?)),
-            Class::Remote(_) if flags.may_change() => Err(read_only()),
             Class::Remote(remote) => {
-                let (file, io) = self.remote.open(remote)?;
-                let generation = file.generation();
-                let handle = self.handles.add(Handle::Remote(file));
-                Ok(Opened { handle, generation, is_flushed: false, io })
+                let (file, io) = self.remote.open(remote, flags)?;
+                Ok(self.opened_remote(file, io))
             }
             Class::Root | Class::Device => Err(handle::is_a_directory()),
         }
@@ -234,6 +249,13 @@ impl Drive {
         let io = Io::Backing(Arc::clone(&open.file));
         let is_flushed = open.is_flushed();
         Opened { handle: self.handles.add(Handle::Own(open)), generation: 0, is_flushed, io }
+    }
+
+    fn opened_remote(&self, file: remote::RemoteFile, io: Io) -> Opened {
+        let generation = file.generation();
+        let is_flushed = file.may_change();
+        let handle = self.handles.add(Handle::Remote(file));
+        Opened { handle, generation, is_flushed, io }
     }
 
     /// Creates a regular file and opens it; opens it when it is there and `flags` are not
@@ -246,9 +268,18 @@ impl Drive {
         perm: u16,
         flags: OpenFlags,
     ) -> FsResult<(Found, Opened)> {
-        let (location, name) = (changeable(parent)?, name_of(name)?);
-        let (found, open) = self.own.create(caller, location, parent, &name, perm, flags)?;
-        Ok((found, self.opened(open)))
+        let name = name_of(name)?;
+        match changeable(parent)? {
+            Target::Own(location) => {
+                let (found, open) =
+                    self.own.create(caller, location, parent, &name, perm, flags)?;
+                Ok((found, self.opened(open)))
+            }
+            Target::Remote(parent) => {
+                let (found, file, io) = self.remote.create(parent, &name, perm, flags)?;
+                Ok((found, self.opened_remote(file, io)))
+            }
+        }
     }
 
     /// The bytes, when they are at hand without a network: `None` means call [`Drive::read`].
@@ -256,7 +287,7 @@ impl Drive {
     pub fn try_read(&self, handle: HandleId, offset: u64, len: usize) -> Option<FsResult<Bytes>> {
         match self.handles.get(handle).as_deref() {
             Ok(Handle::Own(open)) => Some(read_own(open, offset, len)),
-            Ok(Handle::Remote(open)) => open.try_read(offset, len),
+            Ok(Handle::Remote(open)) => open.try_read(&self.remote.outbox, offset, len),
             Ok(Handle::Dir(_)) => Some(Err(handle::is_a_directory())),
             Err(e) => Some(Err(FsError::new(e.kind(), "read"))),
         }
@@ -266,7 +297,7 @@ impl Drive {
     pub async fn read(&self, handle: HandleId, offset: u64, len: usize) -> FsResult<Bytes> {
         match &*self.handles.get(handle)? {
             Handle::Own(open) => read_own(open, offset, len),
-            Handle::Remote(open) => open.read(offset, len).await,
+            Handle::Remote(open) => open.read(&self.remote.outbox, offset, len).await,
             Handle::Dir(_) => Err(handle::is_a_directory()),
         }
     }
@@ -274,17 +305,22 @@ impl Drive {
     /// Bytes written; fewer than given only when the disk took fewer. With `append` the offset
     /// is the end of the file, whatever is given.
     pub fn write(&self, handle: HandleId, offset: u64, bytes: &[u8]) -> FsResult<usize> {
-        let handle = self.handles.get(handle)?;
-        write_own(handle.own()?, offset, bytes)
+        match &*self.handles.get(handle)? {
+            Handle::Own(open) => write_own(open, offset, bytes),
+            Handle::Remote(open) => open.write(&self.remote.outbox, offset, bytes),
+            Handle::Dir(_) => Err(handle::is_a_directory()),
+        }
     }
 
-    /// A program closed one of its descriptors. Own files have nothing to flush: what was
-    /// written is with the disk's file system, as after a `close` there. But network file
-    /// systems may say at that very close that they could not keep it.
+    /// A program closed one of its descriptors: what it wrote to another device's file is
+    /// durable here when this returns. Own files have nothing to flush: what was written is with
+    /// the disk's file system, as after a `close` there. But network file systems may say at
+    /// that very close that they could not keep it.
     pub fn flush(&self, handle: HandleId) -> FsResult<()> {
         match &*self.handles.get(handle)? {
             Handle::Own(open) if open.is_flushed() => open.flush(),
-            _ => Ok(()),
+            Handle::Remote(open) => open.flush(&self.remote.outbox),
+            Handle::Own(_) | Handle::Dir(_) => Ok(()),
         }
     }
 
@@ -292,7 +328,7 @@ impl Drive {
     pub fn fsync(&self, handle: HandleId, data_only: bool) -> FsResult<()> {
         match &*self.handles.get(handle)? {
             Handle::Own(open) => sync(&open.file, data_only),
-            Handle::Remote(_) => Ok(()),
+            Handle::Remote(open) => open.fsync(&self.remote.outbox),
             Handle::Dir(_) => Err(handle::is_a_directory()),
         }
     }
@@ -486,7 +522,7 @@ impl Drive {
         // Each is shown when the next one is known: its cookie leads between the two.
         let mut waiting: Option<(Name, Entry)> = None;
         let mut flow = ControlFlow::Continue(());
-        self.remote.index.view()?.children_from(location, file, &from, &mut |name, entry| {
+        self.remote.outbox.view().children_from(location, file, &from, &mut |name, entry| {
             if let Some((shown, its)) = waiting.replace((name.clone(), entry.clone())) {
                 let cookie = call.cookie(&shown, Some(name));
                 flow = self.show_remote(listing, remote, (&shown, &its), cookie, visit);
@@ -524,7 +560,8 @@ impl Drive {
     pub fn fsyncdir(&self, handle: HandleId, data_only: bool) -> FsResult<()> {
         match &self.handles.get(handle)?.dir()?.kind {
             DirKind::Own(OwnDirHandle { fd: Some(fd), .. }) => sync(fd, data_only),
-            _ => Ok(()),
+            DirKind::Remote(_) => self.remote.outbox.sync(),
+            DirKind::Own(_) | DirKind::Top(_) => Ok(()),
         }
     }
 
@@ -543,8 +580,13 @@ impl Drive {
         perm: u16,
         rdev: u64,
     ) -> FsResult<Found> {
-        let (location, name) = (changeable(parent)?, name_of(name)?);
-        self.own.mknod(caller, location, parent, &name, file_type, perm, rdev)
+        let name = name_of(name)?;
+        match changeable(parent)? {
+            Target::Own(location) => {
+                self.own.mknod(caller, location, parent, &name, file_type, perm, rdev)
+            }
+            Target::Remote(parent) => self.remote.mknod(parent, &name, file_type, perm),
+        }
     }
 
     /// Makes a directory. Counts one lookup.
@@ -555,8 +597,11 @@ impl Drive {
         name: &[u8],
         perm: u16,
     ) -> FsResult<Found> {
-        let (location, name) = (changeable(parent)?, name_of(name)?);
-        self.own.mkdir(caller, location, parent, &name, perm)
+        let name = name_of(name)?;
+        match changeable(parent)? {
+            Target::Own(location) => self.own.mkdir(caller, location, parent, &name, perm),
+            Target::Remote(parent) => self.remote.mkdir(parent, &name, perm),
+        }
     }
 
     /// Makes a symbolic link. Counts one lookup.
@@ -567,24 +612,39 @@ impl Drive {
         name: &[u8],
         target: &[u8],
     ) -> FsResult<Found> {
-        let (location, name) = (changeable(parent)?, name_of(name)?);
-        self.own.symlink(caller, location, parent, &name, target)
+        let name = name_of(name)?;
+        match changeable(parent)? {
+            Target::Own(location) => self.own.symlink(caller, location, parent, &name, target),
+            Target::Remote(parent) => self.remote.symlink(parent, &name, target),
+        }
     }
 
     /// Gives a file another name in the same location. Counts one lookup.
     pub fn link(&self, ino: InodeNo, new_parent: InodeNo, new_name: &[u8]) -> FsResult<Found> {
-        let location = same_location(ino, new_parent)?;
-        self.own.link(location, ino, new_parent, &name_of(new_name)?)
+        let name = name_of(new_name)?;
+        match same_location(ino, new_parent)? {
+            (Target::Own(location), _) => self.own.link(location, ino, new_parent, &name),
+            (Target::Remote(file), Target::Remote(dir)) => self.remote.link(file, dir, &name),
+            (Target::Remote(_), Target::Own(_)) => Err(other_location()),
+        }
     }
 
     /// Removes a name of anything but a directory.
     pub fn unlink(&self, parent: InodeNo, name: &[u8]) -> FsResult<()> {
-        self.own.unlink(changeable(parent)?, parent, &name_of(name)?)
+        let name = name_of(name)?;
+        match changeable(parent)? {
+            Target::Own(location) => self.own.unlink(location, parent, &name),
+            Target::Remote(parent) => self.remote.unlink(parent, &name),
+        }
     }
 
     /// Removes an empty directory.
     pub fn rmdir(&self, parent: InodeNo, name: &[u8]) -> FsResult<()> {
-        self.own.rmdir(changeable(parent)?, parent, &name_of(name)?)
+        let name = name_of(name)?;
+        match changeable(parent)? {
+            Target::Own(location) => self.own.rmdir(location, parent, &name),
+            Target::Remote(parent) => self.remote.rmdir(parent, &name),
+        }
     }
 
     /// Renames within a location, atomically; `CrossDevice` between two.
@@ -596,16 +656,27 @@ impl Drive {
         new_name: &[u8],
         flags: RenameFlags,
     ) -> FsResult<()> {
-        let location = same_location(parent, new_parent)?;
         let (name, new_name) = (name_of(name)?, name_of(new_name)?);
-        self.own.rename(location, (parent, &name), (new_parent, &new_name), flags)
+        match same_location(parent, new_parent)? {
+            (Target::Own(location), _) => {
+                self.own.rename(location, (parent, &name), (new_parent, &new_name), flags)
+            }
+            (Target::Remote(from), Target::Remote(to)) => {
+                self.remote.rename((from, &name), (to, &new_name), flags)
+            }
+            (Target::Remote(_), Target::Own(_)) => Err(other_location()),
+        }
     }
 
     /// The whole value; the adapter compares it with the caller's buffer.
     pub fn getxattr(&self, ino: InodeNo, name: &[u8]) -> FsResult<Vec<u8>> {
         match ino.class() {
             Class::Own(location) => self.own.getxattr(location, ino, name),
-            _ => self.attributes(ino)?.get(name),
+            Class::Remote(remote) => match self.remote.xattr(remote, name) {
+                Some(value) => value,
+                None => self.attributes(ino)?.get(name),
+            },
+            Class::Root | Class::Device => self.attributes(ino)?.get(name),
         }
     }
 
@@ -613,7 +684,10 @@ impl Drive {
     pub fn listxattr(&self, ino: InodeNo) -> FsResult<Vec<u8>> {
         match ino.class() {
             Class::Own(location) => self.own.listxattr(location, ino),
-            _ => Ok(self.attributes(ino)?.list()),
+            Class::Remote(remote) => {
+                Ok([self.attributes(ino)?.list(), self.remote.xattrs(remote)].concat())
+            }
+            Class::Root | Class::Device => Ok(self.attributes(ino)?.list()),
         }
     }
 
@@ -629,7 +703,7 @@ impl Drive {
         Ok(Attributes::of_entry(entry.as_deref(), names, state))
     }
 
-    /// Sets an extended attribute on the disk.
+    /// Sets an extended attribute.
     pub fn setxattr(
         &self,
         ino: InodeNo,
@@ -637,12 +711,18 @@ impl Drive {
         value: &[u8],
         mode: XattrMode,
     ) -> FsResult<()> {
-        self.own.setxattr(changeable(ino)?, ino, name, value, mode)
+        match changeable(ino)? {
+            Target::Own(location) => self.own.setxattr(location, ino, name, value, mode),
+            Target::Remote(remote) => self.remote.set_xattr(remote, name, value, mode),
+        }
     }
 
-    /// Removes an extended attribute from the disk.
+    /// Removes an extended attribute.
     pub fn removexattr(&self, ino: InodeNo, name: &[u8]) -> FsResult<()> {
-        self.own.removexattr(changeable(ino)?, ino, name)
+        match changeable(ino)? {
+            Target::Own(location) => self.own.removexattr(location, ino, name),
+            Target::Remote(remote) => self.remote.remove_xattr(remote, name),
+        }
     }
 
     /// The disk of an own location; of anything else, how much the index knows to be there.
@@ -657,7 +737,7 @@ impl Drive {
         Ok(self.remote.statfs(&locations))
     }
 
-    /// Reserves, frees or zeroes a range of an own file.
+    /// Reserves, frees or zeroes a range of a file.
     pub fn fallocate(
         &self,
         handle: HandleId,
@@ -674,6 +754,9 @@ impl Drive {
             FallocateMode::ZeroRange { keep_size: true } => Flags::ZERO_RANGE | Flags::KEEP_SIZE,
         };
         let handle = self.handles.get(handle)?;
+        if let Handle::Remote(open) = &*handle {
+            return open.fallocate(&self.remote.outbox, offset, len, mode);
+        }
         rustix::fs::fallocate(&handle.own()?.file, flags, offset, len)
             .map_err(|e| FsError::os("fallocate", e))
     }
@@ -688,7 +771,7 @@ impl Drive {
                 Whence::Hole => rustix::fs::seek(&open.file, SeekFrom::Hole(offset)),
             }
             .map_err(|e| FsError::os("seek", e)),
-            Handle::Remote(open) => open.seek(offset, whence),
+            Handle::Remote(open) => open.seek(&self.remote.outbox, offset, whence),
             Handle::Dir(_) => Err(FsError::new(Kind::Invalid, "seek data in a directory")),
         }
     }
@@ -704,9 +787,8 @@ impl Drive {
         len: u64,
     ) -> FsResult<u64> {
         let (from, to) = (self.handles.get(from)?, self.handles.get(to)?);
-        let to = to.own()?;
-        let Handle::Own(from) = &*from else {
-            return Err(FsError::new(Kind::CrossDevice, "copy from another device"));
+        let (Handle::Own(from), Handle::Own(to)) = (&*from, &*to) else {
+            return Err(FsError::new(Kind::CrossDevice, "copy between devices"));
         };
         let len = usize::try_from(len).unwrap_or(usize::MAX).min(COPY_BYTES_MAX);
         let (from_at, to_at) = (Some(&mut from_offset), Some(&mut to_offset));
@@ -745,22 +827,35 @@ fn name_of(bytes: &[u8]) -> FsResult<Name> {
     })
 }
 
-/// The location of an inode that may be changed: one of this device's own.
-fn changeable(ino: InodeNo) -> FsResult<LocationNo> {
+/// Where a change goes.
+#[derive(Clone, Copy)]
+enum Target {
+    /// To this device's disk.
+    Own(LocationNo),
+    /// To the outbox, for the owner.
+    Remote(RemoteIno),
+}
+
+/// Where a change of an inode goes; the upper levels cannot be changed.
+fn changeable(ino: InodeNo) -> FsResult<Target> {
     match ino.class() {
-        Class::Own(location) => Ok(location),
-        Class::Root | Class::Device | Class::Remote(_) => Err(read_only()),
+        Class::Own(location) => Ok(Target::Own(location)),
+        Class::Remote(remote) => Ok(Target::Remote(remote)),
+        Class::Root | Class::Device => Err(read_only()),
     }
 }
 
-/// The location in which a file gets another name.
-fn same_location(a: InodeNo, b: InodeNo) -> FsResult<LocationNo> {
-    match (a.class(), b.class()) {
-        (Class::Own(a), Class::Own(b)) if a == b => Ok(a),
-        (Class::Own(_), Class::Own(_) | Class::Remote(_)) | (Class::Remote(_), Class::Own(_)) => {
-            Err(FsError::new(Kind::CrossDevice, "move between locations"))
-        }
-        _ => Err(read_only()),
+fn other_location() -> FsError {
+    FsError::new(Kind::CrossDevice, "move between locations")
+}
+
+/// The places of two inodes of one location, between which names move.
+fn same_location(a: InodeNo, b: InodeNo) -> FsResult<(Target, Target)> {
+    let places = (changeable(a)?, changeable(b)?);
+    match places {
+        (Target::Own(a), Target::Own(b)) if a == b => Ok(places),
+        (Target::Remote(a), Target::Remote(b)) if a.location == b.location => Ok(places),
+        _ => Err(other_location()),
     }
 }
 

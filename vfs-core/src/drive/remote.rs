@@ -1,23 +1,33 @@
-//! Operations on replicas: everything but bytes is answered from the index, at once.
+//! Operations on other devices' locations: everything but bytes is answered at once, from the
+//! index and from what was changed here.
 //!
-//! Nothing here waits for a network except [`RemoteFile::read`], and nothing is
-//! changed: other devices' locations are read-only. A number is turned into a
-//! row by its file id; the only state is what is open, because a program may go
-//! on asking about an open file whose row is another version by now, or gone.
+//! | module | what it is |
+//! |---|---|
+//! | `file` | open files: bytes, from the base and from what was written |
+//! | `names`, `attributes` | changes, which the outbox accepts |
+//!
+//! Nothing here waits for a network except [`RemoteFile::read`]. A number is turned
+//! into a row by its file id; the only state is what is open, because a program
+//! may go on asking about an open file whose row is another version by now, or gone.
+
+mod attributes;
+mod file;
+mod names;
 
 use super::inode::RemoteIno;
 use super::links::{self, ForeignSymlinks};
-use super::types::{Found, InodeNo, Io, Statfs, Whence};
-use crate::content::{Content, Reader};
+use super::types::{Found, InodeNo, Statfs};
+use crate::content::Content;
 use crate::error::{FsError, FsResult, Kind};
 use crate::index::{Counts, Index, Node};
 use crate::model::{Attr, Entry, FileId, FileType, Location, LocationNo};
+use crate::outbox::Outbox;
 use crate::source::Version;
-use bytes::Bytes;
 use dashmap::DashMap;
-use dashmap::mapref::entry::Entry as Slot;
 use std::sync::Arc;
 use std::time::Duration;
+
+pub(super) use file::RemoteFile;
 
 /// How long a kernel may keep what it knows: every change is told explicitly.
 pub(super) const VALID_FOR: Duration = Duration::from_secs(3600);
@@ -28,9 +38,12 @@ const BLOCK_BYTES: u32 = 4096;
 pub(super) struct Remote {
     pub index: Index,
     pub content: Arc<Content>,
+    pub outbox: Arc<Outbox>,
     pub uid: u32,
     pub gid: u32,
     pub symlinks: ForeignSymlinks,
+    /// Nothing is changed through this drive.
+    pub read_only: bool,
     /// The versions that are open, the last one pinned last. A number has a few bits of the
     /// generation only, so it may stand for several of them.
     pinned: DashMap<RemoteIno, Vec<Pin>>,
@@ -38,19 +51,14 @@ pub(super) struct Remote {
 
 /// A version that so many handles have open.
 struct Pin {
-    entry: Arc<Entry>,
     handles: usize,
-}
-
-/// An open file of another device, at the version that it was opened with.
-pub(super) struct RemoteFile {
-    ino: RemoteIno,
+    /// Those that a kernel may read by itself, from the cache's file.
+    backed: usize,
     entry: Arc<Entry>,
-    reader: Reader,
 }
 
 pub(super) fn read_only() -> FsError {
-    FsError::new(Kind::ReadOnly, "change another device's location")
+    FsError::new(Kind::ReadOnly, "change what is no file of a location")
 }
 
 fn stale(attempted: &'static str) -> FsError {
@@ -61,10 +69,12 @@ impl Remote {
     pub fn new(
         index: Index,
         content: Arc<Content>,
+        outbox: Arc<Outbox>,
         (uid, gid): (u32, u32),
-        symlinks: ForeignSymlinks,
+        (symlinks, read_only): (ForeignSymlinks, bool),
     ) -> Self {
-        Self { index, content, uid, gid, symlinks, pinned: DashMap::new() }
+        outbox.attach(&content);
+        Self { index, content, outbox, uid, gid, symlinks, read_only, pinned: DashMap::new() }
     }
 
     /// The entry as its owner has it, as the mounting user's own.
@@ -74,7 +84,8 @@ impl Remote {
             _ => 0,
         };
         let attr = Attr { uid: self.uid, gid: self.gid, ..entry.attr };
-        Found { ino: ino.no(), generation, attr, atime: attr.mtime, valid_for: VALID_FOR }
+        let atime = self.outbox.view().atime(ino.location, ino.file).unwrap_or(attr.mtime);
+        Found { ino: ino.no(), generation, attr, atime, valid_for: VALID_FOR }
     }
 
     pub fn location(&self, no: LocationNo) -> FsResult<Arc<Location>> {
@@ -84,7 +95,7 @@ impl Remote {
     /// The row of an inode, at the version that its number stands for.
     pub fn node(&self, ino: RemoteIno) -> FsResult<Node> {
         self.location(ino.location)?;
-        let node = self.index.view()?.node(ino.location, ino.file)?;
+        let node = self.outbox.view().node(ino.location, ino.file)?;
         node.filter(|n| ino.is_version_of(&n.entry))
             .ok_or_else(|| stale("use a file that has another version by now"))
     }
@@ -92,24 +103,26 @@ impl Remote {
     pub fn lookup(&self, parent: RemoteIno, name: &[u8]) -> FsResult<Found> {
         // Without it, what is not found would be remembered of a location that is gone.
         self.location(parent.location)?;
-        let entry = self.index.view()?.entry(parent.location, parent.file, name)?;
+        let entry = self.outbox.view().entry(parent.location, parent.file, name)?;
         let entry = entry.ok_or_else(|| FsError::new(Kind::NotFound, "look up a name"))?;
         Ok(self.found(parent.child(&entry), &entry))
     }
 
     /// The attributes; `None` for a location's folder whose row has not come yet.
     pub fn getattr(&self, ino: RemoteIno, open: Option<&RemoteFile>) -> FsResult<Option<Found>> {
-        if let Some(open) = open {
-            return Ok(Some(self.found(ino, &open.entry)));
+        match (self.entry(ino), open) {
+            (Ok(entry), _) => Ok(entry.map(|entry| self.found(ino, &entry))),
+            // The handle is from before the kernel gave the last lookup back.
+            (Err(_), Some(open)) => Ok(Some(self.found(ino, &open.entry(&self.outbox)))),
+            (Err(error), None) => Err(error),
         }
-        Ok(self.entry(ino)?.map(|entry| self.found(ino, &entry)))
     }
 
     /// The row or the open version; `None` for a location's folder whose row has not come yet.
     pub fn entry(&self, ino: RemoteIno) -> FsResult<Option<Arc<Entry>>> {
         match self.node(ino) {
             Ok(node) => Ok(Some(Arc::new(node.entry))),
-            Err(e) if e.kind() == Kind::Stale => match self.pinned(ino) {
+            Err(e) if e.kind() == Kind::Stale => match self.pinned(ino)? {
                 Some(entry) => Ok(Some(entry)),
                 None if ino.file == FileId::ROOT => self.location(ino.location).map(|_| None),
                 None => Err(e),
@@ -119,8 +132,18 @@ impl Remote {
     }
 
     /// The version of an open file: a kernel asks by number also for `fstat`.
-    fn pinned(&self, ino: RemoteIno) -> Option<Arc<Entry>> {
-        self.pinned.get(&ino).and_then(|pins| pins.last().map(|pin| Arc::clone(&pin.entry)))
+    fn pinned(&self, ino: RemoteIno) -> FsResult<Option<Arc<Entry>>> {
+        let last = self.pinned.get(&ino).and_then(|p| p.last().map(|pin| Arc::clone(&pin.entry)));
+        let Some(pinned) = last else { return Ok(None) };
+        let written = self.outbox.written(ino.location, ino.file, pinned.generation);
+        let mut entry = match written {
+            Some(written) => file::as_written(&pinned, &written),
+            None => (*pinned).clone(),
+        };
+        if self.outbox.view().names(ino.location, ino.file)?.is_empty() {
+            entry.attr.nlink = 0;
+        }
+        Ok(Some(Arc::new(entry)))
     }
 
     pub fn readlink(&self, ino: RemoteIno) -> FsResult<Vec<u8>> {
@@ -136,64 +159,37 @@ impl Remote {
         }
     }
 
-    pub fn open(&self, ino: RemoteIno) -> FsResult<(RemoteFile, Io)> {
-        let entry = Arc::new(self.node(ino)?.entry);
-        match entry.attr.file_type {
-            FileType::File => {}
-            FileType::Directory => return Err(super::handle::is_a_directory()),
-            FileType::Symlink => return Err(FsError::new(Kind::Loop, "open a symbolic link")),
-            _ => return Err(FsError::new(Kind::NotPermitted, "open a special file")),
-        }
-        let reader = self.content.open(ino.location, &entry)?;
-        let io = match reader.complete_file() {
-            Some(file) => Io::Backing(file),
-            None => Io::Calls { keep_cache: true },
-        };
-        self.pin(ino, &entry);
-        Ok((RemoteFile { ino, entry, reader }, io))
-    }
-
-    fn pin(&self, ino: RemoteIno, entry: &Arc<Entry>) {
-        let mut pins = self.pinned.entry(ino).or_default();
-        match pins.iter_mut().find(|pin| pin.entry.generation == entry.generation) {
-            Some(pin) => pin.handles += 1,
-            None => pins.push(Pin { entry: Arc::clone(entry), handles: 1 }),
-        }
-    }
-
-    pub fn release(&self, file: &RemoteFile) {
-        if let Slot::Occupied(mut pins) = self.pinned.entry(file.ino) {
-            let pinned = |pin: &&mut Pin| pin.entry.generation == file.entry.generation;
-            pins.get_mut().iter_mut().filter(pinned).for_each(|pin| pin.handles -= 1);
-            pins.get_mut().retain(|pin| pin.handles > 0);
-            if pins.get().is_empty() {
-                pins.remove();
-            }
-        }
-    }
-
-    /// From what the replica knows; the owner's free space is not this device's to give away.
+    /// What the index knows to be there; free is what can be accepted here.
     pub fn statfs<'a>(&self, locations: impl IntoIterator<Item = &'a Arc<Location>>) -> Statfs {
-        let (mut bytes, mut files) = (0_u64, 0_u64);
+        let (mut bytes, mut files, mut is_writable) = (0_u64, 0_u64, false);
         for location in locations {
             let Counts { bytes: b, entries, .. } = self.index.counts(location.no);
             bytes = bytes.saturating_add(b);
             files = files.saturating_add(entries);
+            is_writable |= !location.read_only && location.owner != self.index.me();
         }
+        let free = match is_writable && !self.read_only {
+            true => self.outbox.free_bytes() / u64::from(BLOCK_BYTES),
+            false => 0,
+        };
+        let files_free = if free > 0 { u64::from(u32::MAX) } else { 0 };
         Statfs {
             block_bytes: BLOCK_BYTES,
             // Programs that divide by these, or skip empty file systems, see a small one.
-            blocks: bytes.div_ceil(BLOCK_BYTES.into()).max(1),
-            blocks_free: 0,
-            blocks_available: 0,
-            files: files.max(1),
-            files_free: 0,
+            blocks: bytes.div_ceil(BLOCK_BYTES.into()).saturating_add(free).max(1),
+            blocks_free: free,
+            blocks_available: free,
+            files: files.saturating_add(files_free).max(1),
+            files_free,
             name_max: 255,
         }
     }
 
-    /// Whether the bytes of a file are here: `cached`, `partial` or `remote`.
+    /// Whether the bytes of a file are here: `pending`, `cached`, `partial` or `remote`.
     pub fn state(&self, location: &Location, entry: &Entry) -> &'static str {
+        if self.outbox.has_bytes(location.no, entry.file_id) {
+            return "pending";
+        }
         let version = Version {
             location: location.id,
             file: entry.file_id,
@@ -204,32 +200,6 @@ impl Remote {
             n if n >= entry.attr.size => "cached",
             0 => "remote",
             _ => "partial",
-        }
-    }
-}
-
-impl RemoteFile {
-    /// Of the version that is open.
-    pub fn generation(&self) -> u64 {
-        self.entry.generation.into()
-    }
-
-    pub fn try_read(&self, offset: u64, len: usize) -> Option<FsResult<Bytes>> {
-        self.reader.try_read(offset, len)
-    }
-
-    pub async fn read(&self, offset: u64, len: usize) -> FsResult<Bytes> {
-        self.reader.read(offset, len).await
-    }
-
-    /// Where the owner has holes is not known here: everything is data, the end is a hole.
-    pub fn seek(&self, offset: u64, whence: Whence) -> FsResult<u64> {
-        match whence {
-            _ if offset >= self.entry.attr.size => {
-                Err(FsError::new(Kind::NoSuchAddress, "seek beyond the end"))
-            }
-            Whence::Data => Ok(offset),
-            Whence::Hole => Ok(self.entry.attr.size),
         }
     }
 }

@@ -4,8 +4,10 @@
 
 mod listing;
 mod own;
+mod owner;
 mod remote;
 mod top;
+mod writes;
 
 use super::*;
 use crate::content::{Cache, ContentConfig, Manifest, Manifests, OwnFiles};
@@ -13,6 +15,7 @@ use crate::index::{LogRow, NewLocation, ROOT_PARENT, open_store};
 use crate::indexer::IndexerConfig;
 use crate::library::{Member, Stamp as Clock};
 use crate::model::{Attr, ContentId, DeviceId, Entry, FileId, LocationId, Seq, Time};
+use crate::outbox::OutboxConfig;
 use crate::source::{BoxFuture, ContentSource, FetchError, Fetched, Version};
 use std::collections::HashMap;
 use std::ops::Range;
@@ -65,6 +68,7 @@ struct Bench {
     index: Index,
     indexer: Arc<Indexer>,
     library: Arc<Library>,
+    outbox: Arc<Outbox>,
     peer: Arc<Peer>,
     /// The folder of the own location.
     disk: PathBuf,
@@ -145,10 +149,18 @@ impl Bench {
             ContentConfig { read_deadline: Duration::from_secs(2), ..ContentConfig::default() };
         let content =
             Content::new(index.clone(), own_files, cache, source, limits, runtime.handle().clone());
-        let drive =
-            Drive::new(index.clone(), Arc::clone(&indexer), content, Arc::clone(&library), config);
+        let (outbox, _) =
+            Outbox::open(&path("outbox"), index.clone(), OutboxConfig::default()).unwrap();
+        let drive = Drive::new(
+            index.clone(),
+            Arc::clone(&indexer),
+            content,
+            Arc::clone(&library),
+            Arc::clone(&outbox),
+            config,
+        );
         wait_until("the own location is there", || indexer.root(own).is_ok());
-        Self { drive, index, indexer, library, peer, disk, own, remote, runtime, _dir: dir }
+        Self { drive, index, indexer, library, outbox, peer, disk, own, remote, runtime, _dir: dir }
     }
 
     fn lookup(&self, path: &[&str]) -> FsResult<Found> {

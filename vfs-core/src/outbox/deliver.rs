@@ -31,9 +31,9 @@ impl Outbox {
         let durable = self.journal.durable();
         let mut state = self.state();
         state.noted.retain(|_, (_, lsn)| *lsn > durable);
-        let waiting = state.ops.iter().find(|(_, op)| op.record.owner == owner);
-        let noted = state.noted.iter().find(|(_, (o, _))| *o == owner);
-        let first = waiting.map(|(no, _)| *no).into_iter().chain(noted.map(|(no, _)| *no)).min();
+        let waiting = state.owed.get(&owner).and_then(|owed| owed.first().copied());
+        let noted = state.noted.iter().find(|(_, (o, _))| *o == owner).map(|(no, _)| *no);
+        let first = waiting.into_iter().chain(noted).min();
         first.unwrap_or(state.next_no)
     }
 
@@ -134,11 +134,9 @@ impl Outbox {
     /// What was sent to this owner and not settled is to be sent again.
     pub fn connection_lost(&self, owner: DeviceId) {
         let mut state = self.state();
-        let sent = state
-            .ops
-            .iter()
-            .filter(|(_, op)| op.record.owner == owner && op.progress == Progress::Sent);
-        for no in sent.map(|(no, _)| *no).collect::<Vec<_>>() {
+        let owed = state.owed.get(&owner).into_iter().flatten().copied();
+        let is_sent = |no: &u64| state.ops.get(no).is_some_and(|op| op.progress == Progress::Sent);
+        for no in owed.filter(is_sent).collect::<Vec<_>>() {
             if let Some(op) = state.ops.get_mut(&no) {
                 op.progress = Progress::Waiting(None);
             }
@@ -300,19 +298,6 @@ impl Outbox {
             state.let_go(&record, bytes.as_ref());
         }
     }
-
-    /// Takes back an operation that its owner never heard of.
-    pub(super) fn drop_op(&self, state: &mut State, _: LocationNo, no: u64) -> FsResult<()> {
-        self.note_reserved(state, &Record::Dropped { no })?;
-        if let Some(op) = state.remove(no) {
-            let Queued { record, bytes, .. } = op;
-            if let Some(no_of) = state.locations.get(&record.location).copied() {
-                self.overlay().retire(no_of, record.no, &record.change);
-            }
-            state.let_go(&record, bytes.as_ref());
-        }
-        Ok(())
-    }
 }
 
 impl Picked {
@@ -345,7 +330,10 @@ fn fill_in(
     content.extents = snapshot.extents.iter().map(|e| e.at..e.at + e.len).collect();
     (content.digest, content.whole) = match digest {
         Some(known) => known,
-        None => bytes.draft.digest(snapshot).map_err(failed)?,
+        None => {
+            let needed = Snapshot { kept_bytes: content.kept_bytes, ..snapshot.clone() };
+            bytes.draft.digest(&needed).map_err(failed)?
+        }
     };
     if is_inline {
         let mut inline = BytesMut::new();

@@ -49,14 +49,16 @@ pub use types::{
     Backlog, ConflictRecord, Exported, Lane, OutboxConfig, OutboxError, Pending, PendingState,
     Report, Usage,
 };
-pub use written::Written;
+pub use written::{Offset, Written};
+
+pub(crate) use attributes::Attributes;
 
 use crate::changes;
 use crate::content::Content;
 use crate::error::{FsError, FsResult, Kind};
 use crate::index::Index;
 use crate::journal::{Journal, Lsn};
-use crate::model::{DeviceId, FileId, Location, LocationNo, Name, Time};
+use crate::model::{DeviceId, Entry, FileId, Location, LocationNo, Name, Time};
 use crate::ops::Change;
 use crate::overlay::{self, Merged, Overlay};
 use crate::staging::{Snapshot, Staging};
@@ -64,6 +66,7 @@ use bytes::Bytes;
 use dashmap::DashMap;
 use queue::{OpBytes, Progress, Queued, State};
 use record::{OpRecord, Record};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockWriteGuard};
 use std::time::Instant;
 use tend::Tender;
@@ -72,6 +75,7 @@ use written::OpenFile;
 
 /// The writes of this device to others' files.
 pub struct Outbox {
+    dir: PathBuf,
     index: Index,
     journal: Journal,
     staging: Arc<Staging>,
@@ -114,6 +118,29 @@ impl Outbox {
     pub(crate) fn attach(&self, content: &Arc<Content>) {
         // A second drive over the same parts has the same content.
         let _ = self.content.set(Arc::clone(content));
+    }
+
+    /// Whether bytes of a file are shown that its owner's row does not have.
+    pub(crate) fn has_bytes(&self, location: LocationNo, file: FileId) -> bool {
+        self.overlay_ref().bytes(location, file).is_some()
+    }
+
+    /// The version of a file gets another inode number on this device.
+    pub(crate) fn renumber(&self, location: LocationNo, shown: &Entry) -> FsResult<()> {
+        let row = self.index.view()?.node(location, shown.file_id)?;
+        if let Some(row) = row {
+            // Far from the numbers that the owner's next versions get.
+            let other = shown.generation ^ 0x80;
+            self.overlay().keep(location, shown.file_id, row.entry.generation, other);
+        }
+        Ok(())
+    }
+
+    /// How much more can be accepted.
+    pub(crate) fn free_bytes(&self) -> u64 {
+        let Ok(disk) = rustix::fs::statvfs(&self.dir) else { return 0 };
+        let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+        free.saturating_sub(self.config.min_free_bytes)
     }
 
     /// Ticks when there may be something to send.
@@ -267,10 +294,6 @@ impl Outbox {
 
     /// Those for whom something is pending.
     pub fn owners(&self) -> Vec<DeviceId> {
-        let state = self.state();
-        let mut owners: Vec<_> = state.ops.values().map(|op| op.record.owner).collect();
-        owners.sort();
-        owners.dedup();
-        owners
+        self.state().owed.keys().copied().collect()
     }
 }

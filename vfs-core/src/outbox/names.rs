@@ -201,7 +201,7 @@ impl Outbox {
         }
         let file = entry.file_id;
         let at = Place { dir, name: name.clone() };
-        if !self.take_back(&mut state, no, location.id, file, &at)? {
+        if !self.take_back(&mut state, location.id, file, &at)? {
             let base = self.base_of(&state, no, location.id, &entry);
             let change = Change::Unlink { file, at, base };
             self.accept_name(&mut state, (location, path), change, false)?;
@@ -216,7 +216,6 @@ impl Outbox {
     fn take_back(
         &self,
         state: &mut State,
-        no: LocationNo,
         location: crate::model::LocationId,
         file: FileId,
         at: &Place,
@@ -227,7 +226,7 @@ impl Outbox {
         if !is_its_name || !op.is_here_only() || state.order.is_needed(made) {
             return Ok(false);
         }
-        self.drop_op(state, no, made)?;
+        self.drop_op(state, made)?;
         Ok(true)
     }
 
@@ -249,12 +248,7 @@ impl Outbox {
         if dir.attr.file_type != FileType::Directory {
             return Err(FsError::new(Kind::NotADirectory, "remove a file as a directory"));
         }
-        let mut is_empty = true;
-        self.view().children(no, dir.file_id, None, &mut |_, _| {
-            is_empty = false;
-            std::ops::ControlFlow::Break(())
-        })?;
-        match is_empty {
+        match self.view().is_empty(no, dir.file_id)? {
             true => Ok(()),
             false => Err(FsError::new(Kind::NotEmpty, "remove a directory")),
         }

@@ -49,6 +49,12 @@ impl Outbox {
         Usage { journal_bytes: self.journal.total_bytes(), staged_bytes: self.staging.used_bytes() }
     }
 
+    /// Whether nothing waits, for an owner or for the index to show it.
+    pub fn is_quiet(&self) -> bool {
+        let state = self.state();
+        state.ops.is_empty() && state.retiring.is_empty()
+    }
+
     /// Changes that met others' and were not looked at yet, the oldest first.
     pub fn conflicts(&self) -> Vec<ConflictRecord> {
         self.state().conflicts.values().cloned().collect()

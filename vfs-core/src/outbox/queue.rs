@@ -61,6 +61,8 @@ pub(super) struct State {
     pub epoch: u64,
     pub next_no: u64,
     pub ops: BTreeMap<u64, Queued>,
+    /// The same by owner.
+    pub owed: HashMap<DeviceId, BTreeSet<u64>>,
     pub order: Order,
     /// Waiting, and for no other operation; in order.
     pub ready: HashMap<DeviceId, BTreeSet<u64>>,
@@ -140,6 +142,7 @@ impl State {
             epoch: 0,
             next_no: 1,
             ops: BTreeMap::new(),
+            owed: HashMap::new(),
             order: Order::default(),
             ready: HashMap::new(),
             retiring: BTreeMap::new(),
@@ -170,6 +173,7 @@ impl State {
         if let Some(bytes) = &op.bytes {
             self.drafts.hold(&bytes.draft);
         }
+        self.owed.entry(record.owner).or_default().insert(no);
         self.ops.insert(no, op);
         self.place(no);
     }
@@ -180,6 +184,12 @@ impl State {
         let op = self.ops.remove(&no)?;
         if let Some(ready) = self.ready.get_mut(&op.record.owner) {
             ready.remove(&no);
+        }
+        if let Some(owed) = self.owed.get_mut(&op.record.owner) {
+            owed.remove(&no);
+            if owed.is_empty() {
+                self.owed.remove(&op.record.owner);
+            }
         }
         for free in self.order.remove(no) {
             self.place(free);

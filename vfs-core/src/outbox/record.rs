@@ -75,12 +75,24 @@ pub(super) fn content(snapshot: Option<&Snapshot>, mtime: Time) -> NewContent {
     NewContent {
         size: snapshot.map_or(0, |s| s.size),
         mtime,
-        kept_bytes: snapshot.map_or(0, |s| s.kept_bytes),
+        kept_bytes: snapshot.map_or(0, needed_of_base),
         extents: Vec::new(),
         digest: [0; 32],
         whole: None,
         inline: None,
     }
+}
+
+/// How much of the base is needed: nothing when all that stays of it was written over.
+fn needed_of_base(snapshot: &Snapshot) -> u64 {
+    let mut covered = 0;
+    for extent in snapshot.extents.iter() {
+        if extent.at > covered {
+            break;
+        }
+        covered = extent.at + extent.len;
+    }
+    if covered >= snapshot.kept_bytes { 0 } else { snapshot.kept_bytes }
 }
 
 /// The change in one word, for people.

@@ -44,6 +44,7 @@ impl Outbox {
         let staging = Staging::open(&dir.join("staging")).map_err(|e| failed(e.into()))?;
         staging.set_min_free_bytes(config.min_free_bytes);
         let outbox = Arc::new(Self {
+            dir: dir.to_owned(),
             index,
             journal,
             state: Mutex::new(State::new(Arc::clone(&staging))),

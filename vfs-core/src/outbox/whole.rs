@@ -1,8 +1,171 @@
 //! Bytes that an owner needs from the first to the last, because it no longer has their base.
+//!
+//! A partial change of a version that the owner has replaced meanwhile cannot be
+//! applied there, not even as a conflict copy. The base is fetched from whoever
+//! has it, this device's cache included, and written into the draft where nothing
+//! was written, so that programs see no difference; then all bytes go as one new
+//! operation in place of those that waited. When nobody has the base, the
+//! operation stays and says so; its bytes can be exported.
 
-use super::Outbox;
+use super::queue::{OpBytes, Progress, Queued};
+use super::record::{OpRecord, Record, content};
+use super::written::Written;
+use super::{NewBytes, NewOp, Outbox, State};
+use crate::error::{FsError, FsResult, Kind};
+use crate::model::Location;
+use crate::ops::{Base, Change, INLINE_MAX_BYTES};
+use crate::staging::{Committed, Piece};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Fetched and written at a time.
+const STEP_BYTES: u64 = 1 << 20;
 
 impl Outbox {
     /// Fetches what is missing of an operation's base, and sends the whole instead.
-    pub(super) fn make_whole(&self, _no: u64) {}
+    pub(super) fn make_whole(self: &Arc<Self>, no: u64) {
+        let outbox = Arc::clone(self);
+        // It may wait for the network for long, and what happens by itself must go on.
+        let started = std::thread::Builder::new().name("outbox-whole".into()).spawn(move || {
+            if let Err(error) = outbox.send_whole(no) {
+                tracing::warn!(no, %error, "an operation's base could not be had");
+                let why = format!("its owner and this device no longer have its base: {error}");
+                if let Some(op) = outbox.state().ops.get_mut(&no) {
+                    op.obstacle = Some(why);
+                }
+            }
+        });
+        if let Err(error) = started {
+            tracing::error!(%error, "a thread could not be started");
+        }
+    }
+
+    fn send_whole(&self, no: u64) -> FsResult<()> {
+        let Some((location, written)) = self.of_op(no)? else { return Ok(()) };
+        self.fill_from_base(&written)?;
+        let mut writing = written.lock();
+        let committed = written.draft.commit(INLINE_MAX_BYTES)?;
+        let Committed { snapshot, fill } = committed;
+        let content = content(Some(&snapshot), written.live().mtime());
+        if !content.is_whole() {
+            return Err(FsError::new(Kind::Io, "make the bytes of a file whole"));
+        }
+        let mut state = self.state();
+        let Some(op) = state.ops.get(&no).filter(|op| op.progress == Progress::Blocked) else {
+            return Ok(());
+        };
+        let Change::Write { file, base, path, .. } = op.record.change.clone() else {
+            return Ok(());
+        };
+        let change = Change::Write { file, base, content, path: path.clone() };
+        let bytes = NewBytes { bytes: written.bytes(), snapshot: Some(snapshot), fill };
+        let new = NewOp {
+            location,
+            change,
+            is_directory: false,
+            path,
+            bytes: Some(bytes),
+            is_held: false,
+        };
+        let replaced = of_draft(&state, no);
+        let new = self.accept(&mut state, new)?;
+        written.build_on(new);
+        writing.op = Some(new);
+        for old in replaced {
+            self.drop_op(&mut state, old)?;
+        }
+        drop(state);
+        self.tick();
+        Ok(())
+    }
+
+    /// The bytes of an operation, whether or not a program has them open.
+    pub(super) fn of_op(&self, no: u64) -> FsResult<Option<(Arc<Location>, Arc<Written>)>> {
+        let state = self.state();
+        let Some(Queued { record, bytes: Some(bytes), .. }) = state.ops.get(&no) else {
+            return Ok(None);
+        };
+        let Some(location) = self.index.location_by_id(record.location) else { return Ok(None) };
+        let file = record.change.file();
+        if let Some(open) = self.files.get(&(location.no, file)) {
+            let mut all = open.written.iter().chain(&open.older);
+            if let Some(written) = all.find(|w| Arc::ptr_eq(&w.draft, &bytes.draft)) {
+                return Ok(Some((location, Arc::clone(written))));
+            }
+        }
+        let written = unregistered(&location, record, bytes);
+        Ok(written.map(|written| (location, written)))
+    }
+
+    /// Writes the base's bytes into the draft where nothing was written.
+    fn fill_from_base(&self, written: &Written) -> FsResult<()> {
+        let content = self.content.get();
+        let content = content.ok_or_else(|| FsError::new(Kind::Io, "read before it is ready"))?;
+        let mut at = 0;
+        while at < written.draft.size() {
+            for range in base_ranges(written, at)? {
+                let bytes = content.runtime().block_on(written.read_base(self, range.clone()))?;
+                let _writing = written.lock();
+                // A program may have written or cut there meanwhile: that counts.
+                for still in base_ranges(written, at)? {
+                    let (start, end) = (still.start.max(range.start), still.end.min(range.end));
+                    if start < end {
+                        let from = (start - range.start) as usize;
+                        let to = (end - range.start) as usize;
+                        written.draft.write(start, &bytes[from..to])?;
+                    }
+                }
+            }
+            at += STEP_BYTES;
+        }
+        Ok(())
+    }
+}
+
+fn base_ranges(written: &Written, at: u64) -> FsResult<Vec<Range<u64>>> {
+    let len = written.draft.size().saturating_sub(at).min(STEP_BYTES);
+    let pieces = written.draft.read(at, len)?;
+    Ok(pieces
+        .into_iter()
+        .filter_map(|piece| match piece {
+            Piece::Base(range) => Some(range),
+            Piece::Here(_) | Piece::Zero(_) => None,
+        })
+        .collect())
+}
+
+/// The operations with bytes of the same draft: what they would write is in the whole.
+fn of_draft(state: &State, no: u64) -> Vec<u64> {
+    let Some(draft) = state.ops.get(&no).and_then(|op| op.bytes.as_ref()).map(|b| b.draft.id())
+    else {
+        return Vec::new();
+    };
+    let same = |op: &Queued| op.bytes.as_ref().is_some_and(|b| b.draft.id() == draft);
+    state.ops.range(no..).filter(|(_, op)| same(op)).map(|(no, _)| *no).collect()
+}
+
+/// Bytes that were accepted before a restart, or whose file is not open.
+fn unregistered(location: &Location, record: &OpRecord, bytes: &OpBytes) -> Option<Arc<Written>> {
+    let Change::Write { file, base: Base::Seen { stamp, content }, .. } = &record.change else {
+        return None;
+    };
+    let under = super::deliver::version_row(*file, bytes.shown.generation, stamp, *content);
+    let parts = (Arc::clone(&bytes.draft), bytes.shown.clone());
+    let base = Base::After(record.no);
+    Some(Written::new((location.no, *file), parts, base, Arc::new(under)))
+}
+
+impl Outbox {
+    /// Takes back an operation that its owner never did, and never will.
+    pub(super) fn drop_op(&self, state: &mut State, no: u64) -> FsResult<()> {
+        self.note_reserved(state, &Record::Dropped { no })?;
+        if let Some(op) = state.remove(no) {
+            let Queued { record, bytes, .. } = op;
+            if let Some(location) = state.locations.get(&record.location).copied() {
+                self.overlay().retire(location, record.no, &record.change);
+            }
+            state.let_go(&record, bytes.as_ref());
+        }
+        Ok(())
+    }
 }

@@ -28,6 +28,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 #[derive(Default)]
 pub(super) struct OpenFile {
     pub handles: usize,
+    /// Those of them that may write.
+    pub writers: usize,
     /// Over the version that whoever opens it now gets.
     pub written: Option<Arc<Written>>,
     /// Over versions that its owner has changed since.
@@ -139,7 +141,7 @@ impl Written {
         *lock(&self.entry) = Under { entry: Arc::new(version), reader: None };
     }
 
-    pub(super) fn under(&self) -> Arc<Entry> {
+    pub(crate) fn under(&self) -> Arc<Entry> {
         Arc::clone(&lock(&self.entry).entry)
     }
 
@@ -238,32 +240,39 @@ pub enum Offset {
 
 impl Outbox {
     /// A handle of a file was opened.
-    pub(crate) fn opened(&self, location: LocationNo, file: FileId) {
-        self.files.entry((location, file)).or_default().handles += 1;
+    pub(crate) fn opened(&self, location: LocationNo, file: FileId, may_write: bool) {
+        let mut open = self.files.entry((location, file)).or_default();
+        open.handles += 1;
+        open.writers += usize::from(may_write);
     }
 
-    /// A handle of a file was closed; `generation` is that of the version it had.
-    pub(crate) fn closed(&self, location: LocationNo, file: FileId) {
-        if let Slot::Occupied(mut slot) = self.files.entry((location, file)) {
-            let open = slot.get_mut();
+    /// A handle of a file was closed.
+    pub(crate) fn closed(&self, location: LocationNo, file: FileId, may_write: bool) {
+        if let Some(mut open) = self.files.get_mut(&(location, file)) {
             open.handles = open.handles.saturating_sub(1);
+            open.writers = open.writers.saturating_sub(usize::from(may_write));
         }
         self.let_go_if_unused(&mut self.state(), location, file);
     }
 
-    /// The bytes of a file as this device's programs have made them, if they did.
+    /// Whether a handle is open whose close will commit what was changed.
+    pub(crate) fn has_writer(&self, location: LocationNo, file: FileId) -> bool {
+        self.files.get(&(location, file)).is_some_and(|open| open.writers > 0)
+    }
+
+    /// The bytes of a version as this device's programs have made them, if they did.
     pub(crate) fn written(
         &self,
         location: LocationNo,
         file: FileId,
-        is_version: impl Fn(u32) -> bool,
+        generation: u32,
     ) -> Option<Arc<Written>> {
         if self.files.is_empty() {
             return None;
         }
         let open = self.files.get(&(location, file))?;
         let mut all = open.written.iter().chain(&open.older);
-        all.find(|w| is_version(w.generation())).cloned()
+        all.find(|w| w.generation() == generation).cloned()
     }
 
     /// The same, made when there is none. `shown` is what programs see, `row` the version that

@@ -2,7 +2,7 @@
 
 use super::{Local, Overlay};
 use crate::index::{Index, IndexError, Node, ROOT_PARENT, View};
-use crate::model::{Entry, FileId, LocationNo, Name};
+use crate::model::{Entry, FileId, LocationNo, Name, Time};
 use std::iter::Peekable;
 use std::ops::{Bound, ControlFlow};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard};
@@ -96,30 +96,45 @@ impl<'a> Merged<'a> {
         })
     }
 
-    /// The entries of a directory after a name, in byte order of their names.
-    pub fn children(
+    /// The last access that was set here.
+    pub fn atime(&self, no: LocationNo, file: FileId) -> Option<Time> {
+        self.lock().atime(no, file)
+    }
+
+    /// An extended attribute that was set here, or removed (`Some(None)`).
+    pub fn xattr(&self, no: LocationNo, file: FileId, name: &[u8]) -> Option<Option<Box<[u8]>>> {
+        self.lock().xattr(no, file, name)
+    }
+
+    /// The names of extended attributes that were set here (`true`) or removed.
+    pub fn xattrs(&self, no: LocationNo, file: FileId) -> Vec<(Box<[u8]>, bool)> {
+        self.lock().xattrs(no, file)
+    }
+
+    /// Whether a change of this name's row changes nothing of what is shown.
+    pub fn covers(&self, no: LocationNo, dir: FileId, name: &Name, row: Option<FileId>) -> bool {
+        self.lock().covers(no, dir, name, row)
+    }
+
+    /// The entries of a directory whose names are not below these bytes, in byte order.
+    pub fn children_from(
         &self,
         no: LocationNo,
         parent: FileId,
-        after: Option<&Name>,
+        from: &[u8],
         visit: &mut Visit<'_>,
     ) -> Result<(), IndexError> {
-        let own = {
-            let overlay = self.lock();
-            match overlay.locations.get(&no) {
-                Some(local) => local.names_after(parent, after),
-                None => {
-                    drop(overlay);
-                    return self.index.view()?.children(no, parent, after, visit);
-                }
-            }
+        let own = match self.lock().locations.get(&no) {
+            Some(local) => Some(local.names_from(parent, from)),
+            None => None,
         };
+        let view = self.index.view()?;
+        let Some(own) = own else { return view.children_from(no, parent, from, visit) };
         // Not under the lock: a listing may be long, and the visitor's time is not ours.
         let mut own = own.into_iter().peekable();
         let mut flow = ControlFlow::Continue(());
         let mut failure = None;
-        let view = self.index.view()?;
-        view.children(no, parent, after, &mut |name, entry| {
+        view.children_from(no, parent, from, &mut |name, entry| {
             flow = self.own_before(&view, no, &mut own, Some(name), visit, &mut failure);
             if flow.is_continue() {
                 flow = match own.next_if(|(n, _)| n == name) {
@@ -130,9 +145,20 @@ impl<'a> Merged<'a> {
             flow
         })?;
         if flow.is_continue() {
+            // Nothing is left to be stopped.
             let _ = self.own_before(&view, no, &mut own, None, visit, &mut failure);
         }
         failure.map_or(Ok(()), Err)
+    }
+
+    /// Whether a directory has no entries.
+    pub fn is_empty(&self, no: LocationNo, dir: FileId) -> Result<bool, IndexError> {
+        let mut is_empty = true;
+        self.children_from(no, dir, b"", &mut |_, _| {
+            is_empty = false;
+            ControlFlow::Break(())
+        })?;
+        Ok(is_empty)
     }
 
     /// Shows the overlay's names that come before this one of the index.
@@ -227,10 +253,9 @@ impl Local {
         Ok(entry.map(|entry| Node { parent, name, entry }))
     }
 
-    fn names_after(&self, dir: FileId, after: Option<&Name>) -> Vec<(Name, Option<FileId>)> {
-        let from = after.map_or(Bound::Unbounded, Bound::Excluded);
+    fn names_from(&self, dir: FileId, from: &[u8]) -> Vec<(Name, Option<FileId>)> {
         let Some(names) = self.names.get(&dir) else { return Vec::new() };
-        let range = names.range::<Name, _>((from, Bound::Unbounded));
+        let range = names.range::<[u8], _>((Bound::Included(from), Bound::Unbounded));
         range.filter_map(|(name, shown)| Some((name.clone(), *shown.top()?))).collect()
     }
 }

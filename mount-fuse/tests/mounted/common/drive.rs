@@ -14,6 +14,7 @@ use vfs_core::library::{Library, Member, Stamp};
 use vfs_core::model::{
     Attr, ContentId, DeviceId, Entry, FileId, FileType, LocationId, LocationNo, Name, Seq, Time,
 };
+use vfs_core::outbox::{Outbox, OutboxConfig};
 use vfs_core::source::{BoxFuture, ContentSource, FetchError, Fetched, Version};
 
 const ME: DeviceId = DeviceId([1; 32]);
@@ -103,7 +104,9 @@ pub fn drive_over(
         read_only: false,
         foreign_symlinks: ForeignSymlinks::default(),
     };
-    let drive = Drive::new(index.clone(), Arc::clone(&indexer), content, library, config);
+    let (outbox, _) =
+        Outbox::open(&made(data, "outbox"), index.clone(), OutboxConfig::default()).unwrap();
+    let drive = Drive::new(index.clone(), Arc::clone(&indexer), content, library, outbox, config);
     crate::common::eventually("the own location is there", || indexer.root(mine).is_ok());
     let parts = Parts { index, indexer, peer, theirs };
     parts.apply(vec![row(ROOT_PARENT.0, "root", entry(1, FileType::Directory, 0))]);

@@ -135,12 +135,17 @@ fn without_its_owner_everything_works_but_uncached_bytes() {
 }
 
 #[test]
-fn every_change_is_refused() {
+fn every_change_of_a_read_only_location_is_refused() {
     let bench = Bench::new();
     bench.replicate(vec![
         (1, "file", bench.peer_file(2, b"bytes")),
         (1, "dir", remote_entry(3, FileType::Directory, 0)),
     ]);
+    let location = (*bench.index.location(bench.remote).unwrap()).clone();
+    bench
+        .index
+        .put_location(crate::model::Location { read_only: true, ..location }.into())
+        .unwrap();
     let drive = &bench.drive;
     let (dir, file) = (bench.theirs(), bench.ino(&["there", "theirs", "file"]));
     let (me, no_flags) = (&caller(), RenameFlags::default());

@@ -1,0 +1,318 @@
+//! Writes to another device's location, through the drive.
+
+use super::owner::{Owner, place};
+use super::*;
+use crate::ops::{Obstacle, Refusal};
+use crate::outbox::PendingState;
+
+const ROOT: FileId = FileId::ROOT;
+
+fn at(name: &str) -> [&str; 3] {
+    ["there", "theirs", name]
+}
+
+impl Bench {
+    fn make(&self, name: &str, bytes: &[u8]) -> InodeNo {
+        let flags = OpenFlags { exclusive: true, ..READ_WRITE };
+        let created = self.drive.create(&caller(), self.theirs(), name.as_bytes(), 0o644, flags);
+        let (found, opened) = created.unwrap();
+        assert_eq!(self.drive.write(opened.handle, 0, bytes).unwrap(), bytes.len());
+        self.drive.flush(opened.handle).unwrap();
+        self.drive.release(opened.handle);
+        found.ino
+    }
+
+    fn put_remote(&self, ino: InodeNo, offset: u64, bytes: &[u8]) {
+        let opened = self.drive.open(ino, WRITE).unwrap();
+        self.drive.write(opened.handle, offset, bytes).unwrap();
+        self.drive.flush(opened.handle).unwrap();
+        self.drive.release(opened.handle);
+    }
+
+    fn content_of(&self, name: &str) -> Vec<u8> {
+        self.read_all(self.ino(&at(name))).unwrap()
+    }
+
+    fn there(&self) -> Vec<String> {
+        let mut names = self.names(self.theirs());
+        names.retain(|n| n != "." && n != "..");
+        names
+    }
+
+    /// The owner has everything, its rows came back, and nothing is kept here any more.
+    fn settle_all(&self, owner: &mut Owner) {
+        self.deliver(owner);
+        self.owner_tells(owner);
+        wait_until("the overlay is gone", || self.outbox.is_quiet());
+    }
+}
+
+fn with_owner() -> (Bench, Owner) {
+    let bench = Bench::new();
+    bench.peer.online.store(true, Ordering::SeqCst);
+    let mut owner = Owner::default();
+    owner.put(ROOT, "old", 10, b"old bytes");
+    owner.put_dir(ROOT, "dir", 11);
+    owner.put(FileId(11), "inner", 12, b"inner");
+    bench.owner_tells(&mut owner);
+    (bench, owner)
+}
+
+#[test]
+fn a_new_file_is_there_at_once_and_keeps_its_number() {
+    let (bench, mut owner) = with_owner();
+    let ino = bench.make("new", b"hello");
+    assert_eq!(bench.there(), ["dir", "new", "old"]);
+    assert_eq!(bench.content_of("new"), b"hello");
+    let found = bench.lookup(&at("new")).unwrap();
+    assert_eq!((found.ino, found.attr.size, found.attr.perm), (ino, 5, 0o644));
+    assert_eq!(bench.deliver(&mut owner), 1, "it travels with its bytes");
+    assert_eq!(owner.bytes_at("new"), Some(&b"hello"[..]));
+    assert_eq!(bench.content_of("new"), b"hello");
+    bench.settle_all(&mut owner);
+    assert_eq!(bench.ino(&at("new")), ino);
+    assert_eq!(bench.content_of("new"), b"hello");
+}
+
+#[test]
+fn a_changed_file_is_old_bytes_and_new_ones_and_keeps_its_number() {
+    let (bench, mut owner) = with_owner();
+    let ino = bench.ino(&at("old"));
+    let reader = bench.drive.open(ino, OpenFlags::READ).unwrap();
+    bench.put_remote(ino, 4, b"BYTES and more");
+    assert_eq!(bench.content_of("old"), b"old BYTES and more");
+    let read = |b: &Bench| b.read(reader.handle, 0, 100).unwrap();
+    assert_eq!(read(&bench), b"old BYTES and more", "a reader from before sees it");
+    assert_eq!(bench.ino(&at("old")), ino);
+    bench.settle_all(&mut owner);
+    assert_eq!(owner.bytes_at("old"), Some(&b"old BYTES and more"[..]));
+    assert_eq!(bench.ino(&at("old")), ino, "the version is this device's own");
+    assert_eq!(read(&bench), b"old BYTES and more");
+    bench.drive.release(reader.handle);
+    assert_eq!(bench.content_of("old"), b"old BYTES and more");
+    assert_eq!(bench.drive.getattr(ino, None).unwrap().attr.size, 18);
+    owner.overwrite(FileId(10), b"theirs");
+    bench.owner_tells(&mut owner);
+    assert_ne!(bench.ino(&at("old")), ino, "the owner's version is another inode");
+    assert_eq!(bench.content_of("old"), b"theirs");
+}
+
+#[test]
+fn names_come_and_go_at_once_and_then_at_the_owner() {
+    let (bench, mut owner) = with_owner();
+    let (drive, dir, me) = (&bench.drive, bench.theirs(), caller());
+    let sub = drive.mkdir(&me, dir, b"sub", 0o755).unwrap().ino;
+    bench.make("a", b"a");
+    drive.rename(dir, b"a", sub, b"b", RenameFlags::default()).unwrap();
+    drive.rename(dir, b"dir", sub, b"moved", RenameFlags::default()).unwrap();
+    drive.unlink(dir, b"old").unwrap();
+    drive.symlink(&me, dir, b"link", b"sub/b").unwrap();
+    let linked = drive.lookup(sub, b"b").unwrap().ino;
+    drive.link(linked, dir, b"hard").unwrap();
+    drive.mknod(&me, dir, b"fifo", FileType::Fifo, 0o600, 0).unwrap();
+    let check = |bench: &Bench| {
+        assert_eq!(bench.there(), ["fifo", "hard", "link", "sub"]);
+        assert_eq!(bench.names(bench.ino(&at("sub"))), [".", "..", "b", "moved"]);
+        let hard = bench.lookup(&at("hard")).unwrap();
+        assert_eq!((hard.ino, hard.attr.nlink), (linked, 2));
+        assert_eq!(bench.read_all(bench.ino(&["there", "theirs", "sub", "b"])).unwrap(), b"a");
+        let inner = bench.ino(&["there", "theirs", "sub", "moved", "inner"]);
+        assert_eq!(bench.read_all(inner).unwrap(), b"inner");
+        assert_eq!(bench.drive.readlink(bench.ino(&at("link"))).unwrap(), b"sub/b");
+    };
+    check(&bench);
+    bench.deliver(&mut owner);
+    assert!(bench.outbox.pending().is_empty(), "{:?}", bench.outbox.pending());
+    assert_eq!(owner.names_in(ROOT), ["fifo", "hard", "link", "sub"]);
+    check(&bench);
+    bench.settle_all(&mut owner);
+    check(&bench);
+}
+
+#[test]
+fn what_cannot_be_is_refused_at_once() {
+    let (bench, _owner) = with_owner();
+    let (drive, dir, me) = (&bench.drive, bench.theirs(), caller());
+    let sub = bench.ino(&at("dir"));
+    let old = bench.ino(&at("old"));
+    let exclusive = OpenFlags { exclusive: true, ..READ_WRITE };
+    let plain = RenameFlags::default();
+    let no_replace = RenameFlags { no_replace: true, ..plain };
+    let exchange = RenameFlags { exchange: true, ..plain };
+    assert_eq!(kind(drive.create(&me, dir, b"old", 0o644, exclusive)), Kind::Exists);
+    assert_eq!(kind(drive.mkdir(&me, dir, b"old", 0o755)), Kind::Exists);
+    assert_eq!(kind(drive.mkdir(&me, old, b"x", 0o755)), Kind::NotADirectory);
+    assert_eq!(kind(drive.unlink(dir, b"none")), Kind::NotFound);
+    assert_eq!(kind(drive.unlink(dir, b"dir")), Kind::IsADirectory);
+    assert_eq!(kind(drive.rmdir(dir, b"old")), Kind::NotADirectory);
+    assert_eq!(kind(drive.rmdir(dir, b"dir")), Kind::NotEmpty);
+    assert_eq!(kind(drive.rename(dir, b"none", dir, b"x", plain)), Kind::NotFound);
+    assert_eq!(kind(drive.rename(dir, b"dir", sub, b"x", plain)), Kind::Invalid);
+    assert_eq!(kind(drive.rename(dir, b"old", dir, b"dir", plain)), Kind::IsADirectory);
+    assert_eq!(kind(drive.rename(dir, b"dir", dir, b"old", plain)), Kind::NotADirectory);
+    assert_eq!(kind(drive.rename(sub, b"inner", dir, b"old", no_replace)), Kind::Exists);
+    assert_eq!(kind(drive.rename(dir, b"old", dir, b"none", exchange)), Kind::NotFound);
+    assert_eq!(kind(drive.rename(dir, b"old", bench.mine(), b"x", plain)), Kind::CrossDevice);
+    assert_eq!(kind(drive.link(sub, dir, b"x")), Kind::NotPermitted);
+    assert_eq!(kind(drive.mknod(&me, dir, b"x", FileType::Socket, 0o600, 0)), Kind::NotPermitted);
+    assert_eq!(kind(drive.symlink(&me, dir, b"x", b"")), Kind::NotFound);
+    let gift = SetAttr { uid: Some(1), ..SetAttr::default() };
+    assert_eq!(kind(drive.setattr(&me, old, None, gift)), Kind::NotPermitted);
+    assert_eq!(bench.there(), ["dir", "old"]);
+    assert!(bench.outbox.pending().is_empty());
+    drive.unlink(sub, b"inner").unwrap();
+    drive.rmdir(dir, b"dir").unwrap();
+    assert_eq!(bench.there(), ["old"]);
+}
+
+#[test]
+fn sizes_modes_and_times() {
+    let (bench, mut owner) = with_owner();
+    let ino = bench.ino(&at("old"));
+    let set = SetAttr { size: Some(3), ..SetAttr::default() };
+    assert_eq!(bench.drive.setattr(&caller(), ino, None, set).unwrap().attr.size, 3);
+    assert_eq!(bench.content_of("old"), b"old");
+    let set = SetAttr { size: Some(5), perm: Some(0o600), ..SetAttr::default() };
+    bench.drive.setattr(&caller(), ino, None, set).unwrap();
+    let when = Time { secs: 1_000_000, nanos: 5 };
+    let set = SetAttr { mtime: Some(TimeOrNow::At(when)), ..SetAttr::default() };
+    bench.drive.setattr(&caller(), ino, None, set).unwrap();
+    let attr = bench.drive.getattr(ino, None).unwrap().attr;
+    assert_eq!((attr.size, attr.perm, attr.mtime), (5, 0o600, when));
+    bench.settle_all(&mut owner);
+    let attr = bench.drive.getattr(ino, None).unwrap().attr;
+    assert_eq!((attr.size, attr.perm, attr.mtime), (5, 0o600, when));
+    assert_eq!(owner.bytes_at("old"), Some(&b"old\0\0"[..]));
+}
+
+#[test]
+fn appending_truncating_and_punching() {
+    let (bench, mut owner) = with_owner();
+    let ino = bench.ino(&at("old"));
+    let append = OpenFlags { append: true, ..WRITE };
+    let opened = bench.drive.open(ino, append).unwrap();
+    for part in [b" one", b" two"] {
+        bench.drive.write(opened.handle, 0, part).unwrap();
+    }
+    bench.drive.flush(opened.handle).unwrap();
+    bench.drive.release(opened.handle);
+    assert_eq!(bench.content_of("old"), b"old bytes one two");
+    let opened = bench.drive.open(ino, READ_WRITE).unwrap();
+    bench.drive.fallocate(opened.handle, 0, 4, FallocateMode::PunchHole).unwrap();
+    bench.drive.fsync(opened.handle, true).unwrap();
+    assert_eq!(bench.read(opened.handle, 0, 9).unwrap(), b"\0\0\0\0bytes");
+    bench.drive.release(opened.handle);
+    bench.settle_all(&mut owner);
+    assert_eq!(owner.bytes_at("old"), Some(&b"\0\0\0\0bytes one two"[..]));
+    let truncating = OpenFlags { truncate: true, ..WRITE };
+    let opened = bench.drive.open(bench.ino(&at("old")), truncating).unwrap();
+    bench.drive.flush(opened.handle).unwrap();
+    bench.drive.release(opened.handle);
+    assert_eq!(bench.content_of("old"), b"");
+    bench.settle_all(&mut owner);
+    assert_eq!(owner.bytes_at("old"), Some(&b""[..]));
+}
+
+#[test]
+fn large_files_travel_in_ranges() {
+    let (bench, mut owner) = with_owner();
+    let bytes: Vec<u8> = (0..3_000_000_u32).map(|n| (n % 249) as u8).collect();
+    bench.make("large", &bytes);
+    assert_eq!(bench.content_of("large"), bytes);
+    bench.settle_all(&mut owner);
+    assert_eq!(owner.bytes_at("large"), Some(&bytes[..]));
+    let ino = bench.ino(&at("large"));
+    bench.put_remote(ino, 1_000_000, b"in the middle");
+    bench.outbox.sync().unwrap();
+    let op = bench.outbox.take(PEER, crate::outbox::Lane::Small, 1, 1 << 20).pop().unwrap();
+    assert_eq!(op.change.content().unwrap().written_bytes(), 13, "only what changed");
+    bench.outbox.connection_lost(PEER);
+    bench.settle_all(&mut owner);
+    let mut expected = bytes;
+    expected[1_000_000..1_000_013].copy_from_slice(b"in the middle");
+    assert_eq!(owner.bytes_at("large"), Some(&expected[..]));
+}
+
+#[test]
+fn a_file_deleted_before_it_left_never_leaves() {
+    let (bench, mut owner) = with_owner();
+    bench.make("temporary", b"x");
+    bench.drive.unlink(bench.theirs(), b"temporary").unwrap();
+    assert!(bench.outbox.pending().is_empty());
+    assert_eq!(bench.there(), ["dir", "old"]);
+    assert_eq!(bench.deliver(&mut owner), 0);
+}
+
+#[test]
+fn a_deleted_file_is_still_open() {
+    let (bench, mut owner) = with_owner();
+    let ino = bench.ino(&at("old"));
+    let opened = bench.drive.open(ino, READ_WRITE).unwrap();
+    bench.drive.write(opened.handle, 0, b"OLD").unwrap();
+    bench.drive.unlink(bench.theirs(), b"old").unwrap();
+    assert_eq!(bench.read(opened.handle, 0, 20).unwrap(), b"OLD bytes");
+    assert_eq!(bench.drive.getattr(ino, Some(opened.handle)).unwrap().attr.nlink, 0);
+    bench.drive.flush(opened.handle).unwrap();
+    bench.settle_all(&mut owner);
+    assert_eq!(owner.bytes_at("old"), None);
+    bench.drive.release(opened.handle);
+    assert_eq!(kind(bench.drive.getattr(ino, None)), Kind::Stale);
+}
+
+#[test]
+fn an_edit_of_both_keeps_both_and_says_so() {
+    let (bench, mut owner) = with_owner();
+    let ino = bench.ino(&at("old"));
+    bench.put_remote(ino, 0, b"mine mine mine");
+    owner.overwrite(FileId(10), b"theirs");
+    bench.settle_all(&mut owner);
+    assert_eq!(owner.bytes_at("old"), Some(&b"theirs"[..]));
+    assert_eq!(bench.content_of("old"), b"theirs");
+    assert_eq!(bench.content_of("old (copy)"), b"mine mine mine");
+    let conflicts = bench.outbox.conflicts();
+    assert_eq!(conflicts.len(), 1);
+    assert_eq!(conflicts[0].what, "write");
+    assert!(bench.outbox.resolve(conflicts[0].id).unwrap());
+    assert!(bench.outbox.conflicts().is_empty());
+}
+
+#[test]
+fn a_delete_that_met_an_edit_is_undone() {
+    let (bench, mut owner) = with_owner();
+    bench.drive.unlink(bench.theirs(), b"old").unwrap();
+    owner.overwrite(FileId(10), b"edited");
+    bench.settle_all(&mut owner);
+    assert_eq!(bench.content_of("old"), b"edited");
+    assert_eq!(bench.outbox.conflicts().len(), 1);
+}
+
+#[test]
+fn an_obstacle_is_told_and_tried_again() {
+    let (bench, mut owner) = with_owner();
+    owner.obstacle = Some(Obstacle::NoSpace);
+    bench.make("new", b"bytes");
+    bench.deliver(&mut owner);
+    let pending = bench.outbox.pending();
+    assert!(matches!(&pending[0].state, PendingState::Blocked(why) if why.contains("full")));
+    assert_eq!(bench.content_of("new"), b"bytes");
+    owner.obstacle = None;
+    let owner = std::cell::RefCell::new(owner);
+    wait_until("it is tried again", || bench.deliver(&mut owner.borrow_mut()) > 0);
+    assert_eq!(owner.borrow().bytes_at("new"), Some(&b"bytes"[..]));
+}
+
+#[test]
+fn refused_bytes_stay_and_other_refusals_are_told() {
+    let (bench, mut owner) = with_owner();
+    owner.refuses = Some(Refusal::Permission);
+    bench.put_remote(bench.ino(&at("old")), 0, b"OLD");
+    bench.drive.unlink(bench.ino(&at("dir")), b"inner").unwrap();
+    bench.deliver(&mut owner);
+    let pending = bench.outbox.pending();
+    assert_eq!(pending.len(), 1);
+    assert!(matches!(&pending[0].state, PendingState::Blocked(_)));
+    assert_eq!(bench.content_of("old"), b"OLD bytes", "what was written is still shown");
+    assert_eq!(bench.names(bench.ino(&at("dir"))), [".", "..", "inner"]);
+    assert_eq!(bench.outbox.conflicts()[0].what, "delete");
+    assert!(owner.names.contains_key(&place(FileId(11), "inner")));
+}
