@@ -151,6 +151,11 @@ impl DataDir {
         self.path.join("outbox")
     }
 
+    /// What others' writes to own locations need across a crash.
+    pub fn apply(&self) -> PathBuf {
+        self.path.join("apply")
+    }
+
     pub fn log(&self) -> PathBuf {
         self.path.join("sd.log")
     }

@@ -1,6 +1,6 @@
 //! What a daemon is made of, and how the parts are joined.
 //!
-//! Order of making: identity, library, index, indexer, own files, outbox,
+//! Order of making: identity, library, index, indexer, own files, applier, outbox,
 //! network, cache, content. Closing goes the other way round: mounts, network,
 //! outbox, indexer, index, so that nothing writes into what is closed already.
 
@@ -14,6 +14,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use sync::{Node, NodeConfig, Parts, SyncError};
 use tokio::sync::watch;
+use vfs_core::apply::{Applier, ApplyError};
 use vfs_core::content::{Cache, Content, ContentConfig, Manifests, OwnFiles};
 use vfs_core::index::{Index, IndexError, NewLocation, StoreError, open_store};
 use vfs_core::indexer::{Indexer, IndexerConfig};
@@ -56,14 +57,16 @@ impl Daemon {
             .map_err(|e| Failure::io(format!("cannot use {}", dir.manifests().display()), e))?;
         let manifests = Arc::new(manifests);
         let indexer = Indexer::start(index.clone(), Arc::clone(&manifests), indexer_config(config));
-        let own = Arc::new(OwnFiles::new(index.clone(), Arc::clone(&indexer), manifests));
+        let own =
+            Arc::new(OwnFiles::new(index.clone(), Arc::clone(&indexer), Arc::clone(&manifests)));
+        let applier = open_applier(dir, &index, &indexer, manifests)?;
         let outbox = open_outbox(dir, &index)?;
         let parts = Parts {
             library: Arc::clone(&library),
             index: index.clone(),
             own: Arc::clone(&own),
             outbox: Some(Arc::clone(&outbox) as _),
-            applier: None,
+            applier: Some(applier as _),
         };
         let node = Node::start(node_config(config, secret_key), parts)
             .await
@@ -223,6 +226,24 @@ fn indexer_config(config: &Config) -> IndexerConfig {
         },
         ..default
     }
+}
+
+/// Before any location is watched: it ends what a crash cut off.
+fn open_applier(
+    dir: &DataDir,
+    index: &Index,
+    indexer: &Arc<Indexer>,
+    manifests: Arc<Manifests>,
+) -> Outcome<Arc<Applier>> {
+    let path = dir.subdirectory(dir.apply())?;
+    Applier::open(&path, index.clone(), Arc::clone(indexer), manifests).map_err(|error| match error
+    {
+        ApplyError::NewerFormat(_) => Failure::new(Code::Version, error.to_string())
+            .hint("install the newer sd that wrote it"),
+        ApplyError::Disk(_) => {
+            Failure::new(Code::Io, format!("cannot use {}: {error}", path.display()))
+        }
+    })
 }
 
 fn open_outbox(dir: &DataDir, index: &Index) -> Outcome<Arc<Outbox>> {
