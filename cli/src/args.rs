@@ -65,6 +65,12 @@ pub enum Command {
     Tree(TreeArgs),
     /// Show what is known of one file or directory, and who holds its content
     Info(InfoArgs),
+    /// Wait until writes to other devices' files have reached their owners
+    Sync(SyncArgs),
+    /// Show which writes wait for which device, and why; export them
+    Pending(PendingArgs),
+    /// Show changes that met others', and say what is to become of them
+    Conflicts(ConflictsArgs),
     /// Show, clear or limit the content cache
     #[command(subcommand)]
     Cache(CacheCommand),
@@ -242,6 +248,84 @@ pub struct TreeArgs {
 pub struct InfoArgs {
     /// The file or directory
     pub address: PathBuf,
+}
+
+#[derive(Args, Debug)]
+pub struct SyncArgs {
+    /// Only what is below it [default: everything]
+    pub address: Option<PathBuf>,
+    /// Give up after this time, such as 30s; without it the wait has no end
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub timeout: Option<Duration>,
+}
+
+#[derive(Args, Debug)]
+pub struct PendingArgs {
+    #[command(subcommand)]
+    pub command: Option<PendingCommand>,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum PendingCommand {
+    /// Write what waits into a folder of this device, as files
+    Export {
+        /// Whose: a device, also one that was removed, or sd://DEVICE/LOCATION/PATH
+        #[arg(value_name = "OWNER")]
+        of: String,
+        /// The folder; it is made if need be, and nothing in it is replaced
+        dir: PathBuf,
+        /// Then give up those that no owner will take any more
+        #[arg(long)]
+        forget: bool,
+        /// Do not ask
+        #[arg(long, requires = "forget")]
+        yes: bool,
+    },
+}
+
+#[derive(Args, Debug)]
+pub struct ConflictsArgs {
+    #[command(subcommand)]
+    pub command: Option<ConflictsCommand>,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum ConflictsCommand {
+    /// List those that nobody has dealt with
+    List,
+    /// Deal with some: both versions stay unless you say otherwise
+    #[command(group = clap::ArgGroup::new("how").required(true).multiple(true))]
+    Resolve {
+        /// Their numbers, from `sd conflicts`
+        #[arg(value_name = "ID", required = true)]
+        ids: Vec<u64>,
+        /// Mark them as dealt with; nothing is changed
+        #[arg(long, group = "how", conflicts_with = "keep")]
+        done: bool,
+        /// What stays: both versions; the one written here; or the one of the owner
+        #[arg(long, group = "how", value_name = "WHICH")]
+        keep: Option<Keep>,
+        /// First copy both versions into this folder of this device
+        #[arg(long, group = "how", value_name = "DIR")]
+        export: Option<PathBuf>,
+        /// Do not ask
+        #[arg(long)]
+        yes: bool,
+    },
+}
+
+/// Which version of a conflict stays.
+#[derive(
+    clap::ValueEnum, serde::Serialize, serde::Deserialize, Clone, Copy, PartialEq, Eq, Debug,
+)]
+#[serde(rename_all = "snake_case")]
+pub enum Keep {
+    /// Both, as they are
+    Both,
+    /// The one written on this device takes the name
+    Mine,
+    /// The one of the owner; the one written on this device is removed
+    Theirs,
 }
 
 #[derive(Subcommand, Debug)]

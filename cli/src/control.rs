@@ -6,9 +6,10 @@
 //! Only [`Event::Confirm`] is answered, by one [`Answer`]. Closing the
 //! connection cancels the request. Lines are bounded on both sides.
 
+use crate::args::Keep;
 use crate::data_dir::DataDir;
 use crate::failure::{Code, Failure, Outcome};
-use crate::reply::Item;
+use crate::reply::{Item, PendingWrite};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::ffi::OsString;
@@ -88,6 +89,24 @@ pub enum Request {
     Info {
         target: Target,
     },
+    Sync {
+        target: Option<Target>,
+        timeout_ms: Option<u64>,
+    },
+    Pending,
+    PendingExport {
+        of: String,
+        to: WirePath,
+        forget: bool,
+        dry_run: bool,
+    },
+    Conflicts,
+    ConflictsResolve {
+        ids: Vec<u64>,
+        keep: Keep,
+        export: Option<WirePath>,
+        dry_run: bool,
+    },
     CacheClear {
         dry_run: bool,
     },
@@ -160,6 +179,10 @@ pub enum Event {
     Asked { code: String, device: String },
     /// A part of a long listing.
     Items(Vec<Item>),
+    /// A part of a long list of writes that wait.
+    Pending(Vec<PendingWrite>),
+    /// What a request waits for.
+    Draining(Draining),
     /// Waits for an [`Answer`]: join this library?
     Confirm { code: String, library: String, inviter: String },
     /// Done.
@@ -174,6 +197,15 @@ pub struct Progress {
     pub what: String,
     pub entries: u64,
     pub directories_waiting: u64,
+}
+
+/// Writes that have not reached their owners.
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct Draining {
+    pub operations: u64,
+    pub bytes: u64,
+    /// Owners that cannot be reached now.
+    pub offline: Vec<String>,
 }
 
 /// The answer to [`Event::Confirm`].

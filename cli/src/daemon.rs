@@ -7,6 +7,7 @@
 //! `mount-fuse`.
 
 mod browse;
+mod conflicts;
 mod handle;
 mod locations;
 mod log;
@@ -15,6 +16,7 @@ mod mounts;
 mod parts;
 mod report;
 mod serve;
+mod writes;
 
 pub use mounts::{failure as mount_failure, recorded as recorded_mounts};
 

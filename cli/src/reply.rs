@@ -58,6 +58,8 @@ pub struct DeviceReply {
     pub device: DeviceName,
     /// Its locations, which others no longer see after a removal.
     pub locations: Vec<String>,
+    /// What this device has written to it and it has not taken.
+    pub pending: PendingCount,
 }
 
 /// `sd location add`, `remove`, `rescan`
@@ -98,6 +100,117 @@ pub struct MountReply {
 #[derive(Serialize, Deserialize, Debug, Clone)]
 pub struct UnmountReply {
     pub mountpoint: String,
+    /// What has not reached its owner; it is delivered without a mount as well.
+    pub pending: PendingCount,
+}
+
+/// Writes to other devices' files that have not reached their owners.
+#[derive(Serialize, Deserialize, Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PendingCount {
+    pub operations: u64,
+    /// Written bytes that travel.
+    pub bytes: u64,
+}
+
+/// One such write, or another change.
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct PendingWrite {
+    pub id: u64,
+    pub owner: DeviceName,
+    pub location: String,
+    /// Null once the location, or its owner, was removed.
+    pub address: Option<String>,
+    /// Below the location's folder, for people.
+    pub path: String,
+    /// `create`, `write`, `mkdir`, `symlink`, `link`, `rename`, `exchange`, `delete`, `rmdir`,
+    /// `attributes`, `attribute`.
+    pub what: String,
+    pub bytes: u64,
+    pub since: String,
+    pub attempts: u32,
+    /// `waiting`, `sent`, `held`, `retrying`, `blocked`, `orphaned`.
+    pub state: String,
+    pub reason: Option<String>,
+}
+
+/// `sd pending`
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct PendingReply {
+    #[serde(flatten)]
+    pub count: PendingCount,
+    #[serde(default)]
+    pub pending: Vec<PendingWrite>,
+}
+
+/// `sd pending export`
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct ExportReply {
+    /// What was exported, or would be.
+    #[serde(flatten)]
+    pub count: PendingCount,
+    pub dir: String,
+    pub files: Vec<ExportedFile>,
+    /// Those that no owner will take any more: given up, where that was asked for.
+    pub forgotten: u64,
+}
+
+/// A file that was exported.
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct ExportedFile {
+    pub path: String,
+    /// Bytes that were not written here, and that nobody could give: holes.
+    pub missing_bytes: u64,
+}
+
+/// `sd sync`
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct SyncReply {
+    pub reached: bool,
+    /// What did not reach its owner.
+    #[serde(flatten)]
+    pub left: PendingCount,
+    /// The same one by one; the first thousand.
+    pub pending: Vec<PendingWrite>,
+}
+
+/// `sd conflicts`
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct Conflicts {
+    pub conflicts: Vec<ConflictItem>,
+}
+
+/// A change of this device that met another.
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct ConflictItem {
+    pub id: u64,
+    pub at: String,
+    pub owner: DeviceName,
+    pub location: String,
+    /// Null once the location, or its owner, was removed.
+    pub address: Option<String>,
+    pub path: String,
+    pub what: String,
+    /// `kept_as`, `made_again`, `owner_stands`.
+    pub ended: String,
+    /// Where the version of this device is now.
+    pub kept_as: Option<String>,
+    pub reason: Option<String>,
+}
+
+/// `sd conflicts resolve`
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct ResolveReply {
+    pub resolved: Vec<ResolvedConflict>,
+}
+
+/// A conflict that was dealt with, or would be.
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct ResolvedConflict {
+    pub id: u64,
+    pub path: String,
+    /// What becomes of it, in words.
+    pub what: String,
+    pub exported: Vec<String>,
 }
 
 /// `sd status`
@@ -109,6 +222,10 @@ pub struct Status {
     pub locations: Vec<LocationStatus>,
     pub mounts: Vec<MountStatus>,
     pub cache: CacheStatus,
+    pub pending: PendingStatus,
+    /// Conflicts that nobody has dealt with.
+    pub conflicts: u64,
+    pub journal: JournalStatus,
     pub network: NetworkStatus,
     pub reports: Vec<IntegrityReport>,
     pub memory: MemoryStatus,
@@ -225,6 +342,44 @@ pub struct IntegrityReport {
     pub what: String,
 }
 
+/// What waits for other devices.
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct PendingStatus {
+    #[serde(flatten)]
+    pub count: PendingCount,
+    /// Those that will not go by themselves any more.
+    pub blocked: u64,
+    /// When the oldest was asked for.
+    pub since: Option<String>,
+    pub devices: Vec<DevicePending>,
+}
+
+/// What waits for one device.
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct DevicePending {
+    pub device: String,
+    #[serde(flatten)]
+    pub count: PendingCount,
+    pub blocked: u64,
+    /// It is a member of the library.
+    pub member: bool,
+}
+
+/// Where what waits is kept, and what was found there when the daemon started.
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct JournalStatus {
+    pub bytes: u64,
+    pub staged_bytes: u64,
+    /// Its last record was not whole, and had never been acknowledged.
+    pub torn_tail: bool,
+    /// Damaged parts, set aside.
+    pub set_aside: Vec<String>,
+    /// What could not be taken up, in words.
+    pub lost: Vec<String>,
+    /// Staged bytes that nothing needed any more, given back.
+    pub orphan_bytes: u64,
+}
+
 /// Of the daemon.
 #[derive(Serialize, Deserialize, Debug, Clone)]
 pub struct MemoryStatus {
@@ -305,6 +460,8 @@ pub struct InfoReply {
     pub target: Option<String>,
     pub content: Option<String>,
     pub cached_bytes: Option<u64>,
+    /// What waits for its owner, of it and, for a directory, of all below it.
+    pub pending: PendingCount,
     /// Where the same content is, this file included.
     pub holders: Vec<Holder>,
 }
@@ -325,6 +482,9 @@ pub struct Stopped {
     pub pid: Option<u32>,
     /// What it could not do before it ended.
     pub remains: Vec<String>,
+    /// What has not reached its owner; it is delivered when the daemon runs again.
+    #[serde(default)]
+    pub pending: PendingCount,
 }
 
 /// `sd doctor`

@@ -5,7 +5,7 @@ use crate::args::DaemonCommand;
 use crate::control::{Client, Request};
 use crate::data_dir::DataDir;
 use crate::failure::{Code, Failure, Outcome};
-use crate::reply::{DaemonStatus, Status, Stopped};
+use crate::reply::{DaemonStatus, PendingCount, Status, Stopped};
 use std::time::{Duration, Instant};
 
 /// How long a daemon may take to unmount, flush and end.
@@ -31,7 +31,10 @@ pub fn run(context: &Context, command: DaemonCommand) -> Outcome<()> {
 fn stop(context: &Context, force: bool) -> Outcome<()> {
     let Some(client) = context.running_client()? else {
         context.out.note("no daemon runs");
-        return context.out.report(&Stopped { pid: None, remains: vec![] }, |_| String::new());
+        return context.out.report(
+            &Stopped { pid: None, remains: vec![], pending: PendingCount::default() },
+            |_| String::new(),
+        );
     };
     let reply: Stopped = client.call(&Request::Stop { force }, super::unexpected)?;
     wait_for_end(&context.located()?)?;
@@ -40,6 +43,11 @@ fn stop(context: &Context, force: bool) -> Outcome<()> {
     }
     context.out.report(&reply, |_| String::new())?;
     context.out.note("the daemon has stopped");
+    super::pending::tell_what_waits(
+        context.out,
+        reply.pending,
+        "they stay on this disk and are delivered when the daemon runs again",
+    );
     Ok(())
 }
 

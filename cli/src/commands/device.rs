@@ -148,9 +148,21 @@ fn remove(context: &Context, device: String, yes: bool) -> Outcome<()> {
             locations.iter().map(|l| format!("“{}”", printable(l))).collect::<Vec<_>>().join(", ")
         ),
     };
+    let what = match plan.pending.operations {
+        0 => what,
+        _ => format!(
+            "{what}\n{} for it and will not be delivered: they stay on this device, and \
+             `sd pending export '{name}' DIR` gives their bytes as files",
+            super::pending::count_words(plan.pending)
+        ),
+    };
     context.out.confirm(&what, &format!("Remove “{name}”?"), yes)?;
     let reply: DeviceReply = context.call(&request(false))?;
     context.out.report(&reply, |_| String::new())?;
     context.out.note(format_args!("“{name}” is removed"));
+    if reply.pending.operations > 0 {
+        context.out.warn(format_args!("{} for it", super::pending::count_words(reply.pending)));
+        context.out.hint(format_args!("keep their bytes: sd pending export '{name}' DIR"));
+    }
     Ok(())
 }

@@ -172,10 +172,50 @@ fn parts(checks: &mut Checks, status: &Status) {
         "index",
         format!("{} entries, {} on disk", status.index.entries, size(status.index.bytes)),
     );
+    writing(checks, status);
     let on = |devices: usize| status.devices.iter().filter(|d| d.online).count().min(devices);
     checks.ok("devices", format!("{} online", on(status.devices.len())));
     for problem in &status.problems {
         checks.problem(&problem.code, &problem.message, &problem.hint);
+    }
+}
+
+/// What was damaged is among the status's problems.
+fn writing(checks: &mut Checks, status: &Status) {
+    let journal = &status.journal;
+    let waits = status.pending.count;
+    let on_disk = size(journal.bytes);
+    match journal.torn_tail {
+        false if journal.set_aside.is_empty() => {
+            checks.ok("journal", format!("{} changes wait, {on_disk} on disk", waits.operations))
+        }
+        false => {}
+        true => checks.add(
+            "journal",
+            "note",
+            format!(
+                "{} changes wait, {on_disk} on disk; its last record was cut off by a crash \
+                 and had not been acknowledged",
+                waits.operations
+            ),
+            None,
+        ),
+    }
+    let staged = size(journal.staged_bytes);
+    match journal.orphan_bytes {
+        0 => checks.ok("staging", format!("{staged} of written bytes are kept")),
+        orphans => checks.add(
+            "staging",
+            "mended",
+            format!("{staged} are kept; {} that nothing needed were given back", size(orphans)),
+            None,
+        ),
+    }
+    match status.conflicts {
+        0 => checks.ok("conflicts", "none"),
+        several => {
+            checks.add("conflicts", "note", format!("{several} to look at: `sd conflicts`"), None)
+        }
     }
 }
 

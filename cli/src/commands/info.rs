@@ -33,6 +33,8 @@ fn text(info: &InfoReply) -> String {
     line("born", info.btime.as_deref().map(local_time));
     line("content", content_words(info));
     line("cached", info.cached_bytes.zip(info.size).map(|(c, s)| cached_words(c, s)));
+    let waits = (info.pending.operations > 0).then(|| super::pending::count_words(info.pending));
+    line("pending", waits);
     for holder in &info.holders {
         line("held as", Some(format!("{}{}", holder.address, online_words(Some(holder.online)))));
     }

@@ -108,7 +108,8 @@ fn remove(context: &Context, name: &str, yes: bool) -> Outcome<()> {
     let request = |dry_run| Request::LocationRemove { name: name.to_owned(), dry_run };
     let plan: LocationReply = context.call(&request(true))?;
     let what = format!(
-        "takes the location “{}” ({}, {} entries) out of the library; its files stay where they are",
+        "takes the location “{}” ({}, {} entries) out of the library; its files stay where they are, and what other devices have \
+         written to it and not delivered stays with them, to be exported there",
         plan.name,
         printable(&plan.path),
         plan.entries

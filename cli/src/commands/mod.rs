@@ -2,6 +2,7 @@
 
 mod cache;
 mod config;
+mod conflicts;
 mod daemon;
 mod device;
 mod doctor;
@@ -11,7 +12,9 @@ mod library;
 mod list;
 mod location;
 mod mount;
+mod pending;
 mod status;
+mod sync;
 
 pub use mount::not_mounted;
 pub use status::no_library;
@@ -45,6 +48,9 @@ pub fn run(cli: Cli) -> Outcome<()> {
         Command::Ls(args) => list::ls(&context, &args),
         Command::Tree(args) => list::tree(&context, &args),
         Command::Info(args) => info::run(&context, &args),
+        Command::Sync(args) => sync::run(&context, &args),
+        Command::Pending(args) => pending::run(&context, args),
+        Command::Conflicts(args) => conflicts::run(&context, args),
         Command::Cache(command) => cache::run(&context, command),
         Command::Daemon(command) => daemon::run(&context, command),
         Command::Config(command) => config::run(&context, command),

@@ -6,7 +6,7 @@ use crate::control::{Request, WirePath};
 use crate::failure::{Code, Failure, Outcome};
 use crate::output::Output;
 use crate::paths;
-use crate::reply::{MountReply, MountStatus, UnmountReply};
+use crate::reply::{MountReply, MountStatus, PendingCount, UnmountReply};
 use std::path::{Path, PathBuf};
 
 pub fn mount(context: &Context, args: &MountArgs) -> Outcome<()> {
@@ -64,6 +64,11 @@ pub fn unmount(context: &Context, args: &UnmountArgs) -> Outcome<()> {
     };
     context.out.report(&reply, |_| String::new())?;
     context.out.note(format_args!("unmounted {}", reply.mountpoint));
+    super::pending::tell_what_waits(
+        context.out,
+        reply.pending,
+        "the daemon goes on delivering them without the mount",
+    );
     Ok(())
 }
 
@@ -74,7 +79,8 @@ fn detach_dead(context: &Context, mountpoint: Option<PathBuf>) -> Outcome<Unmoun
     let candidates: Vec<PathBuf> = mountpoint.map_or_else(|| recorded().collect(), |m| vec![m]);
     for path in &candidates {
         if mount_fuse::mend(path).map_err(|e| crate::daemon::mount_failure(&e))? {
-            return Ok(UnmountReply { mountpoint: path.display().to_string() });
+            let mountpoint = path.display().to_string();
+            return Ok(UnmountReply { mountpoint, pending: PendingCount::default() });
         }
     }
     Err(not_mounted(candidates.first().map(PathBuf::as_path)))

@@ -4,7 +4,7 @@ use super::{Context, device, location};
 use crate::args::StatusArgs;
 use crate::control::Request;
 use crate::failure::{Code, Failure, Outcome};
-use crate::output::{Columns, printable, size};
+use crate::output::{Columns, ago, printable, size};
 use crate::reply::Status;
 use std::fmt::Write as _;
 use std::io::IsTerminal;
@@ -71,6 +71,7 @@ fn text(status: &Status) -> String {
     }
     text += &mounts(status);
     text += &figures(status);
+    text += &writes(status);
     for problem in &status.problems {
         let _ =
             writeln!(text, "\nproblem: {}\n   hint: {}", printable(&problem.message), problem.hint);
@@ -92,6 +93,28 @@ fn mounts(status: &Status) -> String {
         table.row([&mount.mountpoint, state, &mount.passthrough]);
     }
     format!("{table}\n")
+}
+
+fn writes(status: &Status) -> String {
+    let waits = match status.pending.count.operations {
+        0 => "nothing".into(),
+        _ => {
+            let devices = status.pending.devices.iter().map(|d| printable(&d.device).into_owned());
+            let oldest = status.pending.since.as_deref().map(ago).unwrap_or_default();
+            let devices = devices.collect::<Vec<_>>().join(", ");
+            let count = status.pending.count;
+            format!(
+                "{} changes, {}, for {devices}, the oldest {oldest}",
+                count.operations,
+                size(count.bytes)
+            )
+        }
+    };
+    let mut text = format!("pending  {waits}\n");
+    if status.conflicts > 0 {
+        let _ = writeln!(text, "conflicts {}: `sd conflicts` lists them", status.conflicts);
+    }
+    text
 }
 
 fn figures(status: &Status) -> String {

@@ -1,6 +1,7 @@
 //! `sd ls`, `sd tree`, `sd info`: answered from the index.
 //!
-//! Works with the owner offline. A directory of this device that the scan has
+//! Works with the owner offline, and shows what this device has written and its owner
+//! has not taken yet. A directory of this device that the scan has
 //! not reached yet is scanned first. Listings are read in pages, so that a slow
 //! reader (a pager) holds neither memory nor a snapshot of the store.
 
@@ -11,7 +12,7 @@ use super::report::rfc3339;
 use super::serve::Link;
 use crate::control::{Event, Target};
 use crate::failure::{Code, Failure, Outcome};
-use crate::reply::{Holder, InfoReply, Item};
+use crate::reply::{Holder, InfoReply, Item, PendingCount};
 use serde_json::{Value, json};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -209,6 +210,7 @@ impl Daemon {
             btime: attr.btime.map(rfc3339),
             target: target_of(entry),
             content: entry.content.map(|id| id.to_string()),
+            pending: self.pending_below(location.no, path),
             cached_bytes: (is_file && !own).then(|| self.cache.cached_bytes(&version)),
             holders: entry.content.map_or(Ok(Vec::new()), |id| self.holders(id))?,
             ..bare_info(address, &name, kind_of(attr.file_type))
@@ -265,18 +267,14 @@ impl Daemon {
         let mut after: Option<Name> = None;
         loop {
             let mut page = Vec::with_capacity(PAGE);
-            let view = self.index.view().map_err(index_failure)?;
             // One more than a page tells whether there is another.
-            let read =
-                view.children(directory.location, directory.id, after.as_ref(), &mut |n, e| {
-                    page.push((n.clone(), e.clone()));
-                    match page.len() > PAGE {
-                        true => ControlFlow::Break(()),
-                        false => ControlFlow::Continue(()),
-                    }
-                });
-            read.map_err(index_failure)?;
-            drop(view);
+            self.children(directory, after.as_ref(), &mut |n, e| {
+                page.push((n.clone(), e.clone()));
+                match page.len() > PAGE {
+                    true => ControlFlow::Break(()),
+                    false => ControlFlow::Continue(()),
+                }
+            })?;
             let at_end = page.len() <= PAGE;
             page.truncate(PAGE);
             visit(&page, at_end)?;
@@ -285,6 +283,19 @@ impl Daemon {
                 _ => return Ok(()),
             }
         }
+    }
+
+    /// What a mount shows in a directory, from the name after this one.
+    fn children(
+        &self,
+        directory: &Directory,
+        after: Option<&Name>,
+        visit: &mut dyn FnMut(&Name, &Entry) -> ControlFlow<()>,
+    ) -> Outcome<()> {
+        // The first bytes after this name: names have no NUL.
+        let from = after.map_or_else(Vec::new, |after| [after.as_bytes(), &[0]].concat());
+        let view = self.outbox.view();
+        view.children_from(directory.location, directory.id, &from, visit).map_err(index_failure)
     }
 
     fn scan_if_own(&self, no: LocationNo, dir: FileId, address: &SdPath) {
@@ -315,7 +326,7 @@ impl Daemon {
         named.map(|(i, name)| device_item(name, i + 1 == last)).collect()
     }
 
-    fn locations_named(&self, device: &str) -> Vec<Arc<Location>> {
+    pub fn locations_named(&self, device: &str) -> Vec<Arc<Location>> {
         let Ok(member) = self.member_named(device) else { return Vec::new() };
         let mut its: Vec<_> =
             self.index.locations().into_iter().filter(|l| l.owner == member.id).collect();
@@ -331,7 +342,7 @@ impl Daemon {
     }
 
     /// The address that a person meant.
-    fn parse(&self, target: &Target) -> Outcome<SdPath> {
+    pub fn parse(&self, target: &Target) -> Outcome<SdPath> {
         self.membership()?;
         match target {
             Target::Address(text) => text.parse().map_err(|e| {
@@ -402,8 +413,15 @@ impl Daemon {
     }
 
     fn entry_at(&self, location: &Location, path: &[Name]) -> Outcome<Option<Entry>> {
-        let view = self.index.view().map_err(index_failure)?;
-        view.resolve(location.no, path).map_err(index_failure)
+        let view = self.outbox.view();
+        let top = view.node(location.no, FileId::ROOT).map_err(index_failure)?;
+        let mut found = top.map(|node| node.entry);
+        for name in path {
+            let Some(dir) = found else { return Ok(None) };
+            let below = view.entry(location.no, dir.file_id, name.as_bytes());
+            found = below.map_err(index_failure)?;
+        }
+        Ok(found)
     }
 
     /// Says how far the path leads.
@@ -527,16 +545,13 @@ impl Level {
 
     fn read(&mut self, daemon: &Daemon) -> Outcome<()> {
         let mut page = Vec::new();
-        let view = daemon.index.view().map_err(index_failure)?;
-        let Directory { location, id, .. } = self.directory;
-        let read = view.children(location, id, self.after.as_ref(), &mut |name, entry| {
+        daemon.children(&self.directory, self.after.as_ref(), &mut |name, entry| {
             page.push((name.clone(), entry.clone()));
             match page.len() >= PAGE {
                 true => ControlFlow::Break(()),
                 false => ControlFlow::Continue(()),
             }
-        });
-        read.map_err(index_failure)?;
+        })?;
         self.more = page.len() >= PAGE;
         self.after = page.last().map(|(name, _)| name.clone());
         self.page = page.into_iter();
@@ -674,6 +689,7 @@ fn bare_info(address: &SdPath, name: &str, kind: &str) -> InfoReply {
         target: None,
         content: None,
         cached_bytes: None,
+        pending: PendingCount::default(),
         holders: Vec::new(),
     }
 }

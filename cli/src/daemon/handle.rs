@@ -7,6 +7,7 @@ use crate::failure::{Code, Failure, Outcome};
 use crate::reply::{CacheStatus, Cleared, Stopped};
 use serde::Serialize;
 use serde_json::Value;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -53,6 +54,21 @@ pub async fn handle(daemon: Arc<Daemon>, request: Request, mut link: Link) -> Ou
             document(blocking(move || daemon.tree(&target, levels, &link)).await?)
         }
         Request::Info { target } => document(blocking(move || daemon.info(&target)).await?),
+        Request::Sync { target, timeout_ms } => {
+            let timeout = timeout_ms.map(Duration::from_millis);
+            document(daemon.sync(target.as_ref(), timeout, &link).await?)
+        }
+        Request::Pending => document(blocking(move || daemon.pending(&link)).await?),
+        Request::PendingExport { of, to, forget, dry_run } => {
+            let to = PathBuf::from(to);
+            document(blocking(move || daemon.export(&of, &to, forget, dry_run)).await?)
+        }
+        Request::Conflicts => document(blocking(move || Ok(daemon.conflicts())).await?),
+        Request::ConflictsResolve { ids, keep, export, dry_run } => {
+            let export = export.map(PathBuf::from);
+            let resolved = move || daemon.resolve_conflicts(&ids, keep, export.as_deref(), dry_run);
+            document(blocking(resolved).await?)
+        }
         Request::CacheClear { dry_run } => {
             document(blocking(move || Ok(daemon.clear_cache(dry_run))).await?)
         }
@@ -93,8 +109,9 @@ impl Daemon {
                 Vec::new()
             }
         };
+        let pending = self.pending_count();
         self.request_stop();
-        Ok(Stopped { pid: Some(std::process::id()), remains })
+        Ok(Stopped { pid: Some(std::process::id()), remains, pending })
     }
 
     /// Mends what can be mended while the daemon runs; says what was done.

@@ -150,6 +150,7 @@ impl Daemon {
         DeviceReply {
             device: device_name(member),
             locations: its.map(|l| l.name.clone()).collect(),
+            pending: self.pending_for(member.id),
         }
     }
 

@@ -123,6 +123,21 @@ impl Daemon {
     }
 
     fn make(&self, path: &Path, read_only: bool, allow_other: bool) -> Outcome<Mounted> {
+        let default = MountOptions::default();
+        let options = MountOptions {
+            read_only,
+            allow_other,
+            threads: self.config.count("mount.threads").unwrap_or(default.threads),
+            passthrough: self.config.passthrough(),
+        };
+        let drive = self.drive(read_only);
+        let mount = mount_fuse::mount(drive, path, options, self.runtime.clone())
+            .map_err(|e| failure(&e))?;
+        Ok(Mounted { mount, read_only, allow_other, mended: false })
+    }
+
+    /// What a mount shows.
+    pub fn drive(&self, read_only: bool) -> Arc<Drive> {
         let config = DriveConfig {
             uid: rustix::process::geteuid().as_raw(),
             gid: rustix::process::getegid().as_raw(),
@@ -132,24 +147,14 @@ impl Daemon {
                 false => ForeignSymlinks::Contained,
             },
         };
-        let drive = Drive::new(
+        Drive::new(
             self.index.clone(),
             Arc::clone(&self.indexer),
             Arc::clone(&self.content),
             Arc::clone(&self.library),
             Arc::clone(&self.outbox),
             config,
-        );
-        let default = MountOptions::default();
-        let options = MountOptions {
-            read_only,
-            allow_other,
-            threads: self.config.count("mount.threads").unwrap_or(default.threads),
-            passthrough: self.config.passthrough(),
-        };
-        let mount = mount_fuse::mount(drive, path, options, self.runtime.clone())
-            .map_err(|e| failure(&e))?;
-        Ok(Mounted { mount, read_only, allow_other, mended: false })
+        )
     }
 
     /// A mount point inside a location would make the drive contain itself.
@@ -201,7 +206,9 @@ impl Daemon {
             None if mount_fuse::mend(&path).map_err(|e| failure(&e))? => self.record(&mounts),
             None => return Err(not_mounted(Some(&path))),
         }
-        Ok(UnmountReply { mountpoint: path.display().to_string() })
+        drop(mounts);
+        let (mountpoint, pending) = (path.display().to_string(), self.pending_count());
+        Ok(UnmountReply { mountpoint, pending })
     }
 
     /// Unmounts everything; a mount in use is detached and its users are named.

@@ -20,7 +20,7 @@ use vfs_core::index::{Index, IndexError, NewLocation, StoreError, open_store};
 use vfs_core::indexer::{Indexer, IndexerConfig};
 use vfs_core::library::{Library, LibraryError, OwnLocation};
 use vfs_core::model::{DeviceId, Location, LocationNo, Time};
-use vfs_core::outbox::{Outbox, OutboxConfig, OutboxError};
+use vfs_core::outbox::{Outbox, OutboxConfig, OutboxError, Report};
 
 /// The automatic limit of the cache: a tenth of its disk, at most this.
 const AUTOMATIC_CACHE_BYTES: u64 = 50 << 30;
@@ -37,6 +37,8 @@ pub struct Daemon {
     pub cache: Arc<Cache>,
     pub content: Arc<Content>,
     pub outbox: Arc<Outbox>,
+    /// What was found when it was opened.
+    pub outbox_report: Report,
     pub mounts: Mounts,
     pub runtime: tokio::runtime::Handle,
     pub started: Time,
@@ -60,7 +62,7 @@ impl Daemon {
         let own =
             Arc::new(OwnFiles::new(index.clone(), Arc::clone(&indexer), Arc::clone(&manifests)));
         let applier = open_applier(dir, &index, &indexer, manifests)?;
-        let outbox = open_outbox(dir, &index)?;
+        let (outbox, outbox_report) = open_outbox(dir, &index)?;
         let parts = Parts {
             library: Arc::clone(&library),
             index: index.clone(),
@@ -94,6 +96,7 @@ impl Daemon {
             cache,
             content,
             outbox,
+            outbox_report,
             mounts: Mounts::default(),
             runtime,
             started: Time::now(),
@@ -246,7 +249,7 @@ fn open_applier(
     })
 }
 
-fn open_outbox(dir: &DataDir, index: &Index) -> Outcome<Arc<Outbox>> {
+fn open_outbox(dir: &DataDir, index: &Index) -> Outcome<(Arc<Outbox>, Report)> {
     let path = dir.subdirectory(dir.outbox())?;
     let opened = Outbox::open(&path, index.clone(), OutboxConfig::default());
     let (outbox, report) = opened.map_err(outbox_failure)?;
@@ -259,7 +262,7 @@ fn open_outbox(dir: &DataDir, index: &Index) -> Outcome<Arc<Outbox>> {
     if report.pending > 0 {
         tracing::info!(pending = report.pending, "writes of the last run wait for their owners");
     }
-    Ok(outbox)
+    Ok((outbox, report))
 }
 
 fn outbox_failure(error: OutboxError) -> Failure {

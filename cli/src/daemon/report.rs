@@ -32,6 +32,9 @@ impl Daemon {
             locations,
             mounts,
             cache: self.cache_status(),
+            pending: self.pending_status(),
+            conflicts: self.outbox.conflicts().len() as u64,
+            journal: self.journal_status(),
             network: self.network_status(&peers),
             reports,
             memory: MemoryStatus { rss_bytes: rss_bytes() },
@@ -258,6 +261,10 @@ impl Daemon {
                 "they were not delivered; check that device's disk and memory",
             );
         }
+        problems.extend(writing_problems(status));
+        let mut add = |code: &str, message: String, hint: &str| {
+            problems.push(Problem { code: code.into(), message, hint: hint.into() });
+        };
         if let Ok(disk) = rustix::fs::statvfs(self.dir.path()) {
             let free = disk.f_bavail * disk.f_frsize;
             if free < LOW_DISK_BYTES {
@@ -270,6 +277,50 @@ impl Daemon {
         }
         problems
     }
+}
+
+/// What of writing to other devices a person should look at.
+fn writing_problems(status: &Status) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    let mut add = |code: &str, message: String, hint: String| {
+        problems.push(Problem { code: code.into(), message, hint });
+    };
+    for waits in &status.pending.devices {
+        let (device, operations) = (&waits.device, waits.count.operations);
+        let export = format!("sd pending export '{device}' DIR --forget");
+        match (waits.member, waits.blocked) {
+            (false, _) => add(
+                "pending_orphaned",
+                format!(
+                    "{operations} changes wait for “{device}”, which was removed from the library"
+                ),
+                format!("their bytes are kept; to have them as files: {export}"),
+            ),
+            (true, 0) => {}
+            (true, blocked) => add(
+                "pending_blocked",
+                format!("{blocked} changes cannot be made on “{device}” as they stand"),
+                format!("`sd pending` says why; to have their bytes as files: {export}"),
+            ),
+        }
+    }
+    for path in &status.journal.set_aside {
+        add(
+            "journal_damaged",
+            format!("a part of the journal of pending writes was damaged and is set aside: {path}"),
+            "everything else is delivered; check this disk, and what was written last to other \
+             devices; then remove that file"
+                .into(),
+        );
+    }
+    for what in &status.journal.lost {
+        add(
+            "pending_damaged",
+            format!("a pending write could not be taken up: {what}"),
+            "`sd pending` lists what waits; write that file again".into(),
+        );
+    }
+    problems
 }
 
 struct Condition {
