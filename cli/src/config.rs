@@ -73,6 +73,13 @@ pub const KEYS: &[Key] = &[
         form: Form::Size,
     },
     Key {
+        name: "staging.min_free",
+        default: "auto",
+        about: "bytes of the disk that are left free when programs write to other devices' files; \
+                a write that would leave less fails with “No space left on device”; auto is 256 MiB",
+        form: Form::Size,
+    },
+    Key {
         name: "read.deadline",
         default: "10s",
         about: "how long a read of bytes that are not here may wait before it fails with “Host is down”",
@@ -230,6 +237,11 @@ impl Config {
     /// `cache.limit` in bytes; `None` is automatic.
     pub fn cache_limit(&self) -> Option<u64> {
         parse_limit(self.text("cache.limit")).expect("checked when loaded")
+    }
+
+    /// `staging.min_free` in bytes; `None` is automatic.
+    pub fn staging_min_free(&self) -> Option<u64> {
+        parse_limit(self.text("staging.min_free")).expect("checked when loaded")
     }
 
     /// `read.deadline`

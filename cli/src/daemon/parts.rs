@@ -62,7 +62,7 @@ impl Daemon {
         let own =
             Arc::new(OwnFiles::new(index.clone(), Arc::clone(&indexer), Arc::clone(&manifests)));
         let applier = open_applier(dir, &index, &indexer, manifests)?;
-        let (outbox, outbox_report) = open_outbox(dir, &index)?;
+        let (outbox, outbox_report) = open_outbox(dir, &index, config)?;
         let parts = Parts {
             library: Arc::clone(&library),
             index: index.clone(),
@@ -85,6 +85,8 @@ impl Daemon {
             ContentConfig { read_deadline: config.read_deadline(), ..ContentConfig::default() },
             runtime.clone(),
         );
+        // Without a mount as well: what is delivered or exported may need the bytes beneath.
+        outbox.attach(&content);
         let daemon = Arc::new(Self {
             dir: dir.clone(),
             config: config.clone(),
@@ -249,9 +251,11 @@ fn open_applier(
     })
 }
 
-fn open_outbox(dir: &DataDir, index: &Index) -> Outcome<(Arc<Outbox>, Report)> {
+fn open_outbox(dir: &DataDir, index: &Index, config: &Config) -> Outcome<(Arc<Outbox>, Report)> {
     let path = dir.subdirectory(dir.outbox())?;
-    let opened = Outbox::open(&path, index.clone(), OutboxConfig::default());
+    let default = OutboxConfig::default();
+    let min_free_bytes = config.staging_min_free().unwrap_or(default.min_free_bytes);
+    let opened = Outbox::open(&path, index.clone(), OutboxConfig { min_free_bytes, ..default });
     let (outbox, report) = opened.map_err(outbox_failure)?;
     for lost in &report.lost {
         tracing::error!("a pending write is damaged: {lost}");

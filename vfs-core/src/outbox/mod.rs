@@ -114,8 +114,8 @@ impl Outbox {
         Merged::new(&self.index, &self.overlay)
     }
 
-    /// Where the bytes of bases are read from; the drive says it once.
-    pub(crate) fn attach(&self, content: &Arc<Content>) {
+    /// Where the bytes of bases are read from; said once, before anything is delivered.
+    pub fn attach(&self, content: &Arc<Content>) {
         // A second drive over the same parts has the same content.
         let _ = self.content.set(Arc::clone(content));
     }

@@ -98,7 +98,8 @@ impl Outbox {
     /// Those of these operations that still wait.
     pub fn left(&self, of: &BTreeSet<u64>) -> Vec<Pending> {
         let state = self.state();
-        of.iter().filter_map(|no| state.ops.get(no)).map(|op| pending(&state, op)).collect()
+        let waiting: BTreeSet<u64> = of.iter().filter_map(|no| state.waiting(*no)).collect();
+        waiting.iter().filter_map(|no| state.ops.get(no)).map(|op| pending(&state, op)).collect()
     }
 
     /// Returns when none of these operations waits any more.
@@ -114,10 +115,15 @@ impl Outbox {
     /// Forgets those that come first and do not wait any more.
     fn any_waits(&self, of: &mut BTreeSet<u64>) -> bool {
         let state = self.state();
-        while of.first().is_some_and(|no| !state.ops.contains_key(no)) {
-            of.pop_first();
+        while let Some(first) = of.pop_first() {
+            if let Some(waiting) = state.waiting(first) {
+                of.insert(waiting);
+                if waiting == first {
+                    return true;
+                }
+            }
         }
-        !of.is_empty()
+        false
     }
 }
 

@@ -75,6 +75,8 @@ pub(super) struct State {
     pub locations: HashMap<LocationId, LocationNo>,
     /// The last version of a file that an operation of this device made.
     pub versions: HashMap<(LocationId, FileId), (u64, Base)>,
+    /// Operations that another was sent instead of, and which; for who waits for them.
+    pub stand_ins: HashMap<u64, u64>,
     /// The last record.
     pub last: Lsn,
     /// A record came after what the journal has on the disk.
@@ -151,10 +153,19 @@ impl State {
             drafts: Drafts::new(staging),
             locations: HashMap::new(),
             versions: HashMap::new(),
+            stand_ins: HashMap::new(),
             last: Lsn(0),
             unsynced: false,
             checkpoint_bytes: 0,
         }
+    }
+
+    /// The operation, or the one that was sent instead, while it waits.
+    pub fn waiting(&self, mut no: u64) -> Option<u64> {
+        while !self.ops.contains_key(&no) {
+            no = *self.stand_ins.get(&no)?;
+        }
+        Some(no)
     }
 
     /// Puts an operation where [`super::Outbox::take`] looks, or takes it away from there.

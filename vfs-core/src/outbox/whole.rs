@@ -72,6 +72,7 @@ impl Outbox {
         written.build_on(new);
         writing.op = Some(new);
         for old in replaced {
+            state.stand_ins.insert(old, new);
             self.drop_op(&mut state, old)?;
         }
         drop(state);
