@@ -246,7 +246,7 @@ pub struct Entry {
     pub attr: Attr,
     /// Of a regular file, once hashed.
     pub content: Option<ContentId>,
-    /// Of a symlink: its target, at most [`TARGET_MAX`] bytes.
+    /// Of a symlink: its target, 1 to [`TARGET_MAX`] bytes without NUL.
     pub target: Option<Box<[u8]>>,
 }
 
@@ -259,15 +259,16 @@ impl Entry {
 
     /// Whether a row from a peer keeps every bound that this crate relies on.
     pub fn is_valid(&self) -> bool {
-        let target_len = self.target.as_ref().map(|t| t.len());
+        // A kernel ends a target at a NUL, so its text would not be what this device judged.
+        let is_target = |t: &[u8]| (1..=TARGET_MAX).contains(&t.len()) && !t.contains(&0);
         (1..FileId::LIMIT).contains(&self.file_id.0)
             && self.attr.perm & !0o7777 == 0
             && self.attr.mtime.nanos < 1_000_000_000
             && self.attr.ctime.nanos < 1_000_000_000
             && self.attr.btime.is_none_or(|t| t.nanos < 1_000_000_000)
             && i64::try_from(self.attr.size).is_ok()
-            && target_len.is_none_or(|n| (1..=TARGET_MAX).contains(&n))
-            && (target_len.is_some() == (self.attr.file_type == FileType::Symlink))
+            && self.target.as_deref().is_none_or(is_target)
+            && (self.target.is_some() == (self.attr.file_type == FileType::Symlink))
             && (self.content.is_none() || self.attr.file_type == FileType::File)
     }
 }

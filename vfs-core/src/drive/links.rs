@@ -5,8 +5,8 @@
 //! remote folder to this device's own files. By default the target of such a
 //! link cannot be read.
 //!
-//! A link is contained when its text is relative and every `..` stands before
-//! the first name, and there are no more of them than the link's directory lies
+//! A link is contained when its text has no NUL, at which the kernel would end it,
+//! is relative, and every `..` stands before the first name, and there are no more of them than the link's directory lies
 //! below its location. The order matters: `..` after a name may follow another
 //! link to somewhere else first, so text alone cannot tell where it leads. A
 //! leading `..` starts from the link's own directory, which is no link; after
@@ -26,7 +26,8 @@ pub enum ForeignSymlinks {
 
 /// Whether a link in a directory `depth` levels below its location's folder stays inside.
 pub(super) fn is_contained(target: &[u8], depth: usize) -> bool {
-    if target.first() == Some(&b'/') {
+    // The kernel ends the text at a NUL: what it follows is not what is judged here.
+    if target.first() == Some(&b'/') || target.contains(&0) {
         return false;
     }
     let mut parts = target.split(|b| *b == b'/').filter(|p| !matches!(*p, b"" | b"."));
@@ -62,6 +63,10 @@ mod tests {
             ("a/..", 5),
             ("../a/../b", 5),
             ("./a/./../../..", 2),
+            ("..\0", 0),
+            ("a/..\0", 5),
+            ("../..\0x", 1),
+            ("a\0", 5),
         ] {
             assert!(!is_contained(target.as_bytes(), depth), "{target}");
         }

@@ -553,6 +553,10 @@ fn a_row_that_breaks_a_rule_is_refused_and_changes_nothing() {
         bad(|e| e.attr.mtime.nanos = 1_000_000_000),
         bad(|e| e.attr.perm = 0o10000),
         bad(|e| e.target = Some(b"of a file"[..].into())),
+        bad(|e| {
+            e.attr.file_type = FileType::Symlink;
+            e.target = Some(b"..\0"[..].into());
+        }),
         vec![log_row(1, FileId(5), "its own parent", good())],
         vec![log_row(1, FileId(FileId::LIMIT), "a", good())],
         vec![log_row(1, ROOT_PARENT, "root", good())],
