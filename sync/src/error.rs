@@ -107,6 +107,9 @@ pub enum SyncError {
     /// A device does not remove itself.
     #[error("a device cannot remove itself; remove it from another one")]
     RemoveSelf,
+    /// The record of a device could not be overruled.
+    #[error("the device could not be removed: this device's clock is wrong")]
+    NotRemoved,
     /// The library has as many devices as it may.
     #[error("the library is full")]
     LibraryFull,

@@ -17,7 +17,7 @@ use iroh::endpoint::{Connection, ConnectionError};
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::task::{AbortHandle, JoinSet};
 use vfs_core::changes::Change;
 use vfs_core::library::{Member, State};
@@ -26,6 +26,44 @@ use vfs_core::path::check_label;
 
 /// How long to wait before a list is sent again that a peer could not take.
 const AGAIN: Duration = Duration::from_secs(1);
+/// After a list of a peer was taken, the next one of it waits this long: each may cost a
+/// write to the disk.
+const BETWEEN_LISTS: Duration = Duration::from_millis(250);
+/// How many devices a peer may make known in each [`NEWCOMERS_PER`]: a member may admit
+/// others, but not fill everybody's list at once.
+const MAX_NEWCOMERS: usize = 32;
+const NEWCOMERS_PER: Duration = Duration::from_secs(3600);
+/// How old the stored time may be when a peer was last there.
+const SEEN_EVERY_MS: u64 = 60_000;
+
+/// How many devices a peer made known lately.
+pub(crate) struct Newcomers {
+    since: Instant,
+    count: usize,
+}
+
+impl Default for Newcomers {
+    fn default() -> Self {
+        Self { since: Instant::now(), count: 0 }
+    }
+}
+
+impl Newcomers {
+    /// How many more may come.
+    fn room(&mut self) -> usize {
+        if self.since.elapsed() >= NEWCOMERS_PER {
+            *self = Self::default();
+        }
+        MAX_NEWCOMERS - self.count.min(MAX_NEWCOMERS)
+    }
+}
+
+/// Where a list comes from, and how many unknown devices may be in it.
+struct Told {
+    me: DeviceId,
+    by: DeviceId,
+    room: usize,
+}
 
 /// Whether a record keeps the rules of names.
 pub(crate) fn is_acceptable(record: &MemberRecord) -> bool {
@@ -90,7 +128,8 @@ pub(crate) async fn told(shared: &Arc<Shared>, closed: &ConnectionError) {
     }
     match decode::<MemberRecord>(&reason.reason) {
         Ok(record) if record.id == shared.me && record.removed && is_acceptable(&record) => {
-            take(shared, vec![record]).await;
+            let told = Told { me: shared.me, by: shared.me, room: 0 };
+            store(shared, told, vec![record]).await;
         }
         _ => {}
     }
@@ -105,8 +144,8 @@ pub(crate) async fn remove(shared: &Arc<Shared>, device: DeviceId) -> Result<(),
         .update_library(move |state| {
             let member = state.member(device).cloned().ok_or(SyncError::NoDevice)?;
             let stamp = state.next_stamp();
-            state.merge(Member { stamp, removed: true, addresses: Vec::new(), ..member });
-            Ok::<_, SyncError>(())
+            let removal = Member { stamp, removed: true, addresses: Vec::new(), ..member };
+            if state.merge(removal) { Ok(()) } else { Err(SyncError::NotRemoved) }
         })
         .await??;
     shared.index.feed().publish(vec![Change::Devices]);
@@ -115,11 +154,18 @@ pub(crate) async fn remove(shared: &Arc<Shared>, device: DeviceId) -> Result<(),
 }
 
 /// Takes records from a peer; the later ones win.
-pub(crate) async fn take(shared: &Arc<Shared>, records: Vec<MemberRecord>) {
-    let me = shared.me;
-    let merged = shared.update_library(move |state| merge_all(state, me, records)).await;
+pub(crate) async fn take(shared: &Arc<Shared>, peer: &Peer, records: Vec<MemberRecord>) {
+    let mut newcomers = peer.newcomers.lock().await;
+    let told = Told { me: shared.me, by: peer.id, room: newcomers.room() };
+    newcomers.count += store(shared, told, records).await;
+    tokio::time::sleep(BETWEEN_LISTS).await;
+}
+
+/// Gives how many devices were not known before.
+async fn store(shared: &Arc<Shared>, told: Told, records: Vec<MemberRecord>) -> usize {
+    let merged = shared.update_library(move |state| merge_all(state, &told, records)).await;
     match merged {
-        Ok(Merged { changed, news }) => {
+        Ok(Merged { changed, news, newcomers }) => {
             if changed {
                 shared.index.feed().publish(vec![Change::Devices]);
                 shared.members_changed();
@@ -129,30 +175,43 @@ pub(crate) async fn take(shared: &Arc<Shared>, records: Vec<MemberRecord>) {
                     peer.wake.notify_one();
                 }
             }
+            newcomers
         }
-        Err(error) => tracing::warn!(%error, "members could not be stored"),
+        Err(error) => {
+            tracing::warn!(%error, "members could not be stored");
+            0
+        }
     }
 }
 
 /// What records changed.
+#[derive(Default)]
 struct Merged {
     changed: bool,
     /// Members of whom an address is new.
     news: Vec<DeviceId>,
+    /// How many devices were not known before.
+    newcomers: usize,
 }
 
-fn merge_all(state: &mut State, me: DeviceId, records: Vec<MemberRecord>) -> Merged {
-    let mut merged = Merged { changed: false, news: Vec::new() };
+fn merge_all(state: &mut State, told: &Told, records: Vec<MemberRecord>) -> Merged {
+    let mut merged = Merged::default();
     for record in records.into_iter().filter(is_acceptable) {
         let known = state.members.iter().find(|m| m.id == record.id);
-        if known.is_none() && state.members.len() >= MAX_MEMBERS {
+        let is_unknown = known.is_none();
+        // Only whoever admitted it may say that a removed device came back, not itself.
+        if record.id == told.by && known.is_some_and(|m| record.life > m.life) {
             continue;
         }
-        let id = record.id;
-        let (ours, theirs) =
-            (known.map_or(Vec::new(), |m| m.addresses.clone()), plausible(&record.addresses));
-        merged.changed |= state.merge(Member { addresses: ours.clone(), ..record.into() });
-        if let Some(member) = state.members.iter_mut().find(|m| m.id == id && m.id != me) {
+        let (id, ours) = (record.id, known.map_or(Vec::new(), |m| m.addresses.clone()));
+        if is_unknown && (merged.newcomers == told.room || !has_room_for(state, &record)) {
+            continue;
+        }
+        let theirs = plausible(&record.addresses);
+        let changed = state.merge(Member { addresses: ours.clone(), ..record.into() });
+        merged.changed |= changed;
+        merged.newcomers += usize::from(is_unknown && changed);
+        if let Some(member) = state.members.iter_mut().find(|m| m.id == id && m.id != told.me) {
             // What this device found out itself comes first.
             let had_news = add_addresses(member, theirs);
             add_addresses(member, ours);
@@ -161,8 +220,21 @@ fn merge_all(state: &mut State, me: DeviceId, records: Vec<MemberRecord>) -> Mer
             }
         }
     }
-    merged.changed |= yield_name(state, me);
+    merged.changed |= yield_name(state, told.me);
     merged
+}
+
+/// Whether a record of a device that is not known can be kept. Of a removed one only in free
+/// room: two full lists would else push out each other's records for ever.
+fn has_room_for(state: &mut State, record: &MemberRecord) -> bool {
+    if record.removed { state.members.len() < MAX_MEMBERS } else { make_room(state, record.id) }
+}
+
+/// Makes sure that a record of this device can be kept; `false`: there are too many members.
+pub(crate) fn make_room(state: &mut State, device: DeviceId) -> bool {
+    state.members.len() < MAX_MEMBERS
+        || state.members.iter().any(|m| m.id == device)
+        || state.forget_oldest_removed()
 }
 
 /// Two devices may be admitted under one name while the members that admit them cannot
@@ -229,8 +301,12 @@ pub(crate) async fn remember(shared: Arc<Shared>, peer: Arc<Peer>, link: Arc<Lin
     let (id, addresses) = (peer.id, plausible(&addresses));
     note(&shared, move |state| {
         if let Some(member) = state.members.iter_mut().find(|m| m.id == id && !m.removed) {
-            add_addresses(member, addresses);
-            member.last_seen_ms = Some(now_ms());
+            // A peer that connects again and again must not cost a write each time.
+            let is_news = addresses.iter().any(|a| !member.addresses.contains(a));
+            if is_news || is_outdated(member) {
+                add_addresses(member, addresses);
+                member.last_seen_ms = Some(now_ms());
+            }
         }
     })
     .await;
@@ -240,11 +316,15 @@ pub(crate) async fn remember(shared: Arc<Shared>, peer: Arc<Peer>, link: Arc<Lin
 pub(crate) async fn last_seen(shared: &Arc<Shared>, peer: &Peer) {
     let id = peer.id;
     note(shared, move |state| {
-        if let Some(member) = state.members.iter_mut().find(|m| m.id == id) {
+        if let Some(member) = state.members.iter_mut().find(|m| m.id == id && is_outdated(m)) {
             member.last_seen_ms = Some(now_ms());
         }
     })
     .await;
+}
+
+fn is_outdated(member: &Member) -> bool {
+    member.last_seen_ms.is_none_or(|seen| now_ms().abs_diff(seen) >= SEEN_EVERY_MS)
 }
 
 async fn note(shared: &Arc<Shared>, change: impl FnOnce(&mut State) + Send + 'static) {
@@ -322,21 +402,36 @@ mod tests {
         MemberRecord {
             id: DeviceId([id; 32]),
             name: name.into(),
+            life: 0,
             stamp: Stamp { wall_ms, count: 0 },
             removed: false,
             addresses: vec![],
         }
     }
 
+    /// A list of an old friend.
+    fn told(me: u8) -> Told {
+        Told { me: DeviceId([me; 32]), by: DeviceId([200; 32]), room: usize::MAX }
+    }
+
+    fn many(first: usize, count: usize) -> Vec<MemberRecord> {
+        let record = |n| {
+            let mut id = [0; 32];
+            id[..8].copy_from_slice(&(n as u64).to_le_bytes());
+            MemberRecord { id: DeviceId(id), ..record(0, &format!("d{n}"), 1 + n as u64) }
+        };
+        (first..first + count).map(record).collect()
+    }
+
     #[test]
     fn of_two_devices_with_one_name_the_later_yields_and_only_it() {
         let both = || vec![record(1, "laptop", 5), record(2, "laptop", 6)];
         let mut earlier = State::default();
-        merge_all(&mut earlier, DeviceId([1; 32]), both());
+        merge_all(&mut earlier, &told(1), both());
         assert_eq!(earlier.member(DeviceId([1; 32])).unwrap().name, "laptop");
 
         let mut later = State::default();
-        merge_all(&mut later, DeviceId([2; 32]), both());
+        merge_all(&mut later, &told(2), both());
         assert_eq!(later.member(DeviceId([2; 32])).unwrap().name, "laptop-2");
     }
 
@@ -344,20 +439,68 @@ mod tests {
     fn a_record_with_a_bad_name_is_not_taken() {
         let mut state = State::default();
         let bad = ["", "a/b", "..", "content", "line\nbreak"].map(|n| record(1, n, 1));
-        assert!(!merge_all(&mut state, DeviceId([9; 32]), bad.to_vec()).changed);
+        assert!(!merge_all(&mut state, &told(9), bad.to_vec()).changed);
         assert!(state.members.is_empty());
     }
 
     #[test]
     fn a_flood_of_members_ends_at_the_bound() {
         let mut state = State::default();
-        let flood = (0..2 * MAX_MEMBERS).map(|n| {
-            let mut id = [0; 32];
-            id[..8].copy_from_slice(&(n as u64).to_le_bytes());
-            MemberRecord { id: DeviceId(id), ..record(0, &format!("d{n}"), 1) }
-        });
-        merge_all(&mut state, DeviceId([9; 32]), flood.collect());
+        merge_all(&mut state, &told(9), many(0, 2 * MAX_MEMBERS));
         assert_eq!(state.members.len(), MAX_MEMBERS);
+    }
+
+    #[test]
+    fn a_peer_makes_a_few_devices_known_at_once_and_more_later() {
+        let mut newcomers = Newcomers::default();
+        let mut state = State::default();
+        let told = Told { room: newcomers.room(), ..told(9) };
+        let merged = merge_all(&mut state, &told, many(0, 100));
+        newcomers.count += merged.newcomers;
+        assert_eq!((state.members.len(), merged.newcomers), (MAX_NEWCOMERS, MAX_NEWCOMERS));
+        assert_eq!(newcomers.room(), 0);
+        // Of those known it tells as much as it likes.
+        let told = Told { room: 0, ..told };
+        let removals = many(0, 5).into_iter().map(|r| MemberRecord { removed: true, ..r });
+        assert!(merge_all(&mut state, &told, removals.collect()).changed);
+        assert_eq!(state.active().count(), MAX_NEWCOMERS - 5);
+
+        newcomers.since -= NEWCOMERS_PER;
+        assert_eq!(newcomers.room(), MAX_NEWCOMERS);
+    }
+
+    #[test]
+    fn in_a_full_list_the_oldest_removal_makes_room_for_a_member() {
+        let mut state = State::default();
+        merge_all(&mut state, &told(9), many(0, MAX_MEMBERS));
+        let removed = [5, 3, 8].map(|n| many(n, 1).remove(0));
+        for record in removed.clone() {
+            let removal = Member { removed: true, ..record.into() };
+            assert!(state.merge(removal));
+        }
+        let removal = MemberRecord { removed: true, ..many(5000, 1).remove(0) };
+        assert!(!merge_all(&mut state, &told(9), vec![removal]).changed);
+        let [a, b, c] = removed.map(|r| r.id);
+        let is_there = |state: &State, id| state.members.iter().any(|m| m.id == id);
+        assert!(merge_all(&mut state, &told(9), many(6000, 1)).changed);
+        assert_eq!([a, b, c].map(|id| is_there(&state, id)), [true, false, true]);
+        assert!(merge_all(&mut state, &told(9), many(7000, 9)).changed);
+        assert_eq!((state.members.len(), state.active().count()), (MAX_MEMBERS, MAX_MEMBERS));
+    }
+
+    #[test]
+    fn a_removed_device_does_not_say_itself_that_it_came_back() {
+        let mut state = State::default();
+        merge_all(&mut state, &told(9), vec![record(1, "a", 1)]);
+        let removal = MemberRecord { removed: true, ..record(1, "a", 5) };
+        assert!(merge_all(&mut state, &told(9), vec![removal]).changed);
+        let again = || vec![MemberRecord { life: 1, ..record(1, "a", 9) }];
+        let by_itself = Told { by: DeviceId([1; 32]), ..told(9) };
+        assert!(!merge_all(&mut state, &by_itself, vec![record(1, "a", 9)]).changed);
+        assert!(!merge_all(&mut state, &by_itself, again()).changed);
+        assert!(state.member(DeviceId([1; 32])).is_none());
+        assert!(merge_all(&mut state, &told(9), again()).changed);
+        assert!(state.member(DeviceId([1; 32])).is_some());
     }
 
     #[test]
@@ -365,10 +508,10 @@ mod tests {
         let here: SocketAddr = "10.0.0.1:1".parse().unwrap();
         let there: SocketAddr = "10.0.0.2:2".parse().unwrap();
         let mut state = State::default();
-        merge_all(&mut state, DeviceId([9; 32]), vec![record(1, "a", 1)]);
+        merge_all(&mut state, &told(9), vec![record(1, "a", 1)]);
         add_addresses(&mut state.members[0], vec![here]);
-        let told = MemberRecord { addresses: vec![there], ..record(1, "a", 1) };
-        let merged = merge_all(&mut state, DeviceId([9; 32]), vec![told]);
+        let rumour = MemberRecord { addresses: vec![there], ..record(1, "a", 1) };
+        let merged = merge_all(&mut state, &told(9), vec![rumour]);
         assert!(!merged.changed);
         assert_eq!(merged.news, [DeviceId([1; 32])]);
         assert_eq!(state.members[0].addresses, [here, there]);

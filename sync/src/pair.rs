@@ -424,8 +424,7 @@ fn may_have_name(state: &State, joiner: DeviceId, name: &str) -> Result<(), Pair
     if state.member_named(name).is_some_and(|m| m.id != joiner) {
         return Err(PairRefusal::NameTaken);
     }
-    let is_known = state.members.iter().any(|m| m.id == joiner);
-    if !is_known && state.members.len() >= MAX_MEMBERS {
+    if state.member(joiner).is_none() && state.active().count() >= MAX_MEMBERS {
         return Err(PairRefusal::LibraryFull);
     }
     Ok(())
@@ -443,10 +442,13 @@ async fn admit(shared: &Shared, knock: &Knock, joined: Joined) -> Result<MemberL
                 return Err(PairRefusal::Expired);
             }
             may_have_name(state, device, &name)?;
+            crate::members::make_room(state, device);
             let stamp = state.next_stamp();
+            let life = state.life_of(device);
             state.merge(Member {
                 id: device,
                 name,
+                life,
                 stamp,
                 removed: false,
                 addresses,

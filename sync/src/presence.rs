@@ -6,6 +6,7 @@
 //! and dialled anew, because QUIC alone notices a killed peer or a dead path only after
 //! many seconds.
 
+use crate::members::Newcomers;
 use crate::node::{Path, PeerStatus, Replica, Shared};
 use crate::wire::{
     self, ALPN_MEMBER, Hello, LocationList, NEWEST, OLDEST, Refusal, Request, Response, WireError,
@@ -64,6 +65,8 @@ pub(crate) struct Peer {
     pub(crate) delivering: Arc<AsyncMutex<()>>,
     /// The session that delivers operations of it.
     pub(crate) turns: accept::Turns,
+    /// Held while a list of members of it is taken: one at a time, and not too many.
+    pub(crate) newcomers: tokio::sync::Mutex<Newcomers>,
     knowledge: Mutex<Knowledge>,
 }
 
@@ -197,6 +200,7 @@ impl Peer {
             applying: Mutex::new(()),
             delivering: Arc::default(),
             turns: accept::Turns::default(),
+            newcomers: tokio::sync::Mutex::default(),
             knowledge: Mutex::new(Knowledge {
                 hope: Some(Instant::now() + HOPE),
                 ..Knowledge::default()

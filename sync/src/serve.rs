@@ -80,7 +80,7 @@ async fn answer(
         Request::Members => {
             let frame = wire::receive_frame_in(recv, &link.inbound);
             let (MemberList(records), _room) = within(frame).await?;
-            members::take(shared, records).await;
+            members::take(shared, peer, records).await;
             reply(send, &Response::Done).await
         }
         Request::Locations => {

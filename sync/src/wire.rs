@@ -38,7 +38,7 @@ pub const MAX_REQUEST: usize = 4 << 10;
 pub const MAX_FRAME: usize = 1 << 20;
 /// The most rows in one frame.
 pub const MAX_ROWS: usize = 8192;
-/// The most devices a library may ever have had.
+/// The most devices a library may have, and the most records of members and removed ones.
 pub const MAX_MEMBERS: usize = 1024;
 /// The most locations a device may announce.
 pub const MAX_LOCATIONS: usize = 512;
@@ -277,6 +277,8 @@ pub struct MemberRecord {
     pub id: DeviceId,
     /// Its name.
     pub name: String,
+    /// How often it was admitted again ([`Member::life`]).
+    pub life: u64,
     /// When the record was made.
     pub stamp: ClockStamp,
     /// It is no longer a member.
@@ -291,6 +293,7 @@ impl From<&Member> for MemberRecord {
         Self {
             id: m.id,
             name: m.name.clone(),
+            life: m.life,
             stamp: m.stamp,
             removed: m.removed,
             addresses: m.addresses.iter().take(MAX_ADDRESSES).copied().collect(),
@@ -300,8 +303,8 @@ impl From<&Member> for MemberRecord {
 
 impl From<MemberRecord> for Member {
     fn from(r: MemberRecord) -> Self {
-        let MemberRecord { id, name, stamp, removed, addresses } = r;
-        Self { id, name, stamp, removed, addresses, last_seen_ms: None }
+        let MemberRecord { id, name, life, stamp, removed, addresses } = r;
+        Self { id, name, life, stamp, removed, addresses, last_seen_ms: None }
     }
 }
 

@@ -112,6 +112,7 @@ fn samples() -> Vec<Vec<u8>> {
     let record = MemberRecord {
         id: DeviceId([8; 32]),
         name: "laptop".into(),
+        life: 2,
         stamp: ClockStamp::default(),
         removed: false,
         addresses: hello.addresses.clone(),
@@ -240,6 +241,7 @@ fn one_element_more_than_the_bound_is_refused() {
     let record = |n| MemberRecord {
         id: DeviceId([8; 32]),
         name: "laptop".into(),
+        life: 2,
         stamp: ClockStamp::default(),
         removed: false,
         addresses: vec![address; n],

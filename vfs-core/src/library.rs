@@ -4,7 +4,8 @@
 //! One small JSON file, replaced atomically (temporary file, fsync, rename,
 //! fsync of the directory), because the index is rebuildable and this is not.
 //! Members are a last-writer-wins log: a record with the higher [`Stamp`]
-//! wins, on every device alike; a removal is a record, never an absence.
+//! wins, on every device alike; a removal is a record, never an absence, and
+//! wins over every other record of the same [`Member::life`], whatever its stamp.
 
 use crate::local::RootId;
 use crate::model::{DeviceId, LocationId};
@@ -12,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Mutex, PoisonError, RwLock};
 
 /// The version of the file's format; a higher one found on disk is refused.
 pub const FORMAT: u32 = 1;
@@ -61,15 +62,27 @@ pub struct Stamp {
 /// The largest lead over this device's wall clock that a peer's stamp may have, in ms.
 /// A stamp further ahead is refused, so that one wrong clock cannot win for ever.
 pub const MAX_LEAD_MS: u64 = 24 * 3600 * 1000;
+/// The largest count of a stamp that is taken: above it there would soon be no later one.
+pub const MAX_COUNT: u32 = u32::MAX / 2;
+/// By how many lives a record may run ahead of the one known: far more than any device was
+/// ever admitted again, far fewer than there are.
+const MAX_LEAP: u64 = u32::MAX as u64;
 
 impl Stamp {
     /// The next stamp after every one seen.
     fn after(last: Self, now_ms: u64) -> Self {
         if now_ms > last.wall_ms {
             Self { wall_ms: now_ms, count: 0 }
+        } else if last.count < MAX_COUNT {
+            Self { wall_ms: last.wall_ms, count: last.count + 1 }
         } else {
-            Self { wall_ms: last.wall_ms, count: last.count.saturating_add(1) }
+            Self { wall_ms: last.wall_ms.saturating_add(1), count: 0 }
         }
+    }
+
+    /// Whether there are stamps enough after this one, on this device's clock.
+    fn is_credible(self) -> bool {
+        self.count <= MAX_COUNT && self.wall_ms <= now_ms().saturating_add(MAX_LEAD_MS)
     }
 }
 
@@ -89,6 +102,10 @@ pub struct Member {
     pub id: DeviceId,
     /// Its name, unique among members, a directory name in the mount.
     pub name: String,
+    /// How often it was admitted again after a removal. Only an admission begins another
+    /// life, so that no record of the life before undoes the removal that ended it.
+    #[serde(default)]
+    pub life: u64,
     /// When this record was made.
     pub stamp: Stamp,
     /// It is no longer a member.
@@ -97,6 +114,13 @@ pub struct Member {
     pub addresses: Vec<std::net::SocketAddr>,
     /// Milliseconds since 1970 when it was last connected; local knowledge, not replicated.
     pub last_seen_ms: Option<u64>,
+}
+
+impl Member {
+    /// The greater of two records of one device is the one that counts.
+    fn rank(&self) -> (u64, bool, Stamp) {
+        (self.life, self.removed, self.stamp)
+    }
 }
 
 /// A folder of this device that the library may see.
@@ -152,14 +176,29 @@ impl State {
         self.clock
     }
 
+    /// The life that a device has when it is admitted now.
+    pub fn life_of(&self, id: DeviceId) -> u64 {
+        match self.members.iter().find(|m| m.id == id) {
+            Some(known) if known.removed => known.life.saturating_add(1),
+            Some(known) => known.life,
+            None => 0,
+        }
+    }
+
     /// Takes a record from another device; `true` when it changed anything.
+    ///
+    /// A stamp too far ahead is refused, before the clock is moved to it. Only of a removal
+    /// it is not, and does not move the clock: a device is not to become unremovable because
+    /// a clock is wrong.
     pub fn merge(&mut self, record: Member) -> bool {
-        if record.stamp.wall_ms > now_ms() + MAX_LEAD_MS {
+        if record.stamp.is_credible() {
+            self.clock = self.clock.max(record.stamp);
+        } else if !record.removed {
             return false;
         }
-        self.clock = self.clock.max(record.stamp);
         match self.members.iter_mut().find(|m| m.id == record.id) {
-            Some(known) if known.stamp >= record.stamp => false,
+            Some(known) if known.rank() >= record.rank() => false,
+            Some(known) if record.life - known.life > MAX_LEAP => false,
             Some(known) => {
                 let last_seen_ms = known.last_seen_ms;
                 *known = Member { last_seen_ms, ..record };
@@ -170,6 +209,13 @@ impl State {
                 true
             }
         }
+    }
+
+    /// Forgets the removed device with the oldest record, to make room for another.
+    pub fn forget_oldest_removed(&mut self) -> bool {
+        let removed = self.members.iter().enumerate().filter(|(_, m)| m.removed);
+        let oldest = removed.min_by_key(|(_, m)| m.stamp).map(|(at, _)| at);
+        oldest.map(|at| self.members.remove(at)).is_some()
     }
 }
 
@@ -182,7 +228,9 @@ fn now_ms() -> u64 {
 #[derive(Debug)]
 pub struct Library {
     path: PathBuf,
-    state: Mutex<State>,
+    state: RwLock<State>,
+    /// Held by the one writer, also while it waits for the disk; readers do not wait for it.
+    writing: Mutex<()>,
 }
 
 impl Library {
@@ -195,35 +243,31 @@ impl Library {
             }
             Err(source) => return Err(LibraryError::Io { path: path.to_owned(), source }),
         };
-        Ok(Self { path: path.to_owned(), state: Mutex::new(state) })
+        Ok(Self { path: path.to_owned(), state: RwLock::new(state), writing: Mutex::default() })
     }
 
     /// A copy of the state.
     pub fn state(&self) -> State {
-        self.lock().clone()
+        self.with(State::clone)
     }
 
-    /// Looks at the state without copying it; keep it short, others wait.
+    /// Looks at the state without copying it; keep it short, a writer waits.
     pub fn with<T>(&self, look: impl FnOnce(&State) -> T) -> T {
-        look(&self.lock())
+        // A panic in a writer leaves the old state in place, so it is sound to go on.
+        look(&self.state.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Changes the state and makes it durable; on an error nothing is changed.
     pub fn update<T>(&self, change: impl FnOnce(&mut State) -> T) -> Result<T, LibraryError> {
-        let mut state = self.lock();
-        let mut next = state.clone();
+        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut next = self.state();
         let result = change(&mut next);
-        if next != *state {
+        if self.with(|state| next != *state) {
             write_durably(&self.path, &next)
                 .map_err(|source| LibraryError::Io { path: self.path.clone(), source })?;
-            *state = next;
+            *self.state.write().unwrap_or_else(PoisonError::into_inner) = next;
         }
         Ok(result)
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        // A panic inside `update` leaves the old state in place, so it is sound to go on.
-        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 }
 
@@ -264,6 +308,7 @@ mod tests {
         Member {
             id: DeviceId([7; 32]),
             name: name.into(),
+            life: 0,
             stamp,
             removed: false,
             addresses: vec![],
@@ -297,6 +342,62 @@ mod tests {
         let mut state = State::default();
         assert!(!state.merge(member(Stamp { wall_ms: u64::MAX, count: 0 }, "x")));
         assert!(state.next_stamp().wall_ms < u64::MAX);
+    }
+
+    #[test]
+    fn a_stamp_with_no_room_after_it_is_refused_and_does_not_move_the_clock() {
+        let mut state = State::default();
+        let now = now_ms();
+        let last = Stamp { wall_ms: now + 1_000_000, count: u32::MAX };
+        assert!(!state.merge(member(last, "x")));
+        assert!(state.next_stamp().wall_ms <= now_ms());
+
+        // The largest that is taken is followed by one that is taken, too.
+        let largest = Stamp { wall_ms: now + 1_000_000, count: MAX_COUNT };
+        assert!(state.merge(member(largest, "x")));
+        let stamp = state.next_stamp();
+        assert!(state.merge(member(stamp, "y")));
+    }
+
+    #[test]
+    fn a_removal_ends_a_life_and_only_an_admission_begins_another() {
+        let at = |wall_ms| Stamp { wall_ms, count: 0 };
+        let removal = |stamp| Member { removed: true, ..member(stamp, "x") };
+        for stamp in [at(5), at(u64::MAX), Stamp { wall_ms: 5, count: u32::MAX }] {
+            let mut state = State::default();
+            state.merge(member(at(7), "x"));
+            assert!(state.merge(removal(stamp)), "{stamp:?}");
+            assert!(!state.merge(member(at(9), "x")), "it cannot undo its removal");
+            assert_eq!(state.active().count(), 0);
+            assert!(state.next_stamp().wall_ms < u64::MAX);
+
+            let life = state.life_of(DeviceId([7; 32]));
+            assert!(state.merge(Member { life, ..member(at(8), "x") }));
+            assert!(!state.merge(removal(at(20))), "of the life before");
+            assert_eq!((life, state.life_of(DeviceId([7; 32]))), (1, 1));
+        }
+    }
+
+    #[test]
+    fn lives_cannot_be_used_up() {
+        let mut state = State::default();
+        state.merge(member(Stamp::default(), "x"));
+        let removal = Member { removed: true, ..member(Stamp::default(), "x") };
+        assert!(!state.merge(Member { life: u64::MAX, ..removal.clone() }));
+        assert!(state.merge(Member { life: 3, ..removal }));
+    }
+
+    #[test]
+    fn readers_do_not_wait_for_a_writer_that_is_at_the_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let library = std::sync::Arc::new(Library::open(&dir.path().join("l.json")).unwrap());
+        let reader = library.clone();
+        let answered = library.update(|_| {
+            let (tell, told) = std::sync::mpsc::channel();
+            std::thread::spawn(move || tell.send(reader.with(|s| s.members.len())));
+            told.recv_timeout(std::time::Duration::from_secs(10))
+        });
+        assert_eq!(answered.unwrap(), Ok(0));
     }
 
     #[test]

@@ -51,6 +51,7 @@ impl Daemon {
             state.merge(Member {
                 id: me,
                 name: device,
+                life: state.life_of(me),
                 stamp,
                 removed: false,
                 addresses: Vec::new(),
@@ -269,6 +270,7 @@ pub fn failure(error: SyncError) -> Failure {
         SyncError::RemoveSelf => {
             worded(Code::Refused, "remove it on another device of the library")
         }
+        SyncError::NotRemoved => worded(Code::Refused, "set the clock, then try again"),
         SyncError::LibraryFull => worded(Code::Refused, "remove a device that is no longer used"),
         SyncError::Lost(_) => worded(Code::Unreachable, "try again"),
         SyncError::Protocol(_) | SyncError::Index(_) | SyncError::Closed => {

@@ -148,7 +148,7 @@ impl Device {
         fs::create_dir_all(&root).unwrap();
         self.index
             .put_location(NewLocation {
-                id: LocationId(rand::random()),
+                id: LocationId::new(self.id(), rand::random()),
                 owner: self.id(),
                 name: name.into(),
                 root: Some(root),
@@ -181,8 +181,8 @@ pub fn id_of(key: &[u8; 32]) -> DeviceId {
 }
 
 fn member(id: DeviceId, name: &str, stamp: vfs_core::library::Stamp) -> Member {
-    let name = name.into();
-    Member { id, name, stamp, removed: false, addresses: vec![], last_seen_ms: None }
+    let (name, addresses, last_seen_ms) = (name.into(), vec![], None);
+    Member { id, name, life: 0, stamp, removed: false, addresses, last_seen_ms }
 }
 
 /// Waits for a condition; fails with its name when it does not come true in time.

@@ -91,7 +91,8 @@ fn config() -> DriveConfig {
 
 fn member(id: DeviceId, name: &str) -> Member {
     let stamp = Clock { wall_ms: 1_600_000_000_000, count: 0 };
-    Member { id, name: name.into(), stamp, removed: false, addresses: vec![], last_seen_ms: None }
+    let (addresses, last_seen_ms) = Default::default();
+    Member { id, name: name.into(), life: 0, stamp, removed: false, addresses, last_seen_ms }
 }
 
 impl Bench {

@@ -121,7 +121,8 @@ fn made(data: &Path, name: &str) -> PathBuf {
 
 fn member(id: DeviceId, name: &str) -> Member {
     let stamp = Stamp { wall_ms: 1_600_000_000_000, count: 0 };
-    Member { id, name: name.into(), stamp, removed: false, addresses: vec![], last_seen_ms: None }
+    let (addresses, last_seen_ms) = Default::default();
+    Member { id, name: name.into(), life: 0, stamp, removed: false, addresses, last_seen_ms }
 }
 
 fn location(index: &Index, owner: DeviceId, name: &str, root: Option<PathBuf>) -> LocationNo {
