@@ -36,6 +36,12 @@ const IDLE: Duration = Duration::from_secs(5);
 const KEEP_ALIVE: Duration = Duration::from_secs(1);
 /// Streams a peer may have open at once: one for each location it follows, and its fetches.
 const MAX_STREAMS: u32 = 1024;
+/// Bytes of a peer that may wait here to be read, over all its streams.
+const MAX_WAITING: u32 = 64 << 20;
+/// The same for whoever has not proved to be a member. A limit that was granted cannot be
+/// taken back, so every connection begins with these.
+const MAX_STREAMS_OF_STRANGER: u32 = 4;
+const MAX_WAITING_OF_STRANGER: u32 = 256 << 10;
 /// Handshakes under way at once; more are refused.
 const MAX_HANDSHAKES: usize = 64;
 const HANDSHAKE: Duration = Duration::from_secs(5);
@@ -379,14 +385,22 @@ fn find_by_mdns(endpoint: &Endpoint) {
     }
 }
 
-/// Default windows: larger ones make a lossy link close the connection with "too many gaps".
+/// Gives a connection the limits of a member's.
+pub(crate) fn trust(connection: &iroh::endpoint::Connection) {
+    connection.set_max_concurrent_bi_streams(MAX_STREAMS.into());
+    connection.set_receive_window(MAX_WAITING.into());
+}
+
+/// Default windows of a stream: larger ones make a lossy link close the connection with
+/// "too many gaps".
 fn transport() -> QuicTransportConfig {
     QuicTransportConfig::builder()
         .max_idle_timeout(IDLE.try_into().ok())
         .default_path_max_idle_timeout(IDLE)
         .keep_alive_interval(KEEP_ALIVE)
         .default_path_keep_alive_interval(KEEP_ALIVE)
-        .max_concurrent_bidi_streams(MAX_STREAMS.into())
+        .max_concurrent_bidi_streams(MAX_STREAMS_OF_STRANGER.into())
+        .receive_window(MAX_WAITING_OF_STRANGER.into())
         .max_concurrent_uni_streams(0u32.into())
         .datagram_receive_buffer_size(None)
         .build()

@@ -12,7 +12,7 @@ use crate::wire::{
     self, ALPN_MEMBER, Hello, LocationList, NEWEST, OLDEST, Refusal, Request, Response, WireError,
     close,
 };
-use crate::{accept, deliver, members, replicate, serve};
+use crate::{accept, deliver, members, node, replicate, serve};
 use backon::{BackoffBuilder, ExponentialBuilder};
 use iroh::endpoint::{Connection, ConnectionError, SendStream};
 use iroh::{EndpointAddr, PublicKey, TransportAddr};
@@ -525,6 +525,7 @@ async fn live(shared: &Arc<Shared>, peer: &Arc<Peer>, link: &Arc<Link>, hello: H
     if !shared.is_peer(peer.id) {
         return members::turn_away(shared, peer.id, &link.connection);
     }
+    node::trust(&link.connection);
     peer.knowledge().last_error = None;
     let mut tasks = JoinSet::new();
     tasks.spawn(members::remember(shared.clone(), peer.clone(), link.clone(), hello));

@@ -89,13 +89,28 @@ async fn answer(
             link.announced.send_replace(Some(Arc::new(list)));
             reply(send, &Response::Done).await
         }
-        Request::Rows(follow) => replicate::serve(shared, peer, link, follow, send).await,
-        Request::Fetch(fetch) => serve_fetch(shared, peer, link, fetch, send).await,
+        Request::Rows(follow) => {
+            ignore_rest(recv);
+            replicate::serve(shared, peer, link, follow, send).await
+        }
+        Request::Fetch(fetch) => {
+            ignore_rest(recv);
+            serve_fetch(shared, peer, link, fetch, send).await
+        }
         Request::Deliver(deliver) => accept::serve(shared, peer, link, deliver, send, recv).await,
-        Request::Staged(staged) => deliver::serve_staged(shared, peer, link, staged, send).await,
+        Request::Staged(staged) => {
+            ignore_rest(recv);
+            deliver::serve_staged(shared, peer, link, staged, send).await
+        }
         // Said already, when the connection began.
         Request::Hello(_) => reply(send, &Response::Refused(Refusal::Malformed)).await,
     }
+}
+
+/// Nothing follows such a request; what comes all the same must not wait in memory for as
+/// long as the answer lasts.
+fn ignore_rest(recv: &mut RecvStream) {
+    let _ = recv.stop(0u32.into());
 }
 
 async fn serve_fetch(

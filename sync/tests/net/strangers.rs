@@ -242,3 +242,52 @@ async fn another_library_and_another_version_are_told_apart() {
     })
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_stranger_sends_without_end_does_not_fill_the_memory() {
+    let device = Device::first("desk").await;
+    let stranger = raw_endpoint(rand::random()).await;
+    let connection = stranger.connect(device.address(), ALPN_PAIR).await.unwrap();
+    // The first request never ends, so that the conversation goes on.
+    let (mut first, _) = connection.open_bi().await.unwrap();
+    first.write_all(&header(OLDEST, MAX_REQUEST as u32)).await.unwrap();
+    let mut streams = vec![];
+    while let Ok(Ok((mut send, recv))) =
+        timeout(Duration::from_millis(500), connection.open_bi()).await
+    {
+        assert!(streams.len() < 8, "many streams may be open");
+        let writing =
+            tokio::spawn(async move { while send.write_all(&[1; 4096]).await.is_ok() {} });
+        streams.push((writing, recv));
+    }
+    // Until it may send no more: then only what keeps the connection alive goes out.
+    let mut sent = 0;
+    until("it is held up", || {
+        let before = std::mem::replace(&mut sent, connection.stats().udp_tx.bytes);
+        assert!(sent < 512 << 10, "{sent} bytes");
+        std::thread::sleep(Duration::from_millis(500));
+        let now = connection.stats().udp_tx.bytes;
+        before > 128 << 10 && now - before < 8 << 10
+    })
+    .await;
+    streams.into_iter().for_each(|(writing, _)| writing.abort());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_member_sends_after_a_request_is_not_kept() {
+    let device = Device::first("desk").await;
+    let location = device.add_location("photos", None).id;
+    let (_endpoint, connection) = member(&device).await;
+    let mut streams = vec![];
+    for _ in 0..600 {
+        let follow = Request::Rows(Follow { location, log_id: 0, after: Seq(0) });
+        let (mut send, recv) = open_request(&connection, &follow).await;
+        send.write_all(&[1; 4096]).await.unwrap();
+        streams.push((send, recv));
+    }
+    for (send, _recv) in &mut streams {
+        let stopped = timeout(Duration::from_secs(30), send.stopped()).await;
+        assert!(matches!(stopped, Ok(Ok(Some(_)))), "{stopped:?}");
+    }
+    assert_eq!(ask(&connection, &Request::Ping).await, Some(Response::Done));
+}
