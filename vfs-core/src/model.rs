@@ -11,7 +11,8 @@ use std::fmt;
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct DeviceId(pub [u8; 32]);
 
-/// A location: 128 random bits, drawn when it is added.
+/// A location: 64 bits that are its owner's ([`LocationId::belongs_to`]), then 64 random ones,
+/// drawn when it is added.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct LocationId(pub [u8; 16]);
 
@@ -20,13 +21,37 @@ pub struct LocationId(pub [u8; 16]);
 pub struct ContentId(pub [u8; 32]);
 
 /// The number this device's store gave to a location; never reused, below
-/// [`LocationNo::LIMIT`], and different on each device.
+/// [`LocationNo::LIMIT`], and different on each device. Own locations and replicas have each
+/// a half of the numbers, so that peers cannot use up this device's.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 pub struct LocationNo(pub u16);
 
 impl LocationNo {
     /// One above the largest number: 14 bits, so that an inode number holds it.
     pub const LIMIT: u16 = 1 << 14;
+    /// The first number of own locations; replicas have those below.
+    pub const FIRST_OWN: u16 = Self::LIMIT / 2;
+}
+
+impl LocationId {
+    /// A location of this device, told from its others by `random`.
+    pub fn new(owner: DeviceId, random: [u8; 8]) -> Self {
+        let mut id = [0; 16];
+        let (of_owner, rest) = id.split_at_mut(8);
+        of_owner.copy_from_slice(&Self::mark(owner));
+        rest.copy_from_slice(&random);
+        Self(id)
+    }
+
+    /// Whether this device may have such a location: no other may announce it.
+    pub fn belongs_to(self, owner: DeviceId) -> bool {
+        self.0.starts_with(&Self::mark(owner))
+    }
+
+    fn mark(owner: DeviceId) -> [u8; 8] {
+        let [a, b, c, d, e, f, g, h, ..] = *blake3::hash(&owner.0).as_bytes();
+        [a, b, c, d, e, f, g, h]
+    }
 }
 
 /// A file of one location, stable over renames and restarts; given by the owner.

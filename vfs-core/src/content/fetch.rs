@@ -13,7 +13,7 @@ use crate::index::IndexError;
 use crate::model::{ContentId, DeviceId, FileId, LocationId};
 use crate::source::{FetchError, Fetched, MAX_FETCH_BYTES, Version};
 use bytes::Bytes;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -23,6 +23,9 @@ use tokio::time::{Instant, timeout_at};
 
 /// How many holders are considered: a common small file may be in thousands of places.
 const MAX_HOLDERS: usize = 32;
+/// How many of them are one other device's: one that lists the bytes often but is silent must
+/// not crowd out those that answer.
+const MAX_HOLDERS_EACH: usize = 2;
 /// A holder is given this long while there is another to try.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// A holder whose disk or program fails is asked again for this long.
@@ -195,6 +198,7 @@ impl Fetcher {
                     continue;
                 }
                 let patience = (n + 1 < count).then_some(PATIENCE);
+                let asked = Instant::now();
                 match self.ask(&holder, &range, ahead, started, patience).await? {
                     Answer::Right(bytes) => return Ok(bytes),
                     Answer::Wrong(what) => {
@@ -205,7 +209,10 @@ impl Fetcher {
                     Answer::Refusal(FetchError::Refused) => heard.refused = true,
                     Answer::Refusal(FetchError::Unreachable) => {
                         heard.unreachable = true;
-                        again.push(holder);
+                        // A silent one costs its patience each time it is asked.
+                        if holder.opened || asked.elapsed() < PATIENCE {
+                            again.push(holder);
+                        }
                     }
                     Answer::Refusal(FetchError::Failed(why)) => {
                         tracing::debug!(device = %holder.device, "a range could not be had: {why}");
@@ -255,8 +262,17 @@ impl Fetcher {
         }
         let mut seen = HashSet::new();
         holders.retain(|holder| seen.insert((holder.id(), holder.version.stamp)));
-        // Stable: after this device's own, the owners as opened, then the others.
-        holders.sort_by_key(|holder| holder.device != me);
+        // This device's own, the owners as opened, then the others; of each device one before
+        // another one of any, so that a silent device costs its patience once.
+        let mut of_device: HashMap<DeviceId, usize> = HashMap::new();
+        let mut place = |holder: &Holder| {
+            let count = of_device.entry(holder.device).or_default();
+            *count += 1;
+            (holder.device != me, *count)
+        };
+        let mut placed: Vec<_> = holders.into_iter().map(|h| (place(&h), h)).collect();
+        placed.sort_by_key(|(place, _)| *place);
+        let mut holders: Vec<_> = placed.into_iter().map(|(_, holder)| holder).collect();
         holders.truncate(MAX_HOLDERS);
         holders
     }
@@ -265,10 +281,15 @@ impl Fetcher {
         let index = &self.content.index;
         let view = index.view()?;
         let mut holders = Vec::new();
-        for (no, file) in view.holders(id)?.into_iter().take(8 * MAX_HOLDERS) {
-            let (Some(location), Some(node)) = (index.location(no), view.node(no, file)?) else {
+        let mut of_device: HashMap<DeviceId, usize> = HashMap::new();
+        for (no, file) in view.holders(id)? {
+            let Some(location) = index.location(no) else { continue };
+            let count = of_device.entry(location.owner).or_default();
+            *count += 1;
+            if *count > MAX_HOLDERS_EACH && location.owner != index.me() {
                 continue;
-            };
+            }
+            let Some(node) = view.node(no, file)? else { continue };
             let entry = node.entry;
             if entry.content == Some(id) && entry.attr.size == self.size {
                 let (location, device) = (location.id, location.owner);

@@ -33,6 +33,9 @@ pub struct OwnFiles {
     roots: Roots,
     manifests: Arc<Manifests>,
     rebuilding: Arc<Mutex<HashSet<ContentId>>>,
+    /// How often a whole file was hashed while its asker waited.
+    #[cfg(test)]
+    pub(super) rebuilt: std::sync::atomic::AtomicUsize,
 }
 
 /// A file opened at the version that was asked for.
@@ -40,7 +43,10 @@ struct Opened {
     file: File,
     /// What it is now, to be compared after reading.
     stamp: Stamp,
-    /// The index says that these very bytes have the content id asked for.
+    /// The index says that the file has, or lately had, the content id asked for. Anyone may
+    /// ask for any id, and only for such a one is a whole file hashed.
+    content_is_claimed: bool,
+    /// The same of these very bytes.
     content_is_known: bool,
 }
 
@@ -51,7 +57,14 @@ impl OwnFiles {
     }
 
     pub(super) fn with_roots(index: Index, roots: Roots, manifests: Arc<Manifests>) -> Self {
-        Self { index, roots, manifests, rebuilding: Arc::default() }
+        Self {
+            index,
+            roots,
+            manifests,
+            rebuilding: Arc::default(),
+            #[cfg(test)]
+            rebuilt: Default::default(),
+        }
     }
 
     /// The bytes of a range of a version, with what proves them when its content id was asked for.
@@ -105,13 +118,14 @@ impl OwnFiles {
         })?;
         let stamp = stamp_of(&file).map_err(failed)?;
         let is_indexed = node.entry.stamp() == stamp;
-        let content_is_known =
-            is_indexed && version.content.is_some() && node.entry.content == version.content;
+        let content_is_claimed = version.content.is_some() && node.entry.content == version.content;
+        let content_is_known = is_indexed && content_is_claimed;
         // Another stamp may still have the same bytes (a chmod, a touch): then the index says
         // so already, or the proof will show it.
         let may_serve =
             stamp == version.stamp || stamp.size == version.stamp.size && version.content.is_some();
-        may_serve.then_some(Opened { file, stamp, content_is_known }).ok_or(FetchError::Stale)
+        let opened = Opened { file, stamp, content_is_claimed, content_is_known };
+        may_serve.then_some(opened).ok_or(FetchError::Stale)
     }
 
     fn find(&self, no: LocationNo, version: &Version) -> Result<(Node, Vec<Name>), FetchError> {
@@ -152,8 +166,10 @@ impl OwnFiles {
         match self.manifests.get(content) {
             Some(manifest) if manifest.size() == size => Ok(manifest),
             Some(_) => Err(FetchError::Stale),
-            None if size <= REBUILD_AT_ONCE_BYTES => self.rebuild(&opened.file, size, content),
-            // Only for bytes that may really have it: anyone may ask for any content id.
+            None if opened.content_is_claimed && size <= REBUILD_AT_ONCE_BYTES => {
+                self.rebuild(&opened.file, size, content)
+            }
+            // Not only claimed: it would be hashed in vain each time.
             None if opened.content_is_known => Err(self.rebuild_later(opened, content)),
             None => Err(FetchError::Stale),
         }
@@ -166,6 +182,8 @@ impl OwnFiles {
         content: ContentId,
     ) -> Result<Arc<Manifest>, FetchError> {
         let never = AtomicBool::new(false);
+        #[cfg(test)]
+        self.rebuilt.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let rebuilt = Manifest::of_file(file, size, &never).map_err(unreadable)?;
         let (hashed, manifest) = rebuilt.ok_or(FetchError::Stale)?;
         if hashed != content {

@@ -402,6 +402,23 @@ fn a_holder_that_stalls_is_left_for_another() {
 }
 
 #[test]
+fn a_silent_device_that_lists_the_bytes_often_does_not_crowd_out_another() {
+    let world = World::new(3 * GROUP);
+    let rows = (0..10_000).map(|n| {
+        let name = format!("copy-{n}");
+        row(3 + n, FileId::ROOT, &name, Entry { file_id: FileId(1000 + n), ..world.entry.clone() })
+    });
+    assert!(world.no(OWNER) < world.no(OTHER));
+    world.index.apply_replica(world.no(OWNER), 9, rows.collect(), Seq(10_002)).unwrap();
+    world.net.behave(OWNER, Behaviour::Stalls);
+    let content = world.content();
+    let reader = world.open(&content);
+    let asked = Instant::now();
+    assert_eq!(world.read(&reader, 0, 10).unwrap(), world.bytes[..10]);
+    assert!(asked.elapsed() < Duration::from_secs(5), "{:?}", asked.elapsed());
+}
+
+#[test]
 fn a_version_that_is_gone_is_stale_and_a_refusal_is_denied() {
     for (behaviour, kind) in
         [(Behaviour::IsStale, Kind::Stale), (Behaviour::Refuses, Kind::AccessDenied)]
@@ -708,6 +725,17 @@ fn own_files_are_served_with_proof_also_when_their_tree_is_missing() {
         let fetched = own.own.read(OWNER, &version, range.clone()).unwrap();
         assert!(manifest::verify(content, size, range, &fetched.bytes, &fetched.proof));
     }
+}
+
+#[test]
+fn an_asker_cannot_have_a_file_hashed_for_an_id_it_made_up() {
+    let own = Own::new();
+    let version = own.hashed();
+    let made_up = Version { content: Some(ContentId([9; 32])), ..version.clone() };
+    assert!(is_stale(&own.own.read(OWNER, &made_up, 0..GROUP_BYTES)));
+    assert_eq!(own.own.rebuilt.load(Ordering::Relaxed), 0);
+    assert!(own.own.read(OWNER, &version, 0..GROUP_BYTES).is_ok());
+    assert_eq!(own.own.rebuilt.load(Ordering::Relaxed), 1);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 //! A location number takes 2 bytes, a file id 5 (ids are below 2^40), a sequence
 //! number 8. A name is always last, so it needs no length.
 
-use crate::model::{ContentId, FileId, LocationNo, Name, Seq};
+use crate::model::{ContentId, DeviceId, FileId, LocationNo, Name, Seq};
 
 const FILE_BYTES: usize = 5;
 const LOCATION_BYTES: usize = 2;
@@ -66,6 +66,11 @@ pub(super) fn unhashed(no: LocationNo, mtime_secs: i64, file: FileId) -> Vec<u8>
 /// Meta: the state of a location.
 pub(super) fn state(no: LocationNo) -> Vec<u8> {
     join(&[b"state", &location(no)])
+}
+
+/// Meta: how many numbers a device's locations were given.
+pub(super) fn given(owner: DeviceId) -> Vec<u8> {
+    join(&[b"given", &owner.0])
 }
 
 /// A parent and a name, as the end of a Nodes key and the value of a Log row have them.

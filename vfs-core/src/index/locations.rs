@@ -7,12 +7,15 @@ use super::store::{Snapshot, Table};
 use super::tx::Tx;
 use super::{Index, IndexError, Inner, NewLocation, read};
 use crate::changes::Change;
-use crate::model::{Location, LocationId, LocationNo};
+use crate::model::{DeviceId, Location, LocationId, LocationNo};
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::sync::{Arc, Weak};
 
-const NEXT_LOCATION: &[u8] = b"next location";
+const NEXT_REPLICA: &[u8] = b"next location";
+const NEXT_OWN: &[u8] = b"next own location";
+/// How many numbers another device's locations may ever have been given.
+const MAX_GIVEN: u16 = 1024;
 
 impl Index {
     /// Every location, by number.
@@ -33,6 +36,7 @@ impl Index {
     /// Adds a location, or updates the one with its id. The owner of a location never changes.
     pub fn put_location(&self, location: NewLocation) -> Result<Arc<Location>, IndexError> {
         let own = location.owner == self.me();
+        let owner = location.owner;
         let put = self.write_durably(
             |tx| {
                 let known = self.location_by_id(location.id);
@@ -41,7 +45,8 @@ impl Index {
                 }
                 let no = match &known {
                     Some(known) => known.no,
-                    None => begin_location(tx, own)?,
+                    None if own => begin_own(tx)?,
+                    None => begin_replica(tx, owner)?,
                 };
                 let record = record_of(location);
                 tx.batch.put(Table::Locations, key::location(no), encode(&record));
@@ -76,7 +81,7 @@ impl Index {
             |tx| {
                 let location = self.location(old).ok_or(IndexError::NoSuchLocation(old))?;
                 let record = record_of((*location).clone());
-                let no = begin_location(tx, false)?;
+                let no = begin_replica(tx, location.owner)?;
                 tx.set_state(no, State::new(log_id));
                 tx.batch.put(Table::Locations, key::location(no), encode(&record));
                 let gone = LocationRecord { removing: true, ..record };
@@ -103,17 +108,39 @@ impl Index {
     }
 }
 
-/// A number never given before, so that no inode number ever means two things, and a state.
-fn begin_location(tx: &mut Tx<'_>, own: bool) -> Result<LocationNo, IndexError> {
-    let next = match tx.get(Table::Meta, NEXT_LOCATION)? {
+fn begin_own(tx: &mut Tx<'_>) -> Result<LocationNo, IndexError> {
+    let no = next_number(tx, NEXT_OWN, LocationNo::FIRST_OWN..LocationNo::LIMIT)?;
+    tx.set_state(no, State::begin(new_log_id()));
+    Ok(no)
+}
+
+/// A peer announces what it likes: what one can use up is bounded, for ever.
+fn begin_replica(tx: &mut Tx<'_>, owner: DeviceId) -> Result<LocationNo, IndexError> {
+    let given = tx.get(Table::Meta, &key::given(owner))?;
+    let given: u16 = given.map_or(Ok(0), |value| decode(&value, "a peer's locations"))?;
+    if given >= MAX_GIVEN {
+        return Err(IndexError::TooMany("locations of one device"));
+    }
+    tx.batch.put(Table::Meta, key::given(owner), encode(&(given + 1)));
+    let no = next_number(tx, NEXT_REPLICA, 1..LocationNo::FIRST_OWN)?;
+    tx.set_state(no, State::new(0));
+    Ok(no)
+}
+
+/// A number never given before, so that no inode number ever means two things.
+fn next_number(
+    tx: &mut Tx<'_>,
+    counter: &[u8],
+    numbers: Range<u16>,
+) -> Result<LocationNo, IndexError> {
+    let next = match tx.get(Table::Meta, counter)? {
         Some(value) => decode(&value, "the next location's number")?,
-        None => 1,
+        None => numbers.start,
     };
-    if next >= LocationNo::LIMIT {
+    if !numbers.contains(&next) {
         return Err(IndexError::TooMany("locations"));
     }
-    tx.batch.put(Table::Meta, NEXT_LOCATION, encode(&(next + 1)));
-    tx.set_state(LocationNo(next), if own { State::begin(new_log_id()) } else { State::new(0) });
+    tx.batch.put(Table::Meta, counter, encode(&(next + 1)));
     Ok(LocationNo(next))
 }
 

@@ -303,7 +303,7 @@ impl Index {
     ) -> Result<R, IndexError> {
         let inner = &*self.0;
         let mut writer = inner.lock();
-        let mut tx = Tx::new(inner.store.snapshot()?, &inner.memory, &inner.expected);
+        let mut tx = Tx::new(inner.store.snapshot()?, &inner.memory, &inner.expected, inner.me);
         let result = make(&mut tx)?;
         let (batch, states, changes) = tx.finish();
         if batch.is_empty() {

@@ -9,7 +9,7 @@ use super::*;
 use crate::changes::{Change, Next};
 use crate::model::{ContentId, FileType, Stamp, Time};
 use std::collections::{BTreeMap, BTreeSet};
-use std::ops::ControlFlow;
+use std::ops::{Bound, ControlFlow};
 use std::path::Path;
 use tempfile::TempDir;
 
@@ -752,4 +752,128 @@ fn what_was_flushed_survives_without_closing() {
         index.0.store.commit(Batch::default(), Durability::Durable).map_err(|e| e.to_string()),
         Ok(())
     );
+}
+
+// What a peer may cost.
+
+/// A store in memory that counts the keys it is asked for.
+#[derive(Default)]
+struct Counting {
+    tables: std::sync::RwLock<Tables>,
+    gets: Arc<std::sync::atomic::AtomicUsize>,
+}
+
+type Tables = Arc<BTreeMap<u8, BTreeMap<Vec<u8>, Vec<u8>>>>;
+
+struct Counted(Tables, Arc<std::sync::atomic::AtomicUsize>);
+
+impl Store for Counting {
+    fn snapshot(&self) -> Result<Box<dyn Snapshot + '_>, StoreError> {
+        Ok(Box::new(Counted(self.tables.read().unwrap().clone(), self.gets.clone())))
+    }
+
+    fn commit(&self, batch: Batch, _: Durability) -> Result<(), StoreError> {
+        let mut tables = self.tables.write().unwrap();
+        let tables = Arc::make_mut(&mut tables);
+        for table in Table::ALL {
+            let rows = tables.entry(table as u8).or_default();
+            for (key, value) in batch.changes(table) {
+                match value {
+                    Some(value) => rows.insert(key.clone(), value.clone()),
+                    None => rows.remove(key),
+                };
+            }
+        }
+        Ok(())
+    }
+
+    fn size_bytes(&self) -> u64 {
+        0
+    }
+}
+
+impl Snapshot for Counted {
+    fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
+        self.1.fetch_add(1, Ordering::Relaxed);
+        Ok(self.0.get(&(table as u8)).and_then(|rows| rows.get(key).cloned()))
+    }
+
+    fn scan(
+        &self,
+        table: Table,
+        from: &[u8],
+        to: Option<&[u8]>,
+        visit: Visit<'_>,
+    ) -> Result<(), StoreError> {
+        let Some(rows) = self.0.get(&(table as u8)) else { return Ok(()) };
+        let from = rows.range::<[u8], _>((Bound::Included(from), Bound::Unbounded));
+        for (key, value) in from.take_while(|(key, _)| to.is_none_or(|to| key.as_slice() < to)) {
+            if visit(key, value).is_break() {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn a_peer_with_ever_new_locations_leaves_numbers_for_the_others() {
+    let index = Index::open(Arc::new(Counting::default()), ME).unwrap();
+    let put = |owner: DeviceId, n: u16| {
+        let mut id = [owner.0[0]; 16];
+        id[..2].copy_from_slice(&n.to_be_bytes());
+        index.put_location(NewLocation { id: LocationId(id), ..location(owner) })
+    };
+    let mut given = 0;
+    for n in 0..40 * 512 {
+        match put(PEER, n) {
+            Ok(location) => {
+                given += 1;
+                assert!(location.no.0 < LocationNo::FIRST_OWN);
+                index.remove_location(location.no).unwrap();
+            }
+            Err(error) => assert!(matches!(error, IndexError::TooMany(_)), "{error:?}"),
+        }
+    }
+    assert_eq!(given, 1024);
+    assert_eq!(put(ME, 1).unwrap().no, LocationNo(LocationNo::FIRST_OWN));
+    assert_eq!(put(DeviceId([3; 32]), 1).unwrap().no, LocationNo(1025));
+}
+
+#[test]
+fn a_row_of_a_file_with_many_names_costs_a_peers_reader_little() {
+    let store = Arc::new(Counting::default());
+    let index = Index::open(store.clone(), PEER).unwrap();
+    let no = index.put_location(location(ME)).unwrap().no;
+    let rows = |first: u64| {
+        let row = |n| {
+            let content = Some(ContentId::of(&u64::to_le_bytes(first + n)));
+            let entry = Entry { content, ..entry(5, FileType::File) };
+            log_row(first + n, FileId::ROOT, &format!("name-{n}"), Some(entry))
+        };
+        (0..500).map(row).collect()
+    };
+    index.apply_replica(no, 9, rows(1), Seq(500)).unwrap();
+    let before = store.gets.load(Ordering::Relaxed);
+    index.apply_replica(no, 9, rows(501), Seq(1000)).unwrap();
+    let gets = store.gets.load(Ordering::Relaxed) - before;
+    assert!(gets < 500 * 20, "{gets} for 500 rows");
+}
+
+#[test]
+fn a_few_holders_are_given_of_each_location() {
+    let f = replica();
+    let content = ContentId::of(b"popular");
+    let other = NewLocation { id: LocationId([8; 16]), ..location(ME) };
+    let other = f.index.put_location(other).unwrap().no;
+    for no in [f.no, other] {
+        let row = |id| {
+            let entry = Entry { content: Some(content), ..entry(id, FileType::File) };
+            log_row(id, FileId::ROOT, &format!("copy-{id}"), Some(entry))
+        };
+        f.index.apply_replica(no, 9, (2..1000).map(row).collect(), Seq(1000)).unwrap();
+    }
+    let holders = f.index.view().unwrap().holders(content).unwrap();
+    let of = |no| holders.iter().filter(|(holder, _)| *holder == no).count();
+    assert_eq!((of(f.no), of(other), holders.len()), (4, 4, 8));
 }

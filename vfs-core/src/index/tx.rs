@@ -4,7 +4,8 @@
 //!
 //! - every row of Entries has its key in Nodes and its place in Log, and no other place;
 //! - a name is in Entries or in Tombstones, never in both, and each has one place in Log;
-//! - a row with a content id has its key in Content;
+//! - a row with a content id has its key in Content (in a replica: unless its file has more
+//!   than [`REPLICA_NAMES`] names);
 //! - the state of a location (counts, head) is that of its rows.
 
 use super::expect::Expected;
@@ -15,7 +16,7 @@ use super::row::{Row, State, encode};
 use super::store::{Batch, Snapshot, StoreError, Table, Visit};
 use super::{Counts, IndexError, ROOT_PARENT};
 use crate::changes::Change;
-use crate::model::{Entry, FileId, FileType, LocationNo, Name, Seq};
+use crate::model::{DeviceId, Entry, FileId, FileType, LocationNo, Name, Seq};
 use crate::ops::DRAWN_FILE_ID;
 use std::collections::BTreeMap;
 use std::ops::{Bound, ControlFlow};
@@ -23,6 +24,9 @@ use std::ops::{Bound, ControlFlow};
 /// How many names of one file are looked at, and kept alike; beyond it, scans bring the
 /// others up to date.
 pub(super) const NAMES_ALIKE: usize = 1024;
+/// The same in a replica, whose owner may give one file a million names, in any order: what is
+/// looked at for each of its rows is bounded. Beyond it, a holder of bytes may be overlooked.
+const REPLICA_NAMES: usize = 16;
 
 /// The name of a row: its directory and its name there.
 #[derive(Clone, Copy)]
@@ -46,6 +50,7 @@ pub(super) struct Tx<'a> {
     snapshot: Box<dyn Snapshot + 'a>,
     memory: &'a Memory,
     expected: &'a Expected,
+    me: DeviceId,
     pub(super) batch: Batch,
     pub(super) changes: Vec<Change>,
     states: BTreeMap<LocationNo, State>,
@@ -56,9 +61,10 @@ impl<'a> Tx<'a> {
         snapshot: Box<dyn Snapshot + 'a>,
         memory: &'a Memory,
         expected: &'a Expected,
+        me: DeviceId,
     ) -> Self {
         let (batch, changes, states) = Default::default();
-        Self { snapshot, memory, expected, batch, changes, states }
+        Self { snapshot, memory, expected, me, batch, changes, states }
     }
 
     /// The id that an inode about to appear is to have.
@@ -228,7 +234,9 @@ impl<'a> Tx<'a> {
     /// replica learns of the names of one file one after the other.
     fn drop_content(&mut self, place: Place<'_>, old: &Entry) -> Result<(), IndexError> {
         let Some(content) = old.content else { return Ok(()) };
-        for (parent, name) in read::names(self, place.no, old.file_id, NAMES_ALIKE)? {
+        let is_own = self.memory.location(place.no).is_some_and(|l| l.owner == self.me);
+        let limit = if is_own { NAMES_ALIKE } else { REPLICA_NAMES };
+        for (parent, name) in read::names(self, place.no, old.file_id, limit)? {
             let other = Place { no: place.no, parent, name: &name };
             let is_this = parent == place.parent && name == *place.name;
             if !is_this && self.row(other)?.is_some_and(|r| r.entry.content == Some(content)) {

@@ -15,6 +15,8 @@ use std::sync::atomic::Ordering;
 const DEPTH_MAX: usize = 4096;
 /// Names of one file that are tried for a path.
 const NAMES_TRIED: usize = 16;
+/// Holders of the same bytes that are given of one location.
+const HOLDERS_EACH: usize = 4;
 /// What a row costs a message beside its name and target, about.
 const ROW_BYTES: usize = 160;
 /// Rows of one answer, whatever their size.
@@ -134,15 +136,34 @@ impl<'a> View<'a> {
         Ok(found)
     }
 
-    /// Every file that has these bytes.
+    /// Files that have these bytes, a few of each location: one owner may have listed the
+    /// same bytes a million times.
     pub fn holders(&self, content: ContentId) -> Result<Vec<(LocationNo, FileId)>, IndexError> {
+        let end = key::after_prefix(&content.0);
         let mut found = Vec::new();
-        read::scan_prefix(&*self.snapshot, Table::Content, &content.0, &mut |key, _| {
-            let no = key::content_location(key).ok_or(IndexError::DamagedRow("a holder"))?;
-            let file = key::last_file(key).ok_or(IndexError::DamagedRow("a holder"))?;
-            found.push((no, file));
-            Ok(ControlFlow::Continue(()))
-        })?;
+        let mut start = content.0.to_vec();
+        loop {
+            let mut few: Vec<(LocationNo, FileId)> = Vec::new();
+            read::scan_range(
+                &*self.snapshot,
+                Table::Content,
+                &start,
+                end.as_deref(),
+                &mut |k, _| {
+                    let no = key::content_location(k).ok_or(IndexError::DamagedRow("a holder"))?;
+                    let file = key::last_file(k).ok_or(IndexError::DamagedRow("a holder"))?;
+                    if few.first().is_some_and(|(first, _)| *first != no) {
+                        return Ok(ControlFlow::Break(()));
+                    }
+                    few.push((no, file));
+                    let more = few.len() < HOLDERS_EACH;
+                    Ok(if more { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
+                },
+            )?;
+            let Some((no, _)) = few.first() else { break };
+            start = key::content(content, LocationNo(no.0 + 1), FileId(0));
+            found.append(&mut few);
+        }
         // The rows of a removed location go bit by bit.
         found.retain(|(no, _)| self.index.location(*no).is_some());
         Ok(found)
