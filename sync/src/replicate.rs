@@ -22,7 +22,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 use tokio::task::{AbortHandle, JoinSet};
 use vfs_core::changes::{Change, Next};
-use vfs_core::index::{Index, LogRow, NewLocation};
+use vfs_core::index::{Index, IndexError, LogRow, NewLocation};
 use vfs_core::model::{DeviceId, Location, LocationId, LocationNo, Seq};
 use vfs_core::path::check_label;
 
@@ -97,6 +97,12 @@ pub(crate) async fn serve(
     let mut is_first = true;
     loop {
         let Ok(room) = link.outbound.acquire().await else { return Ok(()) };
+        // Before each batch: there may be many, and none after it is no longer shared.
+        let still = shared_location(shared, peer.id, follow.location);
+        if still.is_none_or(|l| l.no != no || index.log_id(no) != log_id) {
+            let _ = send.finish();
+            return Ok(());
+        }
         let Ok((rows, upto)) = read_log(index, no, after).await else {
             let _ = send.reset(0u32.into());
             return Ok(());
@@ -120,11 +126,6 @@ pub(crate) async fn serve(
             _ = send.stopped() => return Ok(()),
         }
         tokio::time::sleep(GATHER).await;
-        let still = shared_location(shared, peer.id, follow.location);
-        if still.is_none_or(|l| l.no != no || index.log_id(no) != log_id) {
-            let _ = send.finish();
-            return Ok(());
-        }
     }
 }
 
@@ -176,13 +177,13 @@ pub(crate) async fn follow(shared: Arc<Shared>, peer: Arc<Peer>, link: Arc<Link>
     loop {
         let announced = announcements.borrow_and_update().clone();
         if let Some(list) = announced {
-            let kept = match take_over(&shared, &peer, list).await {
-                Ok(kept) => kept,
-                Err(error) => {
-                    peer.knowledge().last_error = Some(error);
-                    HashSet::new()
-                }
+            let (kept, error) = match take_over(&shared, &peer, list).await {
+                Ok((kept, left_out)) => (kept, left_out),
+                Err(error) => (HashSet::new(), Some(error)),
             };
+            if error.is_some() {
+                peer.knowledge().last_error = error;
+            }
             peer.knowledge().heads.retain(|id, _| kept.contains(id));
             followed.retain(|id, task| {
                 let stays = kept.contains(id);
@@ -204,13 +205,15 @@ pub(crate) async fn follow(shared: Arc<Shared>, peer: Arc<Peer>, link: Arc<Link>
     }
 }
 
-/// Adds and updates replicas as announced, and drops the others of this peer. Gives those
-/// that are to be followed.
+/// The locations to be followed, and why some of those announced are not.
+type Kept = (HashSet<LocationId>, Option<String>);
+
+/// Adds and updates replicas as announced, and drops the others of this peer.
 async fn take_over(
     shared: &Arc<Shared>,
     peer: &Arc<Peer>,
     list: Arc<LocationList>,
-) -> Result<HashSet<LocationId>, String> {
+) -> Result<Kept, String> {
     let (shared, peer) = (shared.clone(), peer.clone());
     tokio::task::spawn_blocking(move || {
         let _applying = peer.applying.lock().unwrap_or_else(PoisonError::into_inner);
@@ -225,37 +228,52 @@ async fn take_over(
     .flatten()
 }
 
-fn store_announced(
-    index: &Index,
-    peer: DeviceId,
-    list: &[Announced],
-) -> Result<HashSet<LocationId>, String> {
-    let accepted = acceptable(index, peer, list);
+fn store_announced(index: &Index, peer: DeviceId, list: &[Announced]) -> Result<Kept, String> {
+    let mut accepted = acceptable(index, peer, list);
+    let mut left_out = None;
     for replica in index.locations().iter().filter(|l| l.owner == peer) {
         if !accepted.contains_key(&replica.id) {
             index.remove_location(replica.no).map_err(|e| e.to_string())?;
         }
     }
-    for announced in accepted.values() {
-        let known = index.location_by_id(announced.id);
-        let is_same = |l: &Location| l.name == announced.name && l.read_only == announced.read_only;
-        if known.is_some_and(|l| is_same(&l)) {
-            continue;
+    let mut failure = None;
+    accepted.retain(|_, announced| match store_one(index, peer, announced) {
+        Ok(()) => true,
+        // It has had its share of numbers; what it has stays.
+        Err(error @ IndexError::TooMany(_)) => {
+            left_out = Some(error.to_string());
+            false
         }
-        let location = NewLocation {
-            id: announced.id,
-            owner: peer,
-            name: announced.name.clone(),
-            root: None,
-            read_only: announced.read_only,
-            shared_with: None,
-        };
-        index.put_location(location).map_err(|e| e.to_string())?;
+        Err(error) => {
+            failure = Some(error.to_string());
+            false
+        }
+    });
+    match failure {
+        Some(failure) => Err(failure),
+        None => Ok((accepted.into_keys().collect(), left_out)),
     }
-    Ok(accepted.into_keys().collect())
 }
 
-/// What a peer may announce: names that are labels and differ, ids of no other device.
+fn store_one(index: &Index, peer: DeviceId, announced: &Announced) -> Result<(), IndexError> {
+    let known = index.location_by_id(announced.id);
+    let is_same = |l: &Location| l.name == announced.name && l.read_only == announced.read_only;
+    if known.is_some_and(|l| is_same(&l)) {
+        return Ok(());
+    }
+    let location = NewLocation {
+        id: announced.id,
+        owner: peer,
+        name: announced.name.clone(),
+        root: None,
+        read_only: announced.read_only,
+        shared_with: None,
+    };
+    index.put_location(location).map(drop)
+}
+
+/// What a peer may announce: names that are labels and differ, ids that are its own. An id
+/// that the index does not know may be another device's all the same.
 fn acceptable<'a>(
     index: &Index,
     peer: DeviceId,
@@ -264,6 +282,7 @@ fn acceptable<'a>(
     let mut names = HashSet::new();
     list.iter()
         .filter(|a| check_label(&a.name).is_ok() && names.insert(a.name.as_str()))
+        .filter(|a| a.id.belongs_to(peer))
         .filter(|a| index.location_by_id(a.id).is_none_or(|l| l.owner == peer))
         .map(|a| (a.id, a))
         .collect()
@@ -356,7 +375,7 @@ async fn follow_once(
 async fn change<T: Send + 'static>(
     peer: &Arc<Peer>,
     index: &Index,
-    work: impl FnOnce(&Index) -> Result<T, vfs_core::index::IndexError> + Send + 'static,
+    work: impl FnOnce(&Index) -> Result<T, IndexError> + Send + 'static,
 ) -> Result<T, FollowError> {
     let (peer, index) = (peer.clone(), index.clone());
     tokio::task::spawn_blocking(move || {
@@ -366,4 +385,28 @@ async fn change<T: Send + 'static>(
     .await
     .map_err(|e| FollowError::Rows(e.to_string()))
     .flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vfs_core::index::open_store;
+
+    #[test]
+    fn locations_beyond_a_peers_share_are_left_out_and_its_others_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let (me, peer) = (DeviceId([1; 32]), DeviceId([2; 32]));
+        let index = Index::open(open_store(dir.path()).unwrap().store, me).unwrap();
+        let fresh = |n: u64| Announced {
+            id: LocationId::new(peer, n.to_le_bytes()),
+            name: format!("l{n}"),
+            read_only: false,
+        };
+        (0..1023).for_each(|n| store_one(&index, peer, &fresh(n)).unwrap());
+        let list: Vec<_> = (500..1025).map(fresh).collect();
+        let (kept, left_out) = store_announced(&index, peer, &list).unwrap();
+        assert_eq!(kept.len(), 524, "of two new ones one has a number");
+        assert!(left_out.is_some_and(|e| e.contains("too many")));
+        assert_eq!(index.locations().len(), 524);
+    }
 }

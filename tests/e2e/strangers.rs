@@ -76,12 +76,13 @@ fn every_request(owner: &Device, source: &std::path::Path, me: &SecretKey) -> Ve
     let records = MemberList(vec![MemberRecord {
         id: DeviceId(*me.public().as_bytes()),
         name: "intruder".into(),
+        life: 0,
         stamp: ClockStamp { wall_ms: now_ms(), count: 0 },
         removed: false,
         addresses: vec![],
     }]);
     let announced = LocationList(vec![Announced {
-        id: LocationId([7; 16]),
+        id: LocationId::new(DeviceId(*me.public().as_bytes()), [7; 8]),
         name: "planted".into(),
         read_only: false,
     }]);

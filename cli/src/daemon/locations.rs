@@ -41,7 +41,7 @@ impl Daemon {
             check(name, "location")?;
         }
         let shared_with = self.shares(&new.share_with)?;
-        let id = LocationId(rand::random());
+        let id = LocationId::new(self.me, rand::random());
         let added = self.library.update(|state| {
             let name = free_name(new.name.as_deref(), &root, &state.locations)?;
             let read_only = new.read_only;

@@ -1,8 +1,9 @@
 //! What a daemon is made of, and how the parts are joined.
 //!
 //! Order of making: identity, library, index, indexer, own files, applier, outbox,
-//! network, cache, content. Closing goes the other way round: mounts, network,
-//! outbox, indexer, index, so that nothing writes into what is closed already.
+//! own locations, network, cache, content. The own locations are there before a peer
+//! can announce any. Closing goes the other way round: mounts, network, outbox,
+//! indexer, index, so that nothing writes into what is closed already.
 
 use super::mounts::Mounts;
 use crate::config::Config;
@@ -70,6 +71,7 @@ impl Daemon {
             outbox: Some(Arc::clone(&outbox) as _),
             applier: Some(applier as _),
         };
+        adopt_locations(&library, &index, &indexer)?;
         let node = Node::start(node_config(config, secret_key), parts)
             .await
             .map_err(super::members::failure)?;
@@ -87,7 +89,7 @@ impl Daemon {
         );
         // Without a mount as well: what is delivered or exported may need the bytes beneath.
         outbox.attach(&content);
-        let daemon = Arc::new(Self {
+        Ok(Arc::new(Self {
             dir: dir.clone(),
             config: config.clone(),
             me,
@@ -104,53 +106,17 @@ impl Daemon {
             started: Time::now(),
             set_aside: opened.set_aside,
             stop: watch::Sender::new(false),
-        });
-        daemon.adopt_locations()?;
-        Ok(daemon)
+        }))
     }
 
-    /// Makes the index agree with the library about own locations, and watches them.
-    fn adopt_locations(&self) -> Outcome<()> {
-        let own = self.library.with(|state| state.locations.clone());
-        for location in self.index.locations() {
-            if location.owner == self.me && !own.iter().any(|o| o.id == location.id) {
-                self.index.remove_location(location.no).map_err(index_failure)?;
-            }
-        }
-        for location in own {
-            let no = self.put_location(&location)?.no;
-            self.watch(&location, no);
-        }
-        Ok(())
-    }
-
-    /// Has an own location indexed. Which folder it is, is kept in the library: the index may be
-    /// lost while its disk is away, and the empty mount point must not become the location.
+    /// Has an own location indexed.
     pub fn watch(&self, own: &OwnLocation, no: LocationNo) {
-        let (library, id) = (Arc::clone(&self.library), own.id);
-        self.indexer.watch_known(no, own.root_id.clone(), move |found| {
-            let noted = library.update(|state| {
-                let location = state.locations.iter_mut().find(|l| l.id == id);
-                location.into_iter().for_each(|l| l.root_id = Some(found.clone()));
-            });
-            if let Err(error) = noted {
-                tracing::warn!(%error, "which folder a location has could not be kept");
-            }
-        });
+        watch(&self.library, &self.indexer, own, no);
     }
 
     /// Puts an own location into the index.
     pub fn put_location(&self, own: &OwnLocation) -> Outcome<Arc<Location>> {
-        self.index
-            .put_location(NewLocation {
-                id: own.id,
-                owner: self.me,
-                name: own.name.clone(),
-                root: Some(own.root.clone()),
-                read_only: own.read_only,
-                shared_with: own.shared_with.clone(),
-            })
-            .map_err(index_failure)
+        put_location(&self.index, own)
     }
 
     /// Asks [`super::run`] to end.
@@ -185,6 +151,49 @@ impl Daemon {
             Err(error) => tracing::error!(%error, "closing failed"),
         }
     }
+}
+
+/// Makes the index agree with the library about own locations, and watches them.
+fn adopt_locations(library: &Arc<Library>, index: &Index, indexer: &Indexer) -> Outcome<()> {
+    let own = library.with(|state| state.locations.clone());
+    for location in index.locations() {
+        if location.owner == index.me() && !own.iter().any(|o| o.id == location.id) {
+            index.remove_location(location.no).map_err(index_failure)?;
+        }
+    }
+    for location in own {
+        let no = put_location(index, &location)?.no;
+        watch(library, indexer, &location, no);
+    }
+    Ok(())
+}
+
+/// Has an own location indexed. Which folder it is, is kept in the library: the index may be
+/// lost while its disk is away, and the empty mount point must not become the location.
+fn watch(library: &Arc<Library>, indexer: &Indexer, own: &OwnLocation, no: LocationNo) {
+    let (library, id) = (Arc::clone(library), own.id);
+    indexer.watch_known(no, own.root_id.clone(), move |found| {
+        let noted = library.update(|state| {
+            let location = state.locations.iter_mut().find(|l| l.id == id);
+            location.into_iter().for_each(|l| l.root_id = Some(found.clone()));
+        });
+        if let Err(error) = noted {
+            tracing::warn!(%error, "which folder a location has could not be kept");
+        }
+    });
+}
+
+fn put_location(index: &Index, own: &OwnLocation) -> Outcome<Arc<Location>> {
+    index
+        .put_location(NewLocation {
+            id: own.id,
+            owner: index.me(),
+            name: own.name.clone(),
+            root: Some(own.root.clone()),
+            read_only: own.read_only,
+            shared_with: own.shared_with.clone(),
+        })
+        .map_err(index_failure)
 }
 
 /// Runs what may block on a disk, away from the runtime's thread.

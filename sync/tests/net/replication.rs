@@ -5,7 +5,7 @@ use crate::strangers::{greet, open_request};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use sync::wire::{self, Announced, LocationList, Request, Response, Rows};
-use vfs_core::index::LogRow;
+use vfs_core::index::{LogRow, NewLocation};
 use vfs_core::model::{DeviceId, FileId, Location, LocationId, Name, Seq};
 
 fn names(device: &Device, location: &Location) -> Vec<String> {
@@ -72,7 +72,7 @@ async fn a_location_is_renamed_unshared_and_removed_on_the_replica_too() {
     let put = |name: &str, shared_with| {
         let known = a.index.location(location.no).unwrap();
         a.index
-            .put_location(vfs_core::index::NewLocation {
+            .put_location(NewLocation {
                 id: known.id,
                 owner: known.owner,
                 name: name.into(),
@@ -150,13 +150,17 @@ async fn with_liar() -> (Device, iroh::Endpoint, DeviceId, iroh::endpoint::Conne
 async fn a_peer_cannot_take_over_another_devices_location() {
     let (victim, _liar, id, connection) = with_liar().await;
     let own = victim.add_location("photos", None);
-    let mine = LocationId([7; 16]);
+    let mine = LocationId::new(id, [7; 8]);
+    // One that the victim does not know yet: of a device that it has not met, or its own
+    // after its index was lost.
+    let theirs = LocationId::new(victim.id(), [7; 8]);
     let named = |id, name: &str| Announced { id, name: name.into(), read_only: false };
     let list = vec![
         named(own.id, "stolen"),
         named(mine, "honest"),
-        named(LocationId([8; 16]), "../etc"),
-        named(LocationId([9; 16]), "honest"),
+        named(theirs, "squatted"),
+        named(LocationId::new(id, [8; 8]), "../etc"),
+        named(LocationId::new(id, [9; 8]), "honest"),
     ];
     assert_eq!(announce(&connection, list).await, Response::Done);
     until("the honest one is there", || victim.index.location_by_id(mine).is_some()).await;
@@ -169,7 +173,7 @@ async fn a_peer_cannot_take_over_another_devices_location() {
 #[tokio::test(flavor = "multi_thread")]
 async fn rows_that_break_the_rules_stop_their_replica_and_nothing_else() {
     let (victim, _liar, id, connection) = with_liar().await;
-    let mine = LocationId([7; 16]);
+    let mine = LocationId::new(id, [7; 8]);
     let list = vec![Announced { id: mine, name: "evil".into(), read_only: false }];
     announce(&connection, list).await;
     // Answers every stream that the victim opens, until it asks for the rows.
@@ -206,8 +210,8 @@ async fn rows_that_break_the_rules_stop_their_replica_and_nothing_else() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_owner_that_lost_its_index_gets_a_new_replica() {
-    let (reader, _owner, _id, connection) = with_liar().await;
-    let id = LocationId([7; 16]);
+    let (reader, _owner, owner, connection) = with_liar().await;
+    let id = LocationId::new(owner, [7; 8]);
     let list = vec![Announced { id, name: "photos".into(), read_only: false }];
     announce(&connection, list).await;
     let mut numbers = vec![];
