@@ -12,6 +12,7 @@ use std::borrow::Cow;
 use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
+use vfs_core::path::misleads;
 
 const RED: &str = "\x1b[1;31m";
 const YELLOW: &str = "\x1b[1;33m";
@@ -139,10 +140,15 @@ pub fn failure(failure: &Failure, json: bool) {
         let document = serde_json::json!({ "error": failure });
         return say(format_args!("{document}"));
     }
-    say(format_args!("{RED}error:{RESET} {}", failure.message));
-    if let Some(hint) = &failure.hint {
-        say(format_args!("{BLUE}hint:{RESET} {hint}"));
-    }
+    failure_lines(failure).iter().for_each(|line| say(format_args!("{line}")));
+}
+
+/// Both lines may quote names and reasons that come from other devices.
+fn failure_lines(failure: &Failure) -> Vec<String> {
+    let line = |label, text: &str| format!("{label}{RESET} {}", printable(text));
+    let mut lines = vec![line(format!("{RED}error:"), &failure.message)];
+    lines.extend(failure.hint.as_ref().map(|hint| line(format!("{BLUE}hint:"), hint)));
+    lines
 }
 
 /// A table without borders, for people and for `awk`.
@@ -182,13 +188,11 @@ impl Display for Columns {
     }
 }
 
-/// Names from other devices must not steer this terminal.
+/// Names from other devices must not steer this terminal, nor look like other names.
 pub fn printable(text: &str) -> Cow<'_, str> {
-    match text.chars().any(char::is_control) {
+    match text.chars().any(misleads) {
         false => text.into(),
-        true => {
-            text.chars().map(|c| if c.is_control() { '?' } else { c }).collect::<String>().into()
-        }
+        true => text.chars().map(|c| if misleads(c) { '?' } else { c }).collect::<String>().into(),
     }
 }
 
@@ -245,6 +249,15 @@ mod tests {
     #[test]
     fn control_characters_are_not_printed() {
         assert_eq!(printable("a\x1b[2Jb\nc"), "a?[2Jb?c");
+        assert_eq!(printable("a\u{202e}gpj.exe\u{200b}"), "a?gpj.exe?");
         assert!(matches!(printable("plain ä"), Cow::Borrowed(_)));
+    }
+
+    #[test]
+    fn a_failure_that_quotes_another_device_does_not_steer_the_terminal() {
+        let failure = Failure::new(Code::Io, "no “\x1b[2J\u{202e}”").hint("ask “\x07”");
+        let lines = failure_lines(&failure);
+        assert!(lines[0].ends_with(" no “?[2J?”"), "{lines:?}");
+        assert!(lines[1].ends_with(" ask “?”"), "{lines:?}");
     }
 }

@@ -152,12 +152,24 @@ pub enum LabelError {
     /// Empty, longer than 64 characters, or not a file name.
     #[error("a name has 1 to 64 characters, none of them “/”, and is not “.” or “..”")]
     Form,
-    /// It has a control character.
-    #[error("a name has no control characters")]
+    /// It has a control character, or one that hides or turns round others.
+    #[error("a name has no control characters and no invisible ones")]
     Control,
     /// `content`, which addresses use.
     #[error("“content” is reserved for addresses by content")]
     Reserved,
+}
+
+/// Whether a character makes text look like other text: control characters, and those that
+/// have no width or turn the direction of what follows (`a\u{202e}gpj.exe`).
+pub fn misleads(c: char) -> bool {
+    c.is_control()
+        || matches!(c,
+            '\u{ad}' | '\u{34f}' | '\u{61c}' | '\u{115f}' | '\u{1160}' | '\u{17b4}' | '\u{17b5}'
+            | '\u{180b}'..='\u{180f}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
+            | '\u{2060}'..='\u{206f}' | '\u{3164}' | '\u{feff}' | '\u{ffa0}'
+            | '\u{fff0}'..='\u{fffb}' | '\u{1bca0}'..='\u{1bca3}' | '\u{1d173}'..='\u{1d17a}'
+            | '\u{e0000}'..='\u{e0fff}')
 }
 
 /// Checks the name of a device or location: it becomes a directory name and part of addresses.
@@ -165,7 +177,7 @@ pub fn check_label(label: &str) -> Result<(), LabelError> {
     if label.chars().count() > 64 || !Name::is_valid(label.as_bytes()) {
         return Err(LabelError::Form);
     }
-    if label.chars().any(char::is_control) {
+    if label.chars().any(misleads) {
         return Err(LabelError::Control);
     }
     match label {
@@ -197,5 +209,15 @@ mod tests {
         assert_eq!("sd://a/b/..".parse::<SdPath>(), Err(SdPathError::Name("..".into())));
         assert_eq!("sd://a/b/%2E%2E".parse::<SdPath>(), Err(SdPathError::Name("%2E%2E".into())));
         assert_eq!("sd://a/b/x%2Fy".parse::<SdPath>(), Err(SdPathError::Name("x%2Fy".into())));
+    }
+
+    #[test]
+    fn a_label_has_nothing_that_hides_or_turns_round() {
+        for label in ["a\nb", "a\u{202e}gpj.exe", "lap\u{200b}top", "\u{feff}nas", "a\u{2066}b"] {
+            assert_eq!(check_label(label), Err(LabelError::Control), "{label:?}");
+        }
+        for label in ["Ada’s laptop", "חדר עבודה", "写真", "größe"] {
+            assert_eq!(check_label(label), Ok(()), "{label:?}");
+        }
     }
 }

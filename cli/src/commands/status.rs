@@ -73,8 +73,12 @@ fn text(status: &Status) -> String {
     text += &figures(status);
     text += &writes(status);
     for problem in &status.problems {
-        let _ =
-            writeln!(text, "\nproblem: {}\n   hint: {}", printable(&problem.message), problem.hint);
+        let _ = writeln!(
+            text,
+            "\nproblem: {}\n   hint: {}",
+            printable(&problem.message),
+            printable(&problem.hint)
+        );
     }
     text
 }
