@@ -151,6 +151,20 @@ impl Adapter {
         Ok(())
     }
 
+    /// Lets a disk work long elsewhere than on the few threads that serve the kernel.
+    fn aside(
+        &self,
+        handle: HandleId,
+        reply: ReplyEmpty,
+        call: impl FnOnce(&Drive) -> Result<(), Errno> + Send + 'static,
+    ) {
+        if !self.drive.may_flush_long(handle) {
+            return reply_empty(reply, call(&self.drive));
+        }
+        let drive = Arc::clone(&self.drive);
+        self.runtime.spawn_blocking(move || reply_empty(reply, call(&drive)));
+    }
+
     /// The kernel does not get this handle.
     fn give_back(&self, ino: InodeNo, opened: &Opened) {
         self.modes.close(ino.0, opened.handle);
@@ -498,7 +512,8 @@ impl Filesystem for Adapter {
     }
 
     fn flush(&self, _: &Request, _: INodeNo, fh: FileHandle, _: LockOwner, reply: ReplyEmpty) {
-        reply_empty(reply, run("flush", || self.drive.flush(handle(fh))));
+        let fh = handle(fh);
+        self.aside(fh, reply, move |drive| run("flush", || drive.flush(fh)));
     }
 
     fn release(
@@ -520,7 +535,8 @@ impl Filesystem for Adapter {
     }
 
     fn fsync(&self, _: &Request, _: INodeNo, fh: FileHandle, data_only: bool, reply: ReplyEmpty) {
-        reply_empty(reply, run("fsync", || self.drive.fsync(handle(fh), data_only)));
+        let fh = handle(fh);
+        self.aside(fh, reply, move |drive| run("fsync", || drive.fsync(fh, data_only)));
     }
 
     fn opendir(&self, _: &Request, node: INodeNo, _: fuser::OpenFlags, reply: ReplyOpen) {

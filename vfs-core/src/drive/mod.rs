@@ -324,6 +324,15 @@ impl Drive {
         }
     }
 
+    /// Whether [`Drive::flush`] and [`Drive::fsync`] of this handle may keep a disk busy for long,
+    /// so that a mount should not let one of a few threads wait for it.
+    pub fn may_flush_long(&self, handle: HandleId) -> bool {
+        match self.handles.get(handle).as_deref() {
+            Ok(Handle::Remote(open)) => open.may_flush_long(&self.remote.outbox),
+            _ => false,
+        }
+    }
+
     /// Makes the file durable.
     pub fn fsync(&self, handle: HandleId, data_only: bool) -> FsResult<()> {
         match &*self.handles.get(handle)? {

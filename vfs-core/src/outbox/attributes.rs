@@ -41,7 +41,16 @@ impl Outbox {
         let path = self.view().path(no, file)?.unwrap_or_default();
         let Attributes { perm, uid, gid, atime, mtime } = set;
         let change = Change::SetAttr { file, perm, uid, gid, atime, mtime };
-        let op = NewOp { location, change, is_directory: false, path, bytes: None, is_held: false };
+        let is_file = node.entry.attr.file_type == FileType::File;
+        let op = NewOp {
+            location,
+            change,
+            is_directory: false,
+            path,
+            bytes: None,
+            is_held: false,
+            generation: is_file.then_some(node.entry.generation),
+        };
         self.accept(&mut state, op)?;
         drop(state);
         self.tick();
@@ -116,6 +125,7 @@ impl Outbox {
             path,
             bytes: None,
             is_held: false,
+            generation: None,
         };
         self.accept(&mut state, op)?;
         drop(state);

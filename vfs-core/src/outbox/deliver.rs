@@ -1,6 +1,6 @@
 //! What to send, and what becomes of the answers.
 
-use super::queue::{OpBytes, Progress, Queued, Renamed, Retiring, written_bytes};
+use super::queue::{OpBytes, Progress, Queued, Renamed, Retiring, makes_version, written_bytes};
 use super::record::{Record, content_mut, word};
 use super::{ConflictRecord, Lane, Outbox, State};
 use crate::error::{FsError, FsResult, Kind};
@@ -31,18 +31,15 @@ impl Outbox {
         let durable = self.journal.durable();
         let mut state = self.state();
         state.noted.retain(|_, (_, lsn)| *lsn > durable);
-        let waiting = state.owed.get(&owner).and_then(|owed| owed.first().copied());
-        let noted = state.noted.iter().find(|(_, (o, _))| *o == owner).map(|(no, _)| *no);
-        let first = waiting.into_iter().chain(noted).min();
-        first.unwrap_or(state.next_no)
+        state.settled_below(owner)
     }
 
     /// What to send next; it counts as sent from now on. May read staged bytes: not for a
     /// runtime's thread.
     ///
     /// In [`Lane::Small`] operations come in order, bytes inside, about `max_bytes` of them. In
-    /// [`Lane::Bulk`] at most one comes. None depends on an unsettled one, and all are durable
-    /// here.
+    /// [`Lane::Bulk`] at most one comes. None depends on an unsettled one, but for those that were
+    /// given to [`Lane::Small`] before; all are durable here.
     pub fn take(&self, owner: DeviceId, lane: Lane, max_ops: usize, max_bytes: usize) -> Vec<Op> {
         let max_ops = if lane == Lane::Bulk { max_ops.min(1) } else { max_ops };
         let picked = self.pick(owner, lane, max_ops, max_bytes);
@@ -52,27 +49,21 @@ impl Outbox {
     fn pick(&self, owner: DeviceId, lane: Lane, max_ops: usize, max_bytes: usize) -> Vec<Picked> {
         let (durable, now) = (self.journal.durable(), Instant::now());
         let mut state = self.state();
-        let state = &mut *state;
-        let Some(ready) = state.ready.get_mut(&owner) else { return Vec::new() };
-        let (mut picked, mut bytes) = (Vec::new(), 0);
-        for no in ready.iter().copied() {
-            if picked.len() == max_ops || bytes >= max_bytes {
-                break;
-            }
-            let Some(op) = state.ops.get_mut(&no) else { continue };
+        let (mut picked, mut bytes, mut after) = (Vec::new(), 0, 0);
+        while picked.len() < max_ops && bytes < max_bytes {
+            // What is sent may let others go, with larger numbers.
+            let next = state.ready.get(&owner).and_then(|ready| ready.range(after..).next());
+            let Some(no) = next.copied() else { break };
+            after = no + 1;
+            let Some(op) = state.ops.get(&no) else { continue };
             let is_due =
-                matches!(op.progress, Progress::Waiting(at) if at.is_none_or(|a| a <= now));
+                matches!(op.progress, Progress::Waiting(at) if at.is_none_or(|at| at <= now));
             if !is_due || op.lsn > durable || op.lane() != lane {
                 continue;
             }
             bytes += op.record.snapshot.as_ref().map_or(0, written_bytes) as usize + 256;
-            op.progress = Progress::Sent;
-            op.may_be_sent = true;
-            op.attempts = op.attempts.saturating_add(1);
             picked.push(Picked::of(op));
-        }
-        for picked in &picked {
-            ready.remove(&picked.op.no);
+            state.sent(no);
         }
         picked
     }
@@ -106,8 +97,8 @@ impl Outbox {
     fn block(&self, no: u64, why: String) {
         let mut state = self.state();
         if let Some(op) = state.ops.get_mut(&no) {
-            (op.progress, op.obstacle) = (Progress::Blocked, Some(why));
-            state.place(no);
+            op.obstacle = Some(why);
+            state.set(no, Progress::Blocked);
         }
     }
 
@@ -137,10 +128,7 @@ impl Outbox {
         let owed = state.owed.get(&owner).into_iter().flatten().copied();
         let is_sent = |no: &u64| state.ops.get(no).is_some_and(|op| op.progress == Progress::Sent);
         for no in owed.filter(is_sent).collect::<Vec<_>>() {
-            if let Some(op) = state.ops.get_mut(&no) {
-                op.progress = Progress::Waiting(None);
-            }
-            state.place(no);
+            state.set(no, Progress::Waiting(None));
         }
         drop(state);
         self.tick();
@@ -165,8 +153,7 @@ impl Outbox {
             Outcome::Refused(_) | Outcome::Applied(_) => None,
         };
         if let Some(progress) = progress {
-            op.progress = progress;
-            state.place(no);
+            state.set(no, progress);
             if outcome == Outcome::Refused(Refusal::NeedsWhole) {
                 self.tender.needs_whole(no);
             }
@@ -215,8 +202,15 @@ impl Outbox {
     fn applied(&self, state: &mut State, no: u64, applied: &Applied, at: Time) {
         let Some(op) = state.ops.get(&no) else { return };
         let (location, file) = (op.record.location, op.record.change.file());
-        let content = op.digest.and_then(|(_, whole)| whole);
+        let before = state.versions.get(&(location, file)).map(|(_, base)| base.clone());
+        let content = match (op.digest, &before) {
+            (Some((_, whole)), _) => whole,
+            // Attributes change no bytes.
+            (None, Some(Base::Seen { content, .. })) => *content,
+            (None, _) => None,
+        };
         let version = applied.version.map(|stamp| Base::Seen { stamp, content });
+        let version = version.or(before).filter(|_| makes_version(&op.record.change));
         let no_of = state.locations.get(&location).copied();
         let elsewhere = applied.file.filter(|new| *new != file);
         if let Some(version) = &version {

@@ -99,6 +99,8 @@ struct NewOp {
     bytes: Option<NewBytes>,
     /// A new file that is still being written.
     is_held: bool,
+    /// Under which number this device shows the file, when the operation makes it another version.
+    generation: Option<u32>,
 }
 
 /// The bytes of an operation to be accepted.
@@ -186,7 +188,7 @@ impl Outbox {
 
     /// Accepts an operation: it is in the journal and shown when this returns.
     fn accept(&self, state: &mut State, new: NewOp) -> FsResult<u64> {
-        let NewOp { location, change, is_directory, path, bytes, is_held } = new;
+        let NewOp { location, change, is_directory, path, bytes, is_held, generation } = new;
         let (shown, snapshot, fill) = match bytes {
             Some(NewBytes { bytes, snapshot, fill }) => (Some(bytes), snapshot, fill),
             None => (None, None, Vec::new()),
@@ -197,7 +199,10 @@ impl Outbox {
             location: location.id,
             change,
             is_directory,
-            generation: shown.as_ref().map_or(0, |b| b.shown.generation),
+            generation: match &shown {
+                Some(bytes) => bytes.shown.generation,
+                None => generation.unwrap_or(0),
+            },
             snapshot,
             at: Time::now(),
             path,
@@ -270,6 +275,7 @@ impl Outbox {
                 change: &record.change,
                 bytes: bytes.map(|b| b.shown.clone()),
                 is_directory: record.is_directory,
+                generation: record.generation,
             },
         );
     }

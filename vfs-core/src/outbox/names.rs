@@ -107,8 +107,15 @@ impl Outbox {
             fill: Vec::new(),
         });
         let is_held = made == Made::File { is_open: true };
-        let op =
-            NewOp { location, change, is_directory: made == Made::Directory, path, bytes, is_held };
+        let op = NewOp {
+            location,
+            change,
+            is_directory: made == Made::Directory,
+            path,
+            bytes,
+            is_held,
+            generation: None,
+        };
         let accepted = match self.accept(&mut state, op) {
             Ok(accepted) => accepted,
             Err(error) => {
@@ -186,7 +193,15 @@ impl Outbox {
         change: Change,
         is_directory: bool,
     ) -> FsResult<u64> {
-        let op = NewOp { location, change, is_directory, path, bytes: None, is_held: false };
+        let op = NewOp {
+            location,
+            change,
+            is_directory,
+            path,
+            bytes: None,
+            is_held: false,
+            generation: None,
+        };
         self.accept(state, op)
     }
 

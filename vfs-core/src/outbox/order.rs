@@ -68,8 +68,8 @@ impl Order {
         self.ops.insert(no, Links { waits_for, needed_by: BTreeSet::new(), changes, uses });
     }
 
-    /// The operation is settled; gives those that need no longer wait for any. One that is
-    /// taken back before its turn leaves what it waited for to those that waited for it.
+    /// The operation is settled; gives those that wait for none any more. One that is taken back
+    /// before its turn leaves what it waited for to those that waited for it.
     pub fn remove(&mut self, no: u64) -> Vec<u64> {
         let Some(links) = self.ops.remove(&no) else { return Vec::new() };
         for object in links.changes.iter().chain(&links.uses) {
@@ -115,6 +115,11 @@ impl Order {
     /// Those that wait for it.
     pub fn needed_by(&self, no: u64) -> Vec<u64> {
         self.ops.get(&no).map_or_else(Vec::new, |links| links.needed_by.iter().copied().collect())
+    }
+
+    /// Those that it waits for.
+    pub fn waits_for(&self, no: u64) -> impl Iterator<Item = u64> + '_ {
+        self.ops.get(&no).into_iter().flat_map(|links| links.waits_for.iter().copied())
     }
 
     /// The last unsettled operation that changed a file.

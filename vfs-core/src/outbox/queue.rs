@@ -5,7 +5,7 @@ use super::record::OpRecord;
 use super::{ConflictRecord, Lane};
 use crate::journal::Lsn;
 use crate::model::{ContentId, DeviceId, FileId, LocationId, LocationNo};
-use crate::ops::{Base, Change, INLINE_MAX_BYTES, Place};
+use crate::ops::{Base, Change, INLINE_MAX_BYTES, New, Place};
 use crate::overlay;
 use crate::staging::{Draft, DraftId, Snapshot, Staging};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -77,6 +77,11 @@ pub(super) struct State {
     pub versions: HashMap<(LocationId, FileId), (u64, Base)>,
     /// Operations that another was sent instead of, and which; for who waits for them.
     pub stand_ins: HashMap<u64, u64>,
+    /// Operations that were sent and name an earlier one as their base: its owner must remember
+    /// that one's outcome until they are settled.
+    pub relied_on: BTreeMap<u64, u64>,
+    /// The unsettled operations that make versions of a file.
+    pub versioning: HashMap<(LocationId, FileId), BTreeSet<u64>>,
     /// The last record.
     pub last: Lsn,
     /// A record came after what the journal has on the disk.
@@ -154,6 +159,8 @@ impl State {
             locations: HashMap::new(),
             versions: HashMap::new(),
             stand_ins: HashMap::new(),
+            relied_on: BTreeMap::new(),
+            versioning: HashMap::new(),
             last: Lsn(0),
             unsynced: false,
             checkpoint_bytes: 0,
@@ -171,10 +178,62 @@ impl State {
     /// Puts an operation where [`super::Outbox::take`] looks, or takes it away from there.
     pub fn place(&mut self, no: u64) {
         let Some(op) = self.ops.get(&no) else { return };
+        let is_ready = matches!(op.progress, Progress::Waiting(_)) && self.may_go(op);
         let ready = self.ready.entry(op.record.owner).or_default();
-        match matches!(op.progress, Progress::Waiting(_)) && self.order.is_free(no) {
+        match is_ready {
             true => drop(ready.insert(no)),
             false => drop(ready.remove(&no)),
+        }
+    }
+
+    /// Whether an operation waits for none, or only for such as go before it in the same stream:
+    /// its owner sees to it that what builds on one that could not be carried out is not either.
+    fn may_go(&self, op: &Queued) -> bool {
+        let goes_before = |no| {
+            self.ops.get(&no).is_some_and(|earlier| {
+                earlier.progress == Progress::Sent && earlier.lane() == Lane::Small
+            })
+        };
+        match op.lane() {
+            Lane::Small => self.order.waits_for(op.record.no).all(goes_before),
+            Lane::Bulk => self.order.is_free(op.record.no),
+        }
+    }
+
+    /// An operation is sent now.
+    pub fn sent(&mut self, no: u64) {
+        self.set(no, Progress::Sent);
+        let Some(op) = self.ops.get_mut(&no) else { return };
+        op.may_be_sent = true;
+        op.attempts = op.attempts.saturating_add(1);
+        for base in bases_mut(&mut op.record.change) {
+            if let Base::After(earlier) = base {
+                self.relied_on.insert(no, *earlier);
+            }
+        }
+    }
+
+    /// Every operation for this owner with a smaller number is settled, and its outcome is of no
+    /// use to the owner any more.
+    pub fn settled_below(&self, owner: DeviceId) -> u64 {
+        let owed = self.owed.get(&owner);
+        let waiting = owed.and_then(|owed| owed.first().copied());
+        let noted = self.noted.iter().find(|(_, (o, _))| *o == owner).map(|(no, _)| *no);
+        let is_owed = |no: &u64| owed.is_some_and(|owed| owed.contains(no));
+        let relied = self.relied_on.iter().filter(|(no, _)| is_owed(no)).map(|(_, on)| *on).min();
+        let first = waiting.into_iter().chain(noted).chain(relied).min();
+        first.unwrap_or(self.next_no)
+    }
+
+    /// An operation has come this far; so may have those that wait for it.
+    pub fn set(&mut self, no: u64, progress: Progress) {
+        let Some(op) = self.ops.get_mut(&no) else { return };
+        let before = std::mem::replace(&mut op.progress, progress);
+        self.place(no);
+        if before.is_sent() != progress.is_sent() {
+            for later in self.order.needed_by(no) {
+                self.place(later);
+            }
         }
     }
 
@@ -185,6 +244,10 @@ impl State {
             self.drafts.hold(&bytes.draft);
         }
         self.owed.entry(record.owner).or_default().insert(no);
+        if makes_version(&record.change) {
+            let file = (record.location, record.change.file());
+            self.versioning.entry(file).or_default().insert(no);
+        }
         self.ops.insert(no, op);
         self.place(no);
     }
@@ -193,6 +256,7 @@ impl State {
     /// stays held.
     pub fn remove(&mut self, no: u64) -> Option<Queued> {
         let op = self.ops.remove(&no)?;
+        self.relied_on.remove(&no);
         if let Some(ready) = self.ready.get_mut(&op.record.owner) {
             ready.remove(&no);
         }
@@ -202,8 +266,17 @@ impl State {
                 self.owed.remove(&op.record.owner);
             }
         }
-        for free in self.order.remove(no) {
-            self.place(free);
+        let file = (op.record.location, op.record.change.file());
+        if let Some(versioning) = self.versioning.get_mut(&file) {
+            versioning.remove(&no);
+            if versioning.is_empty() {
+                self.versioning.remove(&file);
+            }
+        }
+        let later = self.order.needed_by(no);
+        self.order.remove(no);
+        for no in later {
+            self.place(no);
         }
         Some(op)
     }
@@ -219,8 +292,8 @@ impl State {
 
     /// The version of a file that this device sees, when it made it itself.
     pub fn base(&self, location: LocationId, file: FileId) -> Option<Base> {
-        if let Some(no) = self.order.last_change(location, file) {
-            return Some(Base::After(no));
+        if let Some(no) = self.versioning.get(&(location, file)).and_then(|all| all.last()) {
+            return Some(Base::After(*no));
         }
         self.versions.get(&(location, file)).map(|(_, base)| base.clone())
     }
@@ -248,6 +321,18 @@ impl State {
                 files.into_iter().filter(|f| **f == old).for_each(|f| *f = new);
             }
         }
+    }
+}
+
+/// Whether an operation leaves a file with another stamp of its bytes.
+pub(super) fn makes_version(change: &Change) -> bool {
+    match change {
+        Change::Create { what, .. } => matches!(what, New::File(_)),
+        Change::Write { .. } | Change::SetAttr { .. } | Change::Xattr { .. } => true,
+        Change::Link { .. }
+        | Change::Rename { .. }
+        | Change::Unlink { .. }
+        | Change::Rmdir { .. } => false,
     }
 }
 

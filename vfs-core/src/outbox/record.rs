@@ -41,7 +41,7 @@ pub(super) struct OpRecord {
     pub change: Change,
     /// Of what is moved or removed.
     pub is_directory: bool,
-    /// Under which generation this device shows the file.
+    /// Under which generation this device shows the file; 0: the operation makes no version.
     pub generation: u32,
     /// The bytes of a new or changed file; `None` where it has none.
     pub snapshot: Option<Snapshot>,

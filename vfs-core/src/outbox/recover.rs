@@ -250,6 +250,6 @@ fn bytes_lost(state: &mut State, no: u64, error: &crate::error::FsError, report:
     let why = format!("its bytes cannot be read on this device: {error}");
     let path: Vec<_> = op.record.path.iter().map(|n| n.display()).collect();
     report.lost.push(format!("{}: {why}", path.join("/")));
-    (op.progress, op.obstacle) = (Progress::Blocked, Some(why));
-    state.place(no);
+    op.obstacle = Some(why);
+    state.set(no, Progress::Blocked);
 }

@@ -6,7 +6,7 @@ use super::record::Record;
 use super::{Outbox, State};
 use crate::changes::Change as Shown;
 use crate::error::FsResult;
-use crate::model::{Entry, FileId, LocationNo, Name};
+use crate::model::{Entry, FileId, LocationNo, Name, Stamp};
 use crate::ops::{Change, Place};
 use std::borrow::Cow;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
@@ -170,10 +170,7 @@ impl Outbox {
             _ => false,
         });
         for no in &due {
-            if let Some(op) = state.ops.get_mut(no) {
-                op.progress = Progress::Waiting(None);
-            }
-            state.place(*no);
+            state.set(*no, Progress::Waiting(None));
         }
         drop(state);
         if paused || !due.is_empty() {
@@ -212,8 +209,11 @@ impl Outbox {
         state.versions.retain(|_, (by, _)| *by != no);
         if let Some(location) = self.index.location_by_id(record.location) {
             let before = self.looks(location.no, &record.change);
-            if let (Some(bytes), None) = (&bytes, applied.file.filter(|f| *f != file)) {
-                self.keep_number(location.no, file, bytes.shown.generation, &applied);
+            if record.generation != 0 && applied.file.is_none_or(|f| f == file) {
+                let later = state.retiring.values().filter(|d| d.record.change.file() == file);
+                let versions = later.filter_map(|d| d.applied.version).chain(applied.version);
+                let versions: Vec<_> = versions.collect();
+                self.keep_number(location.no, file, record.generation, &versions);
             }
             self.overlay().retire(location.no, no, &record.change);
             let after = self.looks(location.no, &record.change);
@@ -225,19 +225,13 @@ impl Outbox {
         }
     }
 
-    /// The owner's row is the version that was written here: it keeps its inode number.
-    fn keep_number(
-        &self,
-        location: LocationNo,
-        file: FileId,
-        shown: u32,
-        applied: &crate::ops::Applied,
-    ) {
+    /// The owner's row is a version that was made here: it keeps its inode number.
+    fn keep_number(&self, location: LocationNo, file: FileId, shown: u32, versions: &[Stamp]) {
         let row = self.index.view().and_then(|view| view.node(location, file));
         let Ok(Some(row)) = row else { return };
-        let is_ours = applied.version.is_some_and(|stamp| {
-            let attr = &row.entry.attr;
-            // An attribute that was set since moves only the ctime.
+        let attr = &row.entry.attr;
+        let is_ours = versions.iter().any(|stamp| {
+            // A name or an attribute that was set since moves only the ctime.
             (stamp.disk_ino, stamp.size, stamp.mtime) == (row.entry.disk_ino, attr.size, attr.mtime)
         });
         if is_ours {

@@ -1,1 +1,416 @@
+//! The outbox without a drive: what survives a restart, and what is sent when.
 
+use super::*;
+use crate::index::{LogRow, NewLocation, ROOT_PARENT, open_store};
+use crate::model::{Attr, ContentId, DeviceId, FileType, LocationId, Seq, Stamp};
+use crate::ops::{Applied, Base, Obstacle, Op, Outcome};
+use std::time::{Duration, Instant};
+
+const OWNER: DeviceId = DeviceId([2; 32]);
+const LOCATION: LocationId = LocationId([2; 16]);
+const LOG: u64 = 7;
+const ROOT: FileId = FileId::ROOT;
+
+struct Bench {
+    index: Index,
+    outbox: Option<Arc<Outbox>>,
+    no: LocationNo,
+    dir: tempfile::TempDir,
+}
+
+fn name(text: &str) -> Name {
+    Name::new(text.as_bytes()).unwrap()
+}
+
+fn attr(file_type: FileType, size: u64) -> Attr {
+    let time = Time { secs: 1_700_000_000, nanos: 0 };
+    Attr {
+        file_type,
+        perm: 0o755,
+        uid: 0,
+        gid: 0,
+        nlink: 1,
+        size,
+        blocks: 0,
+        mtime: time,
+        ctime: time,
+        btime: None,
+        rdev: 0,
+    }
+}
+
+fn entry(id: u64, file_type: FileType, size: u64) -> Entry {
+    let attr = attr(file_type, size);
+    let file_id = FileId(id);
+    Entry { file_id, disk_ino: id, generation: 1, attr, content: None, target: None }
+}
+
+impl Bench {
+    /// A location with a file `old` of eight bytes and an empty directory `dir`.
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let index_dir = dir.path().join("index");
+        std::fs::create_dir(&index_dir).unwrap();
+        let index = Index::open(open_store(&index_dir).unwrap().store, DeviceId([1; 32])).unwrap();
+        let new = NewLocation {
+            id: LOCATION,
+            owner: OWNER,
+            name: "theirs".into(),
+            root: None,
+            read_only: false,
+            shared_with: None,
+        };
+        let no = index.put_location(new).unwrap().no;
+        let row = |seq, parent, text: &str, entry| LogRow {
+            seq: Seq(seq),
+            parent,
+            name: name(text),
+            entry: Some(entry),
+        };
+        let rows = vec![
+            row(1, ROOT_PARENT, "root", entry(1, FileType::Directory, 0)),
+            row(2, ROOT, "old", entry(10, FileType::File, 8)),
+            row(3, ROOT, "dir", entry(11, FileType::Directory, 0)),
+        ];
+        index.apply_replica(no, LOG, rows, Seq(3)).unwrap();
+        let mut bench = Self { index, outbox: None, no, dir };
+        bench.open();
+        bench
+    }
+
+    fn path(&self) -> PathBuf {
+        self.dir.path().join("outbox")
+    }
+
+    fn open(&mut self) -> Report {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            let config = OutboxConfig::default();
+            match Outbox::open(&self.path(), self.index.clone(), config) {
+                Ok((outbox, report)) => {
+                    self.outbox = Some(outbox);
+                    return report;
+                }
+                // The last one is just being dropped by its own thread.
+                Err(OutboxError::InUse { .. }) => {
+                    assert!(Instant::now() < deadline, "somebody keeps the outbox");
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+
+    /// The daemon ends without any warning; what the kernel has of its files stays.
+    fn restart(&mut self) -> Report {
+        drop(self.outbox.take());
+        self.open()
+    }
+
+    fn outbox(&self) -> &Arc<Outbox> {
+        self.outbox.as_ref().unwrap()
+    }
+
+    fn make(&self, text: &str, bytes: &[u8]) -> Arc<Written> {
+        let made = Made::File { is_open: true };
+        let (_, written) = self.outbox().make(self.no, (ROOT, &name(text)), made, 0o644).unwrap();
+        let written = written.unwrap();
+        self.outbox().write(&written, Offset::At(0), bytes).unwrap();
+        self.outbox().flush(&written).unwrap();
+        written
+    }
+
+    fn change_old(&self, offset: u64, bytes: &[u8]) -> Arc<Written> {
+        let row = self.outbox().view().entry(self.no, ROOT, b"old").unwrap().unwrap();
+        let generation = row.generation;
+        let written = match self.outbox().written(self.no, FileId(10), generation) {
+            Some(written) => written,
+            None => self.outbox().writing(self.no, generation, &Arc::new(row)).unwrap(),
+        };
+        self.outbox().write(&written, Offset::At(offset), bytes).unwrap();
+        self.outbox().flush(&written).unwrap();
+        written
+    }
+
+    fn take(&self) -> Vec<Op> {
+        self.outbox().sync().unwrap();
+        self.outbox().take(OWNER, Lane::Small, 100, 1 << 20)
+    }
+
+    fn settle(&self, no: u64, seq: u64) {
+        let stamp = Stamp {
+            disk_ino: 10,
+            size: 8,
+            mtime: Time { secs: no as i64, nanos: 0 },
+            ctime: Time::default(),
+        };
+        self.outbox().settle(OWNER, no, applied(stamp, seq));
+    }
+
+    fn names(&self) -> Vec<String> {
+        let mut names = Vec::new();
+        self.outbox()
+            .view()
+            .children_from(self.no, ROOT, b"", &mut |name, _| {
+                names.push(name.display().into_owned());
+                std::ops::ControlFlow::Continue(())
+            })
+            .unwrap();
+        names
+    }
+
+    fn read(&self, text: &str) -> Vec<u8> {
+        let entry = self.outbox().view().entry(self.no, ROOT, text.as_bytes()).unwrap().unwrap();
+        let written = self.outbox().written(self.no, entry.file_id, entry.generation).unwrap();
+        written.try_read(self.outbox(), 0, 1 << 20).unwrap().unwrap().to_vec()
+    }
+}
+
+fn applied(version: Stamp, seq: u64) -> Outcome {
+    Outcome::Applied(Applied {
+        file: None,
+        version: Some(version),
+        seq: Seq(seq),
+        log_id: LOG,
+        conflict: None,
+    })
+}
+
+fn inline(op: &Op) -> &[u8] {
+    op.change.content().unwrap().inline.as_ref().unwrap()
+}
+
+#[test]
+fn everything_accepted_is_there_after_a_restart() {
+    let mut bench = Bench::new();
+    let dir = (ROOT, &name("dir"));
+    bench.make("new", b"bytes of the new one");
+    let large = vec![7; 300_000];
+    bench.make("large", &large);
+    bench.outbox().rename(bench.no, dir, (ROOT, &name("moved")), MoveFlags::default()).unwrap();
+    bench.outbox().unlink(bench.no, (ROOT, &name("old"))).unwrap();
+    let before = bench.take();
+    assert_eq!(bench.names(), ["large", "moved", "new"]);
+    let epoch = bench.outbox().epoch();
+    let report = bench.restart();
+    assert_eq!((report.pending, report.orphan_bytes), (4, 0), "{report:?}");
+    assert!(report.lost.is_empty() && report.set_aside.is_empty());
+    assert_eq!(bench.names(), ["large", "moved", "new"]);
+    assert_eq!(bench.read("new"), b"bytes of the new one");
+    assert_eq!(bench.read("large"), large);
+    assert_eq!(bench.outbox().epoch(), epoch);
+    assert_eq!(bench.take(), before, "what may have been sent is the same for ever");
+    let bulk = bench.outbox().take(OWNER, Lane::Bulk, 9, 9).pop().unwrap();
+    let range = 100_000..100_010;
+    assert_eq!(bench.outbox().read(OWNER, bulk.no, range.clone()).unwrap(), [7; 10][..]);
+    assert!(bench.outbox().read(DeviceId([9; 32]), bulk.no, range).is_err());
+    let content = bulk.change.content().unwrap();
+    assert_eq!(content.whole, Some(ContentId::of(&large)));
+}
+
+#[test]
+fn numbers_go_on_after_everything_is_settled_and_forgotten() {
+    let mut bench = Bench::new();
+    bench.make("new", b"x");
+    let first = bench.take().pop().unwrap().no;
+    bench.settle(first, 3);
+    bench.outbox().checkpoint().unwrap();
+    let report = bench.restart();
+    assert_eq!(report.pending, 0);
+    assert_eq!(bench.outbox().settled_below(OWNER), first + 1);
+    bench.make("another", b"y");
+    assert_eq!(bench.take().pop().unwrap().no, first + 1);
+}
+
+#[test]
+fn a_checkpoint_keeps_what_waits() {
+    let mut bench = Bench::new();
+    bench.make("one", b"first");
+    bench.change_old(0, b"12345678");
+    bench.outbox().checkpoint().unwrap();
+    bench.make("two", b"second");
+    bench.outbox().checkpoint().unwrap();
+    let report = bench.restart();
+    assert_eq!(report.pending, 3, "{report:?}");
+    assert_eq!((bench.read("one"), bench.read("two")), (b"first".into(), b"second".into()));
+    assert_eq!(bench.read("old"), b"12345678");
+}
+
+#[test]
+fn writes_that_wait_are_joined_and_sent_ones_are_not() {
+    let bench = Bench::new();
+    let written = bench.make("new", b"one");
+    bench.outbox().write(&written, Offset::End, b" two").unwrap();
+    bench.outbox().flush(&written).unwrap();
+    let ops = bench.take();
+    assert_eq!(ops.len(), 1);
+    assert_eq!(inline(&ops[0]), b"one two");
+    bench.outbox().write(&written, Offset::End, b" three").unwrap();
+    bench.outbox().flush(&written).unwrap();
+    bench.outbox().connection_lost(OWNER);
+    let again = bench.take();
+    assert_eq!(again[0], ops[0], "it may have arrived");
+    assert_eq!(inline(&again[1]), b"one two three");
+    let Change::Write { base, .. } = &again[1].change else { panic!("{again:?}") };
+    assert_eq!(*base, Base::After(ops[0].no));
+    assert_eq!(bench.outbox().settled_below(OWNER), ops[0].no);
+}
+
+#[test]
+fn the_owner_is_told_to_forget_nothing_that_is_relied_on() {
+    let bench = Bench::new();
+    let written = bench.change_old(0, b"a");
+    let first = bench.take().pop().unwrap().no;
+    bench.outbox().write(&written, Offset::At(1), b"b").unwrap();
+    bench.outbox().flush(&written).unwrap();
+    let second = bench.take().pop().unwrap().no;
+    bench.settle(first, 100);
+    bench.outbox().sync().unwrap();
+    assert_eq!(bench.outbox().settled_below(OWNER), first);
+    bench.settle(second, 100);
+    bench.outbox().sync().unwrap();
+    assert_eq!(bench.outbox().settled_below(OWNER), second + 1);
+}
+
+#[test]
+fn what_builds_on_an_answered_operation_names_its_version() {
+    let mut bench = Bench::new();
+    let written = bench.change_old(0, b"a");
+    let first = bench.take().pop().unwrap().no;
+    bench.settle(first, 100);
+    bench.outbox().write(&written, Offset::At(1), b"b").unwrap();
+    bench.outbox().flush(&written).unwrap();
+    let check = |op: &Op| {
+        let Change::Write { base: Base::Seen { stamp, .. }, content, .. } = &op.change else {
+            panic!("{op:?}")
+        };
+        assert_eq!(stamp.mtime.secs, first as i64);
+        assert_eq!(content.extents, [1..2], "what was delivered does not travel again");
+    };
+    check(&bench.take()[0]);
+    drop(written);
+    bench.restart();
+    check(&bench.take()[0]);
+}
+
+#[test]
+fn a_new_file_travels_with_its_first_close_or_after_a_while() {
+    let mut bench = Bench::new();
+    let made = Made::File { is_open: true };
+    bench.outbox().make(bench.no, (ROOT, &name("held")), made, 0o644).unwrap();
+    assert!(bench.take().is_empty());
+    assert_eq!(bench.outbox().pending()[0].state, PendingState::Held);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let op = loop {
+        if let Some(op) = bench.take().pop() {
+            break op;
+        }
+        assert!(Instant::now() < deadline, "it never went");
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    assert_eq!(op.change.content().unwrap().whole, Some(ContentId::of(b"")));
+    assert_eq!(bench.restart().pending, 1);
+    assert_eq!(bench.read("held"), b"");
+}
+
+#[test]
+fn dependents_follow_in_the_stream_and_stay_behind_an_obstacle() {
+    let bench = Bench::new();
+    let outbox = bench.outbox();
+    let made = outbox.make(bench.no, (ROOT, &name("d")), Made::Directory, 0o755).unwrap().0;
+    let file = Made::File { is_open: false };
+    outbox.make(bench.no, (made.file_id, &name("f")), file, 0o644).unwrap();
+    outbox.make(bench.no, (ROOT, &name("beside")), file, 0o644).unwrap();
+    let ops = bench.take();
+    assert_eq!(ops.iter().map(|op| op.no).collect::<Vec<_>>(), [1, 2, 3], "all in one stream");
+    let later = || Outcome::Later(Obstacle::NoSpace);
+    outbox.settle(OWNER, 1, later());
+    outbox.settle(OWNER, 2, later());
+    bench.settle(3, 100);
+    assert!(bench.take().is_empty(), "not before the pause is over");
+    assert!(matches!(&outbox.pending()[0].state, PendingState::Blocked(_)));
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let mut again = Vec::new();
+    while again.len() < 2 {
+        assert!(Instant::now() < deadline, "only {again:?} was tried again");
+        again.extend(bench.take().iter().map(|op| op.no));
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(again, [1, 2]);
+}
+
+#[test]
+fn a_settled_operation_is_shown_until_its_rows_come_also_after_a_restart() {
+    let mut bench = Bench::new();
+    bench.make("new", b"bytes");
+    let no = bench.take().pop().unwrap().no;
+    bench.settle(no, 4);
+    assert!(bench.outbox().pending().is_empty());
+    bench.restart();
+    assert_eq!(bench.names(), ["dir", "new", "old"]);
+    assert_eq!(bench.read("new"), b"bytes");
+    let row = LogRow {
+        seq: Seq(4),
+        parent: ROOT,
+        name: name("new"),
+        entry: Some(entry(12, FileType::File, 5)),
+    };
+    bench.index.apply_replica(bench.no, LOG, vec![row], Seq(4)).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !bench.outbox().is_quiet() {
+        assert!(Instant::now() < deadline, "it is still shown from here");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(bench.names(), ["dir", "new", "old"]);
+    assert_eq!(bench.outbox().usage().staged_bytes, 0, "its draft is gone");
+}
+
+#[test]
+fn writes_to_a_location_that_was_removed_stay() {
+    let mut bench = Bench::new();
+    bench.make("new", b"bytes");
+    bench.outbox().sync().unwrap();
+    bench.index.remove_location(bench.no).unwrap();
+    let report = bench.restart();
+    assert_eq!(report.pending, 1);
+    let pending = bench.outbox().pending();
+    assert_eq!((pending[0].location, pending[0].path.len()), (None, 1));
+    let taken = bench.take();
+    assert_eq!(inline(&taken[0]), b"bytes", "the owner decides");
+}
+
+#[test]
+fn drained_waits_for_what_is_below() {
+    let bench = Bench::new();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    bench.make("new", b"x");
+    let drained = |path: Vec<Name>| {
+        let below = Some((bench.no, path));
+        runtime.block_on(bench.outbox().drained(below, Duration::from_millis(50)))
+    };
+    assert!(drained(vec![name("elsewhere")]).is_ok());
+    assert_eq!(drained(vec![]).unwrap_err().len(), 1);
+    let no = bench.take().pop().unwrap().no;
+    bench.settle(no, 4);
+    assert!(drained(vec![]).is_ok());
+}
+
+#[test]
+fn a_full_disk_is_told_to_the_writer_and_costs_nothing_accepted() {
+    let bench = Bench::new();
+    bench.make("before", b"bytes");
+    bench.outbox().staging.set_min_free_bytes(u64::MAX);
+    let made = Made::File { is_open: true };
+    let tried = bench.outbox().make(bench.no, (ROOT, &name("after")), made, 0o644);
+    let failed = match tried {
+        Err(error) => error,
+        Ok((_, written)) => {
+            bench.outbox().write(&written.unwrap(), Offset::At(0), &[1; 100_000]).unwrap_err()
+        }
+    };
+    assert_eq!(failed.kind(), Kind::NoSpace);
+    assert_eq!(bench.read("before"), b"bytes");
+    bench.outbox().staging.set_min_free_bytes(0);
+    bench.make("later", b"more");
+    assert_eq!(bench.read("later"), b"more");
+}

@@ -66,6 +66,7 @@ impl Outbox {
             path,
             bytes: Some(bytes),
             is_held: false,
+            generation: None,
         };
         let replaced = of_draft(&state, no);
         let new = self.accept(&mut state, new)?;

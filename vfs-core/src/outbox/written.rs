@@ -9,7 +9,7 @@
 //! `Written` over the newer version. Who has the older one open may go on
 //! writing; the owner keeps both.
 
-use super::queue::{OpBytes, Progress};
+use super::queue::{OpBytes, Progress, makes_version};
 use super::record::{content, content_mut};
 use super::{NewBytes, NewOp, Outbox, State};
 use crate::content::Reader;
@@ -104,6 +104,11 @@ impl Written {
     /// Bytes of the file.
     pub fn size(&self) -> u64 {
         self.shown.live.size()
+    }
+
+    /// Whether something was written that no operation has yet.
+    pub fn is_dirty(&self) -> bool {
+        self.draft.is_dirty()
     }
 
     /// Size and times, for `stat`.
@@ -425,6 +430,7 @@ impl Outbox {
                 path,
                 bytes: Some(bytes),
                 is_held: false,
+                generation: None,
             },
         )?;
         of.build_on(no);
@@ -466,11 +472,9 @@ impl Outbox {
     }
 
     fn release_hold(&self, state: &mut State, no: u64) {
-        if let Some(op) = state.ops.get_mut(&no)
-            && matches!(op.progress, Progress::Held(_))
-        {
-            op.progress = Progress::Waiting(None);
-            state.place(no);
+        let held = state.ops.get(&no).map(|op| op.progress);
+        if matches!(held, Some(Progress::Held(_))) {
+            state.set(no, Progress::Waiting(None));
         }
     }
 
@@ -490,6 +494,9 @@ impl Outbox {
         record: &super::OpRecord,
     ) {
         let file = record.change.file();
+        if !makes_version(&record.change) {
+            return;
+        }
         let Some(open) = self.files.get(&(location, file)) else { return };
         let Some(written) = &open.written else { return };
         let sees = state.base(record.location, file).or_else(|| self.row_base(location, file));

@@ -94,6 +94,8 @@ pub struct Shown<'a> {
     pub bytes: Option<Bytes>,
     /// What it moves or removes is a directory.
     pub is_directory: bool,
+    /// Under which generation this device shows the file; 0: the operation makes no version.
+    pub generation: u32,
 }
 
 /// The number that stands for bytes that no operation carries yet: after every operation.
@@ -136,6 +138,9 @@ struct Patch {
     bytes: Stack<Bytes>,
     perm: Stack<u16>,
     mtime: Stack<Time>,
+    /// With this time of the last change, set here, a row is no other version of the bytes than
+    /// the one of this generation.
+    frozen: Stack<(Time, u32)>,
     atime: Stack<Time>,
     /// The last change of attributes.
     ctime: Option<(u64, Time)>,
@@ -275,7 +280,7 @@ impl Local {
     }
 
     fn apply(&mut self, shown: Shown<'_>) {
-        let Shown { no, at: when, change, bytes, is_directory } = shown;
+        let Shown { no, at: when, change, bytes, is_directory, generation } = shown;
         let file = change.file();
         let patch = self.files.entry(file).or_default();
         patch.ctime = Some((no, when));
@@ -289,6 +294,9 @@ impl Local {
             }
             Change::SetAttr { perm, atime, mtime, .. } => {
                 patch.set_attributes(no, when, (*perm, *atime, *mtime));
+                if let Some(mtime) = mtime.filter(|_| generation != 0) {
+                    patch.frozen.set(no, (mtime, generation));
+                }
             }
             Change::Xattr { name, value, .. } => {
                 patch.xattrs.entry(name.clone()).or_default().set(no, value.clone());
@@ -468,6 +476,7 @@ impl Patch {
         self.bytes.retire(no);
         self.perm.retire(no);
         self.mtime.retire(no);
+        self.frozen.retire(no);
         self.atime.retire(no);
         self.ctime.take_if(|(n, _)| *n == no);
         self.listing.take_if(|(n, _)| *n == no);
@@ -479,11 +488,12 @@ impl Patch {
     }
 
     fn is_empty(&self) -> bool {
-        let Self { made, bytes, perm, mtime, atime, ctime, listing, links, xattrs } = self;
+        let Self { made, bytes, perm, mtime, frozen, atime, ctime, listing, links, xattrs } = self;
         made.is_empty()
             && bytes.is_empty()
             && perm.is_empty()
             && mtime.is_empty()
+            && frozen.is_empty()
             && atime.is_empty()
             && ctime.is_none()
             && listing.is_none()
@@ -493,6 +503,11 @@ impl Patch {
 
     fn put_on(&self, entry: &mut Entry) {
         let attr = &mut entry.attr;
+        if let Some((mtime, generation)) = self.frozen.top()
+            && *mtime == attr.mtime
+        {
+            entry.generation = *generation;
+        }
         if let Some((_, listed)) = self.listing {
             attr.mtime = attr.mtime.max(listed);
             attr.ctime = attr.ctime.max(listed);

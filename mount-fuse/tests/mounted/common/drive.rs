@@ -104,8 +104,14 @@ pub fn drive_over(
         read_only: false,
         foreign_symlinks: ForeignSymlinks::default(),
     };
-    let (outbox, _) =
-        Outbox::open(&made(data, "outbox"), index.clone(), OutboxConfig::default()).unwrap();
+    let mut outbox = None;
+    // The one of a drive that was just dropped may be closing still.
+    crate::common::eventually("the outbox is free", || {
+        let opened = Outbox::open(&made(data, "outbox"), index.clone(), OutboxConfig::default());
+        outbox = opened.ok().map(|(outbox, _)| outbox);
+        outbox.is_some()
+    });
+    let outbox = outbox.unwrap();
     let drive = Drive::new(index.clone(), Arc::clone(&indexer), content, library, outbox, config);
     crate::common::eventually("the own location is there", || indexer.root(mine).is_ok());
     let parts = Parts { index, indexer, peer, theirs };

@@ -31,6 +31,9 @@ pub(in crate::drive) struct RemoteFile {
     is_backed: bool,
 }
 
+/// Committing more than this may take a disk long.
+const LONG_BYTES: u64 = 1 << 20;
+
 /// An entry with the size and times of what is being written.
 pub(super) fn as_written(entry: &Entry, written: &Written) -> Entry {
     let live = written.live();
@@ -233,6 +236,11 @@ impl RemoteFile {
     pub fn set_size(&self, outbox: &Outbox, size: u64) -> FsResult<()> {
         let written = self.writing(outbox)?;
         outbox.set_size(&written, size)
+    }
+
+    /// Whether making it durable may take long.
+    pub fn may_flush_long(&self, outbox: &Outbox) -> bool {
+        self.written(outbox).is_some_and(|w| w.size() > LONG_BYTES && w.is_dirty())
     }
 
     /// A program closed one of its descriptors.
