@@ -165,6 +165,11 @@ impl Content {
         &self.runtime
     }
 
+    /// The cache, to be shared.
+    pub(crate) fn shared_cache(&self) -> &Arc<Cache> {
+        &self.cache
+    }
+
     /// The cache.
     pub fn cache(&self) -> &Cache {
         &self.cache

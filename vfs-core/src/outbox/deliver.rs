@@ -236,10 +236,10 @@ impl Outbox {
             };
             state.rename_file(location, file, new, how);
         }
-        let Queued { record, bytes, .. } = op;
-        let applied = applied.clone();
+        let Queued { record, bytes, digest, .. } = op;
+        let (applied, whole) = (applied.clone(), digest.and_then(|(_, whole)| whole));
         let (settled, reached) = (Instant::now(), None);
-        state.retiring.insert(no, Retiring { record, bytes, applied, settled, reached });
+        state.retiring.insert(no, Retiring { record, bytes, applied, whole, settled, reached });
         if elsewhere.is_some() {
             self.show_again(state, location);
         }

@@ -8,6 +8,7 @@
 //! | `queue`, `order` | the accepted operations, and which waits for which |
 //! | `deliver` | what to send, and what becomes of the answers |
 //! | `tend` | what happens by itself: syncing, letting go, what is seen in the index by now |
+//! | `adopt` | delivered bytes stay readable here, in the cache |
 //! | `recover` | taking up the journal of the last run |
 //! | `people` | what waits and why, conflicts |
 //! | `export` | the bytes of writes that no owner takes, for people |
@@ -27,6 +28,7 @@
 //! None is held over the network; `state` is held over appends to the journal, which do not
 //! wait for the disk, and over its rare checkpoints.
 
+mod adopt;
 mod attributes;
 mod deliver;
 mod export;

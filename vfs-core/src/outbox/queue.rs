@@ -51,6 +51,8 @@ pub(super) struct Retiring {
     pub record: OpRecord,
     pub bytes: Option<OpBytes>,
     pub applied: crate::ops::Applied,
+    /// The id of the file's bytes, when they are whole.
+    pub whole: Option<ContentId>,
     pub settled: Instant,
     /// When the index had its rows.
     pub reached: Option<Instant>,

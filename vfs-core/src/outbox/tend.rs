@@ -1,8 +1,9 @@
 //! What happens by itself: a thread that makes durable what nobody waits for, sends new files
 //! that stay open long, and lets go of what the index shows by now.
 
+use super::adopt::Whole;
 use super::queue::{Progress, Retiring};
-use super::record::Record;
+use super::record::{OpRecord, Record};
 use super::{Outbox, State};
 use crate::changes::Change as Shown;
 use crate::error::FsResult;
@@ -181,15 +182,21 @@ impl Outbox {
     /// Lets go of what the index shows.
     fn retire_all(&self) {
         let now = Instant::now();
-        let mut state = self.state();
-        let mut due = Vec::new();
-        for (no, done) in &mut state.retiring {
+        let (mut due, mut wholes) = (Vec::new(), Vec::new());
+        for (no, done) in &mut self.state().retiring {
             let place = self.index.location_by_id(done.record.location);
             let is_there = place.is_none_or(|l| self.has_reached(l.no, done, now));
             if is_there && now >= *done.reached.get_or_insert(now) + COVERED_FOR {
                 due.push(*no);
+                let OpRecord { location, snapshot, .. } = &done.record;
+                let Retiring { bytes, applied, whole, .. } = &done;
+                let bytes = bytes.as_ref();
+                wholes.extend(Whole::of(*location, applied, bytes, snapshot.as_ref(), *whole));
             }
         }
+        // Only this thread retires, so the drafts are there until it does.
+        wholes.iter().for_each(|whole| self.adopt(whole));
+        let mut state = self.state();
         for no in due {
             self.retire(&mut state, no);
         }

@@ -214,6 +214,34 @@ fn appending_truncating_and_punching() {
 }
 
 #[test]
+fn what_was_written_here_is_read_here_when_its_owner_is_gone() {
+    let (bench, mut owner) = with_owner();
+    let bytes: Vec<u8> = (0..200_000_u32).map(|n| (n % 241) as u8).collect();
+    bench.make("photo", &bytes);
+    bench.settle_all(&mut owner);
+    bench.peer.online.store(false, Ordering::SeqCst);
+    assert_eq!(bench.content_of("photo"), bytes);
+    let state = bench.drive.getxattr(bench.ino(&at("photo")), b"user.spacedrive.state");
+    assert_eq!(state.unwrap(), b"cached");
+}
+
+#[test]
+fn a_partial_change_whose_base_is_gone_goes_as_a_whole() {
+    let (bench, mut owner) = with_owner();
+    owner.refuses = Some(Refusal::NeedsWhole);
+    bench.put_remote(bench.ino(&at("old")), 4, b"BYTES");
+    assert_eq!(bench.deliver(&mut owner), 1);
+    owner.refuses = None;
+    wait_until("it is sent as a whole", || {
+        bench.outbox.sync().unwrap();
+        bench.outbox.pending().first().is_some_and(|p| p.bytes == 9)
+    });
+    let owner = std::cell::RefCell::new(owner);
+    wait_until("it is delivered", || bench.deliver(&mut owner.borrow_mut()) > 0);
+    assert_eq!(owner.borrow().bytes_at("old"), Some(&b"old BYTES"[..]));
+}
+
+#[test]
 fn large_files_travel_in_ranges() {
     let (bench, mut owner) = with_owner();
     let bytes: Vec<u8> = (0..3_000_000_u32).map(|n| (n % 249) as u8).collect();
