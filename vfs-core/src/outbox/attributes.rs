@@ -52,8 +52,6 @@ impl Outbox {
             generation: is_file.then_some(node.entry.generation),
         };
         self.accept(&mut state, op)?;
-        drop(state);
-        self.tick();
         Ok(())
     }
 
@@ -128,8 +126,6 @@ impl Outbox {
             generation: None,
         };
         self.accept(&mut state, op)?;
-        drop(state);
-        self.tick();
         Ok(())
     }
 }

@@ -160,8 +160,11 @@ impl Outbox {
         } else {
             self.done(&mut state, no, &outcome);
         }
+        let may_go = state.ready.get(&owner).is_some_and(|ready| !ready.is_empty());
         drop(state);
-        self.tick();
+        if may_go {
+            self.tick();
+        }
         self.settled.send_modify(|n| *n = n.wrapping_add(1));
     }
 

@@ -171,6 +171,8 @@ impl Outbox {
         Ok(())
     }
 
+    /// There may be something to send: only then, because it wakes whoever delivers. What is not
+    /// durable yet is not sent.
     fn tick(&self) {
         self.changed.send_modify(|n| *n = n.wrapping_add(1));
     }

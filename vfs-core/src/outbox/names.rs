@@ -127,9 +127,6 @@ impl Outbox {
             self.register(&mut state, written, accepted);
         }
         drop(state);
-        if !is_held {
-            self.tick();
-        }
         Ok((self.present(no, dir, name)?, written))
     }
 
@@ -182,7 +179,6 @@ impl Outbox {
         let change = Change::Link { file, at: Place { dir, name: name.clone() } };
         self.accept_name(&mut state, (location, path), change, false)?;
         drop(state);
-        self.tick();
         self.present(no, dir, name)
     }
 
@@ -222,8 +218,6 @@ impl Outbox {
             self.accept_name(&mut state, (location, path), change, false)?;
         }
         self.let_go_if_unused(&mut state, no, file);
-        drop(state);
-        self.tick();
         Ok(())
     }
 
@@ -254,8 +248,6 @@ impl Outbox {
         self.check_removable(no, &entry)?;
         let change = Change::Rmdir { file: entry.file_id, at: Place { dir, name: name.clone() } };
         self.accept_name(&mut state, (location, path), change, true)?;
-        drop(state);
-        self.tick();
         Ok(())
     }
 
@@ -305,8 +297,6 @@ impl Outbox {
         if let Some(gone) = gone {
             self.let_go_if_unused(&mut state, no, gone);
         }
-        drop(state);
-        self.tick();
         Ok(())
     }
 

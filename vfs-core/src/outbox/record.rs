@@ -14,6 +14,7 @@ use std::borrow::Cow;
 
 /// One record of the journal.
 #[derive(Serialize, Deserialize, Debug)]
+#[allow(clippy::large_enum_variant, reason = "one at a time, and most are the largest")]
 pub(super) enum Record<'a> {
     /// The first of a journal, and of every checkpoint.
     Begin { epoch: u64, next_no: u64 },

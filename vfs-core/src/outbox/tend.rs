@@ -155,7 +155,6 @@ impl Outbox {
             tracing::error!(%error, "accepted writes could not be made durable");
             self.state().unsynced = true;
         }
-        self.tick();
     }
 
     fn release_holds(&self) {

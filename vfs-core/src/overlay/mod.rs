@@ -131,6 +131,9 @@ impl<T> Stack<T> {
     }
 }
 
+/// An extended attribute's; `None`: it was removed.
+type Value = Option<Box<[u8]>>;
+
 /// What is shown of one file beside, or instead of, its row.
 #[derive(Debug, Default)]
 struct Patch {
@@ -147,7 +150,7 @@ struct Patch {
     /// The last change of a directory's listing.
     listing: Option<(u64, Time)>,
     links: Stack<i64>,
-    xattrs: BTreeMap<Box<[u8]>, Stack<Option<Box<[u8]>>>>,
+    xattrs: BTreeMap<Box<[u8]>, Stack<Value>>,
 }
 
 /// Bytes of ours that have become a version of the owner: it is shown under the number that

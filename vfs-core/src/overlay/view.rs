@@ -124,10 +124,7 @@ impl<'a> Merged<'a> {
         from: &[u8],
         visit: &mut Visit<'_>,
     ) -> Result<(), IndexError> {
-        let own = match self.lock().locations.get(&no) {
-            Some(local) => Some(local.names_from(parent, from)),
-            None => None,
-        };
+        let own = self.lock().locations.get(&no).map(|local| local.names_from(parent, from));
         let view = self.index.view()?;
         let Some(own) = own else { return view.children_from(no, parent, from, visit) };
         // Not under the lock: a listing may be long, and the visitor's time is not ours.
