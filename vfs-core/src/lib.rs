@@ -27,6 +27,7 @@ pub mod changes;
 pub mod content;
 pub mod drive;
 pub mod error;
+mod failpoint;
 pub mod index;
 pub mod indexer;
 pub mod journal;

@@ -7,7 +7,7 @@ use super::create::SET_ID;
 use super::site::{Dir, Fail, Found, Site};
 use crate::error::{FsError, FsResult, Kind};
 use crate::local::{attr_of, handle_at, ino_of, stat_of};
-use crate::model::{FileId, FileType, Time};
+use crate::model::{FileId, FileType, Stamp, Time};
 use rustix::fs::{AtFlags, Gid, Uid, XattrFlags};
 use rustix::io::Errno;
 use std::fs::File;
@@ -81,15 +81,16 @@ impl Site<'_> {
         let there = if opened.is_some() { There::Yes } else { There::No };
         match (decide(Meeting::Attributes { file: there }), opened) {
             (Decision::Do, Some((found, handle))) => {
+                let before = found.seen.stamp();
                 change(&found, handle.as_fd())?;
+                let after = attr_of(&stat_of(handle.as_fd())?);
+                let after = Stamp { mtime: after.mtime, ctime: after.ctime, ..before };
+                self.applier.touched.note(self.no(), before, after);
                 // Attributes of the file are durable with it, not with its directory.
                 self.sync_file(&found)?;
-                let is_file = found.seen.attr.file_type == FileType::File;
-                let stat = stat_of(handle.as_fd())?;
+                // No version: whether its writer had seen these bytes is not known.
                 let Found { dir, name, .. } = found;
-                let done = Done::at(&dir, name);
-                let version = is_file.then(|| stamp_of_stat(&stat));
-                Ok(Done { version, ..done })
+                Ok(Done::at(&dir, name))
             }
             (Decision::Stands(why), _) => Ok(Done::stands(file, why)),
             (other, _) => unreachable!("{other:?} of attributes"),
@@ -123,12 +124,6 @@ impl Site<'_> {
     }
 }
 
-fn stamp_of_stat(stat: &rustix::fs::Statx) -> crate::model::Stamp {
-    let attr = attr_of(stat);
-    let (size, mtime, ctime) = (attr.size, attr.mtime, attr.ctime);
-    crate::model::Stamp { disk_ino: ino_of(stat), size, mtime, ctime }
-}
-
 /// Gives the new version what the old one has: permissions, owner, extended attributes. The
 /// time of the change is the writer's.
 pub(super) fn keep_attributes(old: &File, new: &File, mtime: Time) -> FsResult<()> {
@@ -147,8 +142,8 @@ pub(super) fn copy_attributes(from: &File, to: &File) -> FsResult<()> {
     for name in xattrs(from)? {
         copy_xattr(from, to, &name)?;
     }
-    // After the owner, whose change takes set-id bits away.
-    rustix::fs::fchmod(to, super::mode(old.perm))
+    // After the owner, whose change takes bits away. Set-id bits go, as after any write.
+    rustix::fs::fchmod(to, super::mode(old.perm & !SET_ID))
         .map_err(|e| FsError::os("keep permissions", e))?;
     set_times(to.as_fd(), None, Some(old.mtime)).map_err(|e| FsError::os("keep the time", e))
 }
@@ -183,6 +178,10 @@ fn xattrs(file: &File) -> FsResult<Vec<Vec<u8>>> {
 }
 
 fn copy_xattr(from: &File, to: &File, name: &[u8]) -> FsResult<()> {
+    // Of bytes that are not there any more; the kernel, too, takes them away at a write.
+    if [&b"security.capability"[..], b"security.ima", b"security.evm"].contains(&name) {
+        return Ok(());
+    }
     let mut value = vec![0; XATTR_BYTES];
     let len = match rustix::fs::fgetxattr(from, name, &mut value[..]) {
         Ok(len) => len,

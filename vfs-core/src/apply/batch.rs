@@ -26,6 +26,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
 
+/// Operations that are prepared together; each holds a file open.
+const MAX_PENDING: usize = 128;
+
 /// Prepared bytes: all that the extents hold, verified.
 pub(super) struct Ready {
     source: Source,
@@ -91,7 +94,7 @@ pub(super) struct Done {
     /// The look whose row is the file's.
     pub main: Option<usize>,
     /// Directories that are to be durable.
-    pub dirs: Vec<(FileId, OwnedFd)>,
+    pub dirs: Vec<(FileId, std::io::Result<OwnedFd>)>,
     /// Inodes whose ids were decided here, until they have rows.
     pub expected: Vec<(LocationNo, u64)>,
     /// Names that are gone again.
@@ -129,10 +132,7 @@ impl Done {
     }
 
     fn syncing(mut self, dir: &Dir) -> Self {
-        // Without a handle the directory is opened again at the end.
-        if let Ok(fd) = dir.fd.try_clone() {
-            self.dirs.push((dir.id, fd));
-        }
+        self.dirs.push((dir.id, dir.fd.try_clone()));
         self
     }
 
@@ -195,6 +195,8 @@ pub(super) struct Batch<'a> {
     sites: HashMap<LocationId, Rc<Site<'a>>>,
     outcomes: Vec<Option<Outcome>>,
     pending: Vec<Pending<'a>>,
+    /// Removals that were carried out, and are looked at together.
+    unobserved: Vec<(Item, Rc<Site<'a>>, Done)>,
     touched: HashSet<Touch>,
     /// Names under which what is removed is looked at once more.
     asides: HashMap<OpId, Name>,
@@ -203,6 +205,8 @@ pub(super) struct Batch<'a> {
     /// Where in `outcomes` they are.
     new: Vec<usize>,
     dirs: HashMap<(LocationNo, FileId), OwnedFd>,
+    /// Why a directory cannot be made durable.
+    unsynced: Option<FsError>,
     /// Names that were hidden for this batch.
     hidden: Vec<(LocationNo, Name)>,
     entry: Entry,
@@ -216,11 +220,13 @@ impl<'a> Batch<'a> {
             sites: HashMap::new(),
             outcomes: vec![None; len],
             pending: Vec::new(),
+            unobserved: Vec::new(),
             touched: HashSet::new(),
             asides: HashMap::new(),
             applied: HashMap::new(),
             new: Vec::new(),
             dirs: HashMap::new(),
+            unsynced: None,
             hidden: Vec::new(),
             entry: Entry::default(),
         }
@@ -290,7 +296,8 @@ impl<'a> Batch<'a> {
         let touches = site.touches(op)?;
         let is_alone = touches.is_none();
         let touches = touches.unwrap_or_default();
-        if is_alone || touches.iter().any(|touch| self.touched.contains(touch)) {
+        let is_full = self.pending.len() >= MAX_PENDING;
+        if is_alone || is_full || touches.iter().any(|touch| self.touched.contains(touch)) {
             self.flush();
         }
         if let Some(outcome) = self.applier.waiting.outcome(id, op) {
@@ -300,7 +307,13 @@ impl<'a> Batch<'a> {
         }
         let Some(work) = self.prepare(&site, &item, receiving)? else {
             let done = self.carry_out(&site, &item)?;
-            self.observe(vec![(item, site, done)]);
+            match item.op.change {
+                Change::Unlink { .. } => {
+                    self.touched.extend(touches);
+                    self.unobserved.push((item, site, done));
+                }
+                _ => self.observe(vec![(item, site, done)]),
+            }
             return Ok(());
         };
         self.touched.extend(touches);
@@ -424,14 +437,17 @@ impl<'a> Batch<'a> {
     fn flush(&mut self) {
         self.touched.clear();
         let pending = std::mem::take(&mut self.pending);
+        let mut done = std::mem::take(&mut self.unobserved);
         if pending.is_empty() {
-            return;
+            return self.observe(done);
         }
         let synced: Vec<_> = pending.iter().map(|p| p.work.ready().body().sync()).collect();
         let noted = self.note_swaps(&pending);
-        let mut done = Vec::new();
         for (Pending { item, site, work }, synced) in pending.into_iter().zip(synced) {
             let noted = noted.as_ref().map_err(|e| FsError::new(e.kind(), e.to_string()));
+            if work.ready().body().is_spent() {
+                self.applier.receptions.remove(&item.id);
+            }
             let finished = synced
                 .and(noted.map(|_| ()))
                 .map_err(Fail::from)
@@ -470,7 +486,7 @@ impl<'a> Batch<'a> {
             }
             _ => unreachable!("prepared as what it is"),
         };
-        if done.is_ok() || work.ready().body().is_named() {
+        if done.is_ok() || work.ready().body().is_spent() {
             // It is its owner's file now, and not for new bytes any more.
             self.applier.receptions.remove(&item.id);
         }
@@ -524,7 +540,10 @@ impl<'a> Batch<'a> {
                     }
                 }
                 for (dir, fd) in done.dirs.drain(..) {
-                    self.dirs.entry((no, dir)).or_insert(fd);
+                    match fd {
+                        Ok(fd) => drop(self.dirs.entry((no, dir)).or_insert(fd)),
+                        Err(e) => self.unsynced = Some(FsError::os("keep a directory open", e)),
+                    }
                 }
             }
         }
@@ -569,6 +588,9 @@ impl<'a> Batch<'a> {
 
     fn make_durable(&mut self) -> FsResult<()> {
         super::fail_point("apply::done");
+        if let Some(e) = self.unsynced.take() {
+            return Err(e);
+        }
         for dir in self.dirs.values() {
             rustix::fs::fsync(dir).map_err(|e| FsError::os("make a directory durable", e))?;
         }
@@ -620,6 +642,11 @@ impl Site<'_> {
             Change::Create { at, file, .. } => {
                 let at = Place { dir: self.means(at.dir)?, name: at.name.clone() };
                 Some(vec![Touch::Name(location, at), Touch::File(location, *file)])
+            }
+            Change::Unlink { file, at, .. } => {
+                let at = Place { dir: self.means(at.dir)?, name: at.name.clone() };
+                let file = [*file, self.means(*file)?].map(|file| Touch::File(location, file));
+                Some(file.into_iter().chain([Touch::Name(location, at)]).collect())
             }
             Change::Write { file, .. } => {
                 Some(vec![Touch::File(location, *file), Touch::File(location, self.means(*file)?)])

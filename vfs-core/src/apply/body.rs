@@ -32,8 +32,11 @@ pub(super) struct Body {
     pub file: File,
     /// The inode of the directory in which it can get a name; `None`: nowhere.
     pub home: Option<u64>,
-    /// It has or had a name: the kernel gives it no other, and its bytes are its owner's.
-    named: AtomicBool,
+    /// It has or had a name: the kernel gives it no other, and its bytes are its owner's. Or
+    /// its bytes could not be made durable: the kernel may have dropped them.
+    spent: AtomicBool,
+    /// Bytes of a base were put into it.
+    completed: AtomicBool,
 }
 
 impl Body {
@@ -54,14 +57,14 @@ impl Body {
     }
 
     fn unnamed(file: File, home: Option<u64>) -> Self {
-        Self { file, home, named: AtomicBool::new(false) }
+        Self { file, home, spent: AtomicBool::new(false), completed: AtomicBool::new(false) }
     }
 
     /// Gives it a name, unless that is taken.
     pub fn link_into(&self, dir: &OwnedFd, name: &[u8]) -> rustix::io::Result<()> {
         let path = path_of(self.file.as_fd());
         rustix::fs::linkat(rustix::fs::CWD, path, dir, name, AtFlags::SYMLINK_FOLLOW)?;
-        self.named.store(true, Ordering::Relaxed);
+        self.spent.store(true, Ordering::Relaxed);
         Ok(())
     }
 
@@ -75,7 +78,10 @@ impl Body {
     }
 
     pub fn sync(&self) -> FsResult<()> {
-        self.file.sync_all().map_err(|e| FsError::os("make new bytes durable", e))
+        self.file.sync_all().map_err(|e| {
+            self.spent.store(true, Ordering::Relaxed);
+            FsError::os("make new bytes durable", e)
+        })
     }
 
     /// Puts the bytes of the extents, one after the other, at their places.
@@ -94,11 +100,22 @@ impl Body {
     /// What lies between the extents and stays of the base; then the size.
     pub fn complete(&self, content: &NewContent, base: Option<&File>) -> FsResult<()> {
         if let Some(base) = base {
+            let again = self.completed.swap(true, Ordering::Relaxed);
             for gap in kept_ranges(content) {
+                if again {
+                    // What an attempt before took from another version: holes are not copied.
+                    self.punch(&gap)?;
+                }
                 copy_data(base, &self.file, gap)?;
             }
         }
         self.file.set_len(content.size).map_err(|e| FsError::os("set the size", e))
+    }
+
+    fn punch(&self, range: &Range<u64>) -> FsResult<()> {
+        let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        rustix::fs::fallocate(&self.file, how, range.start, range.end - range.start)
+            .map_err(|e| FsError::os("drop bytes of an older version", e))
     }
 
     /// Whether the extents have the bytes that the writer says; with the content id where
@@ -120,9 +137,9 @@ impl Body {
         }
     }
 
-    /// Whether it got a name, and is no longer only ours.
-    pub fn is_named(&self) -> bool {
-        self.named.load(Ordering::Relaxed)
+    /// Whether it is of no use for new bytes any more.
+    pub fn is_spent(&self) -> bool {
+        self.spent.load(Ordering::Relaxed)
     }
 
     pub fn stamp(&self) -> FsResult<Stamp> {
@@ -201,6 +218,9 @@ pub(super) fn kept_ranges(content: &NewContent) -> Vec<Range<u64>> {
 }
 
 fn unnamed_in(dir: BorrowedFd<'_>) -> rustix::io::Result<File> {
+    if super::lacks("O_TMPFILE") {
+        return Err(Errno::OPNOTSUPP);
+    }
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
     rustix::fs::openat(dir, c".", flags, Mode::RUSR | Mode::WUSR).map(File::from)
 }

@@ -2,16 +2,19 @@
 
 use super::body::{digest_of, is_one_piece};
 use super::conflict::Version;
+use super::lock;
 use super::site::{Found, Site};
 use crate::content::Manifest;
 use crate::error::{FsError, FsResult};
 use crate::index::Observed;
 use crate::local::stamp_of;
-use crate::model::{ContentId, FileType, Stamp};
+use crate::model::{ContentId, FileType, LocationNo, Stamp};
 use crate::ops::NewContent;
+use std::collections::HashMap;
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::sync::Mutex;
 use std::sync::atomic::AtomicBool;
 
 /// What is read at a time.
@@ -66,7 +69,8 @@ impl Site<'_> {
     /// differ: a chmod or a rename changes no bytes. Where the bytes' id is known it decides.
     pub fn is_version(&self, found: &Found, known: &Known) -> FsResult<bool> {
         let now = found.seen.stamp();
-        if now == known.stamp {
+        let was = self.applier.touched.before(self.no(), now);
+        if now == known.stamp || was.is_some_and(|was| is_unwritten_since(&was, &known.stamp)) {
             return Ok(true);
         }
         match known.content {
@@ -120,8 +124,39 @@ impl Site<'_> {
 
 /// Whether size and time of the last change of the bytes are the same, of the same inode.
 pub(super) fn is_unwritten(seen: &Observed, stamp: &Stamp) -> bool {
-    let now = seen.stamp();
-    (now.disk_ino, now.size, now.mtime) == (stamp.disk_ino, stamp.size, stamp.mtime)
+    is_unwritten_since(&seen.stamp(), stamp)
+}
+
+fn is_unwritten_since(now: &Stamp, then: &Stamp) -> bool {
+    (now.disk_ino, now.size, now.mtime) == (then.disk_ino, then.size, then.mtime)
+}
+
+/// Files whose times were set here, which changed no bytes: what they are, and were before.
+#[derive(Default)]
+pub(super) struct Touched(Mutex<HashMap<(LocationNo, u64), (Stamp, Stamp)>>);
+
+/// How many are remembered; of a forgotten one the next change may be a conflict.
+const TOUCHED_MAX: usize = 100_000;
+
+impl Touched {
+    /// The stamp of these bytes changed from `before` to `after`.
+    pub fn note(&self, no: LocationNo, before: Stamp, after: Stamp) {
+        if is_unwritten_since(&after, &before) {
+            return;
+        }
+        let first = self.before(no, before).unwrap_or(before);
+        let mut touched = lock(&self.0);
+        if touched.len() >= TOUCHED_MAX {
+            touched.clear();
+        }
+        touched.insert((no, before.disk_ino), (first, after));
+    }
+
+    /// The stamp that these bytes had before it was changed here.
+    pub fn before(&self, no: LocationNo, now: Stamp) -> Option<Stamp> {
+        let known = lock(&self.0).get(&(no, now.disk_ino)).copied();
+        known.filter(|(_, after)| is_unwritten_since(&now, after)).map(|(before, _)| before)
+    }
 }
 
 /// Whether what no extent covers is zero.

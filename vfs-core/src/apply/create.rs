@@ -213,7 +213,7 @@ impl Site<'_> {
 
     pub fn is_home(&self, dir: &Dir, body: &Body) -> FsResult<bool> {
         let ino = crate::local::stat_of(dir.fd.as_fd())?.stx_ino;
-        Ok(body.home == Some(ino) && !body.is_named())
+        Ok(body.home == Some(ino) && !body.is_spent())
     }
 
     /// A copy in the directory itself: of bytes that were received elsewhere, or before the
@@ -258,14 +258,12 @@ impl Site<'_> {
 
 /// Moves to a name that is free; also where the file system cannot promise that itself.
 pub(super) fn rename_new(from: &Dir, name: &Name, to: &Dir, new: &Name) -> rustix::io::Result<()> {
-    let (name, new_bytes) = (name.as_bytes(), new.as_bytes());
-    let flags = RenameFlags::NOREPLACE;
-    match rustix::fs::renameat_with(&from.fd, name, &to.fd, new_bytes, flags) {
+    match super::rename_with((&from.fd, name), (&to.fd, new), RenameFlags::NOREPLACE) {
         Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {}
         renamed => return renamed,
     }
     match handle_at(to.fd.as_fd(), new) {
         Ok(_) => Err(Errno::EXIST),
-        Err(_) => rustix::fs::renameat(&from.fd, name, &to.fd, new_bytes),
+        Err(_) => rustix::fs::renameat(&from.fd, name.as_bytes(), &to.fd, new.as_bytes()),
     }
 }

@@ -198,12 +198,17 @@ impl Ledger {
     /// Drops outcomes that will not be asked for again.
     pub fn forget_below(&self, writer: DeviceId, epoch: u64, no: u64) -> FsResult<()> {
         let first = |epoch, no| op_key(&OpId { writer, epoch, no });
+        let after = epoch.saturating_add(1);
+        // Also those of other epochs: the journal that they were of is lost.
         let ranges = [
             first(0, 0)..first(epoch, 0),
             first(epoch, 0)..first(epoch, no.saturating_sub(KEPT_OPS)),
+            first(after, 0)..first(u64::MAX, u64::MAX),
         ];
         let write = || -> Result<(), redb::Error> {
-            let transaction = self.db.begin_write()?;
+            let mut transaction = self.db.begin_write()?;
+            // With the next durable one: nothing relies on it.
+            transaction.set_durability(redb::Durability::None)?;
             {
                 let mut outcomes = transaction.open_table(OUTCOMES)?;
                 for range in ranges {

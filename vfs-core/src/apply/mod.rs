@@ -50,21 +50,25 @@ use crate::content::Manifests;
 use crate::error::{FsError, FsResult};
 use crate::index::Index;
 use crate::indexer::Indexer;
-use crate::model::{DeviceId, FileId};
+use crate::model::{DeviceId, FileId, Name};
 use crate::ops::{Base, Change, New, NewContent, Op, OpId, Outcome};
 use batch::Batch;
-use compare::Known;
+use compare::{Known, Touched};
 use conflict::Version;
 use ledger::{Entry, Intent, Ledger, Named};
 use receive::Receptions;
 use site::{Fail, Site};
 use std::collections::HashMap;
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use waiting::Waiting;
 
 pub use receive::{Need, Receiving};
+
+/// Answers are dropped when so many more are noted.
+const FORGET_EVERY: u64 = 1024;
 
 /// Who asks, by id and by the name that a conflict copy carries.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -98,8 +102,13 @@ pub struct Applier {
     spare: PathBuf,
     /// For bytes that are about to be written in place.
     redo_dir: PathBuf,
+    touched: Touched,
+    /// Up to where answers were dropped, in steps.
+    forgotten: Mutex<HashMap<DeviceId, (u64, u64)>>,
     /// One batch at a time: two writers may mean the same file.
     applying: Mutex<()>,
+    /// What a crash left in a location is ended once, and before anything else is done there.
+    recovering: Mutex<()>,
     /// Of the batch under way: not in the ledger yet.
     aliases: Mutex<HashMap<Named, FileId>>,
     /// Changes in place that were begun and not ended.
@@ -134,7 +143,10 @@ impl Applier {
             waiting: Waiting::default(),
             spare,
             redo_dir,
+            touched: Touched::default(),
+            forgotten: Mutex::default(),
             applying: Mutex::default(),
+            recovering: Mutex::default(),
             aliases: Mutex::default(),
             redos: Mutex::default(),
             redone: Mutex::default(),
@@ -225,6 +237,10 @@ impl Applier {
     pub fn forget_below(&self, writer: DeviceId, epoch: u64, no: u64) {
         self.receptions.forget_below(writer, epoch, no);
         self.waiting.forget_below(writer, epoch, no);
+        let at = (epoch, no / FORGET_EVERY);
+        if lock(&self.forgotten).insert(writer, at) == Some(at) {
+            return;
+        }
         if let Err(e) = self.ledger.forget_below(writer, epoch, no) {
             tracing::warn!("answers that nobody needs any more stay: {e}");
         }
@@ -282,12 +298,28 @@ fn mode(perm: u16) -> rustix::fs::Mode {
     rustix::fs::Mode::from_raw_mode(u32::from(perm) & 0o7777)
 }
 
-/// A step at which tests let something happen, or the process die.
-#[cfg(not(test))]
-fn fail_point(_step: &'static str) {}
+/// Renames with flags; not every file system has them.
+fn rename_with(
+    (from, name): (&OwnedFd, &Name),
+    (to, new): (&OwnedFd, &Name),
+    flags: rustix::fs::RenameFlags,
+) -> rustix::io::Result<()> {
+    if lacks("renameat2") {
+        return Err(rustix::io::Errno::INVAL);
+    }
+    rustix::fs::renameat_with(from, name.as_bytes(), to, new.as_bytes(), flags)
+}
 
+/// Whether a test wants the disk to be one that lacks this.
+#[cfg(not(test))]
+fn lacks(_what: &'static str) -> bool {
+    false
+}
+
+#[cfg(not(test))]
+use crate::failpoint::fail_point;
 #[cfg(test)]
-use tests::fail_point;
+use tests::{fail_point, lacks};
 
 #[cfg(test)]
 mod tests;

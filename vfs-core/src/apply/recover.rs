@@ -79,6 +79,7 @@ impl Applier {
 
     /// Ends what is unfinished in a location whose disk is there.
     pub(super) fn recover_location(&self, location: &Location, root: &Root) {
+        let _recovering = lock(&self.recovering);
         if !self.is_unfinished(location.id) {
             return;
         }

@@ -325,6 +325,5 @@ fn is_inside(a: &Found, b: &Found) -> bool {
 }
 
 fn swap(a: &Dir, a_name: &Name, b: &Dir, b_name: &Name) -> rustix::io::Result<()> {
-    let (from, to) = (a_name.as_bytes(), b_name.as_bytes());
-    rustix::fs::renameat_with(&a.fd, from, &b.fd, to, RenameFlags::EXCHANGE)
+    super::rename_with((&a.fd, a_name), (&b.fd, b_name), RenameFlags::EXCHANGE)
 }

@@ -40,6 +40,8 @@ pub(super) struct Writing {
     /// Where it was found; `None`: deleted.
     at: Option<Place>,
     how: How,
+    /// The version from which the bytes that stay were taken.
+    taken_from: Option<Stamp>,
     hidden: Name,
 }
 
@@ -70,6 +72,7 @@ impl Site<'_> {
         };
         let decision = decide(Meeting::Write { file: version, whole: content.is_whole() });
         let dir = found.as_ref().map(|f| &f.dir);
+        let mut taken_from = None;
         let (how, ready) = match (decision, &found) {
             (Decision::Done, _) => return Ok(None),
             (Decision::NeedsWhole, _) => return Err(Fail::Refused(Refusal::NeedsWhole)),
@@ -81,6 +84,10 @@ impl Site<'_> {
                 let ready = self.ready(id, content, dir.filter(|_| !away), receiving)?;
                 if how == How::Swap {
                     ready.body().complete(content, Some(&base))?;
+                    taken_from = Some(found.seen.stamp()).filter(|_| !content.is_whole());
+                    if !is_unwritten(&found.seen, &crate::local::stamp_of(&base)?) {
+                        return Err(changed().into());
+                    }
                     super::attr::keep_attributes(&base, &ready.body().file, content.mtime)?;
                 }
                 (how, ready)
@@ -96,7 +103,7 @@ impl Site<'_> {
         ready.body().start_writing();
         let at = found.map(|f| Place { dir: f.dir.id, name: f.name });
         let (path, hidden) = (path.to_vec(), hidden_name());
-        Ok(Some(Writing { ready, file, base, path, at, how, hidden }))
+        Ok(Some(Writing { ready, file, base, path, at, how, taken_from, hidden }))
     }
 
     /// The file by its id; or, where that is gone, what is at its path if it is the very version
@@ -143,7 +150,7 @@ impl Site<'_> {
         receiving: Option<Receiving>,
     ) -> Result<Ready, Fail> {
         let receiving = receiving.or_else(|| self.applier.receptions.get(&id, content));
-        let usable = |r: &Receiving| r.is_of(content) && !r.body().is_named();
+        let usable = |r: &Receiving| r.is_of(content) && !r.body().is_spent();
         if let Some(receiving) = receiving.filter(usable) {
             let verified = receiving.verified();
             let verified = verified.map_err(|_| Fail::Later(Obstacle::NoBytes))?;
@@ -221,6 +228,10 @@ impl Site<'_> {
                     return Ok(Done { version: Some(found.seen.stamp()), ..done });
                 }
                 (Decision::Do, Some(found)) => {
+                    let is_taken = |from: Stamp| is_unwritten(&found.seen, &from);
+                    if !writing.taken_from.is_none_or(is_taken) {
+                        return Err(changed().into());
+                    }
                     let done = match writing.how {
                         How::Swap => self.swap(found, writing)?,
                         How::InPlace => {
@@ -376,6 +387,7 @@ impl Site<'_> {
         let copied = ready
             .copy_to(&copy)
             .and_then(|()| copy.sync_all().map_err(|e| FsError::os("make new bytes durable", e)));
+        super::fail_point("apply::hidden-copy");
         if copied.is_err() {
             self.remove_hidden(dir, hidden)?;
         }
@@ -449,14 +461,15 @@ fn exchange(
     target: &Name,
     seen: &Observed,
 ) -> rustix::io::Result<Exchanged> {
-    let (from, to) = (hidden.as_bytes(), target.as_bytes());
-    match rustix::fs::renameat_with(&dir.fd, from, &dir.fd, to, RenameFlags::EXCHANGE) {
+    let (from, to) = ((&dir.fd, hidden), (&dir.fd, target));
+    match super::rename_with(from, to, RenameFlags::EXCHANGE) {
         Ok(()) => return Ok(Exchanged::Swapped),
         Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {}
         Err(e) => return Err(e),
     }
     match dir.look(target) {
         Ok(Some(now)) if is_as_found(&now, seen) => {
+            let (from, to) = (hidden.as_bytes(), target.as_bytes());
             rustix::fs::renameat(&dir.fd, from, &dir.fd, to).map(|()| Exchanged::Replaced)
         }
         _ => Err(Errno::NOENT),

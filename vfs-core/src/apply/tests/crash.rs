@@ -197,3 +197,18 @@ fn a_damaged_ledger_is_set_aside_and_what_was_done_is_recognised() {
     let aside = std::fs::read_dir(world.base.path().join("apply")).unwrap();
     assert!(aside.flatten().any(|e| e.file_name().to_string_lossy().contains("damaged")));
 }
+
+#[test]
+fn where_new_bytes_need_a_name_none_is_left_by_a_crash() {
+    for step in ["apply::hidden-copy", "apply::exchange", "apply::exchanged", "apply::done"] {
+        for lacking in [&["O_TMPFILE"][..], &["O_TMPFILE", "renameat2"]] {
+            without(lacking, || {
+                let world = World::with(&[("a", "base")]);
+                let change = world.overwrite("a", world.seen("a"), "Base");
+                let (world, outcome) = killed_at(step, world, change, false);
+                assert!(matches!(outcome, Outcome::Applied(_)), "{step}: {outcome:?}");
+                assert_eq!((world.tree(), world.read("a")), (vec!["a".to_owned()], "Base".into()));
+            });
+        }
+    }
+}

@@ -234,3 +234,29 @@ fn what_the_daemons_user_may_not_do_is_refused() {
     );
     world.assert_clean();
 }
+
+#[test]
+fn a_file_system_without_the_newer_calls_is_written_as_well() {
+    for lacking in [&["O_TMPFILE"][..], &["renameat2"], &["O_TMPFILE", "renameat2"]] {
+        without(lacking, || {
+            let mut world = World::with(&[("a", "one"), ("b", "two"), ("c", "three")]);
+            let file = world.id("a");
+            let change = world.create("", "new", "x");
+            let drawn = change.file();
+            assert_eq!(world.done(change).file, Some(drawn), "{lacking:?}");
+            let applied = world.done(world.overwrite("a", world.seen("a"), "more"));
+            assert_eq!(applied.file, Some(file), "{lacking:?}");
+            world.done(world.change("a", world.seen("a"), parts(4, 5, &[(4, b"!")])));
+            world.done(world.rename("a", "b"));
+            world.done(world.unlink("new"));
+            let (base, taken) = (world.seen("c"), world.create("", "b", "other"));
+            std::fs::write(world.path("c"), "owner's").unwrap();
+            world.settled("c");
+            kept_as(&world.applied(world.overwrite("c", base, "writer's")));
+            kept_as(&world.applied(taken));
+            assert_eq!((world.read("b"), world.read("c")), ("more!".into(), "owner's".into()));
+            assert_eq!(world.tree().len(), 4, "{:?}", world.tree());
+            world.assert_indexed();
+        });
+    }
+}

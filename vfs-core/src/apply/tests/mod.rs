@@ -46,6 +46,23 @@ pub(super) fn fail_point(step: &'static str) {
     }
 }
 
+thread_local! {
+    /// What the disks of this thread lack.
+    static LACKING: RefCell<Vec<&'static str>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Whether the disk is to be one without this.
+pub(super) fn lacks(what: &'static str) -> bool {
+    LACKING.with(|lacking| lacking.borrow().contains(&what))
+}
+
+/// Runs a test on disks that lack something.
+fn without(what: &[&'static str], test: impl FnOnce()) {
+    LACKING.with(|lacking| *lacking.borrow_mut() = what.to_vec());
+    test();
+    LACKING.with(|lacking| lacking.borrow_mut().clear());
+}
+
 /// Lets something happen at a step, once.
 fn at_step(step: &'static str, hook: impl FnMut() + 'static) {
     HOOKS.with(|hooks| hooks.borrow_mut().push((step, Box::new(hook))));
