@@ -326,12 +326,16 @@ impl State {
     }
 }
 
-/// Whether an operation leaves a file with another stamp of its bytes.
+/// Whether an operation leaves a file with bytes that this device knows. One that sets attributes
+/// changes the stamp, too, but of whatever bytes the owner has by then: the owner knows its
+/// stamps before and after, and takes the earlier one for the later.
 pub(super) fn makes_version(change: &Change) -> bool {
     match change {
         Change::Create { what, .. } => matches!(what, New::File(_)),
-        Change::Write { .. } | Change::SetAttr { .. } | Change::Xattr { .. } => true,
-        Change::Link { .. }
+        Change::Write { .. } => true,
+        Change::SetAttr { .. }
+        | Change::Xattr { .. }
+        | Change::Link { .. }
         | Change::Rename { .. }
         | Change::Unlink { .. }
         | Change::Rmdir { .. } => false,

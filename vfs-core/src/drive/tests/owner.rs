@@ -20,6 +20,8 @@ pub(super) struct Owner {
     pub refuses: Option<Refusal>,
     /// What it cannot do now, for this reason.
     pub obstacle: Option<Obstacle>,
+    /// The stamps that a file's bytes had before its attributes were set.
+    was: BTreeMap<FileId, Vec<crate::model::Stamp>>,
     rows: Vec<(FileId, Name, Option<FileId>)>,
     ticks: i64,
 }
@@ -54,6 +56,7 @@ impl Owner {
     /// The owner's programs write to a file.
     pub fn overwrite(&mut self, id: FileId, bytes: &[u8]) {
         let now = self.tick();
+        self.was.remove(&id);
         let file = self.files.get_mut(&id).unwrap();
         file.bytes = bytes.to_vec();
         let entry = &mut file.entry;
@@ -107,13 +110,15 @@ impl Owner {
     }
 
     fn is_base(&self, id: FileId, base: &Base) -> bool {
-        match base {
-            Base::Seen { stamp, .. } => self.version(id) == Some(*stamp),
+        let stamp = match base {
+            Base::Seen { stamp, .. } => Some(*stamp),
             Base::After(no) => match self.applied.get(no) {
-                Some(Outcome::Applied(applied)) => applied.version == self.version(id),
-                _ => false,
+                Some(Outcome::Applied(applied)) => applied.version,
+                _ => None,
             },
-        }
+        };
+        let was = |stamp| self.was.get(&id).is_some_and(|was| was.contains(&stamp));
+        stamp.is_some_and(|stamp| self.version(id) == Some(stamp) || was(stamp))
     }
 
     /// Carries out an operation once.
@@ -131,7 +136,10 @@ impl Owner {
         let (file, conflict) = self.carry_out(&op.change, bytes);
         let outcome = Outcome::Applied(Applied {
             file: Some(file),
-            version: self.version(file),
+            version: match op.change {
+                Change::SetAttr { .. } | Change::Xattr { .. } => None,
+                _ => self.version(file),
+            },
             seq: Seq(0),
             log_id: LOG,
             conflict,
@@ -200,6 +208,8 @@ impl Owner {
                 (*file, None)
             }
             Change::SetAttr { file, perm, mtime, .. } => {
+                let was = self.version(*file);
+                self.was.entry(*file).or_default().extend(was);
                 let attr = &mut self.files.get_mut(file).unwrap().entry.attr;
                 attr.perm = perm.unwrap_or(attr.perm);
                 attr.mtime = mtime.unwrap_or(attr.mtime);
@@ -212,6 +222,7 @@ impl Owner {
     }
 
     fn write(&mut self, id: FileId, content: &NewContent, bytes: Vec<u8>, now: Time) {
+        self.was.remove(&id);
         let file = self.files.get_mut(&id).unwrap();
         let mut all = file.bytes[..content.kept_bytes as usize].to_vec();
         all.resize(content.size as usize, 0);
