@@ -15,7 +15,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-use sync::wire::{self, LocationList, MemberList, Request, Response};
+use sync::wire::{self, LocationList, MemberList, Refusal, Request, Response};
 use vfs_core::content::manifest::Manifest;
 
 const LEN: usize = 3 << 20;
@@ -113,6 +113,10 @@ impl Script {
                 let proof = self.manifest.proof(range).expect("a range of the file");
                 wire::send_frame(&mut send, &Response::Fetched { proof }).await?;
                 send.write_all(&bytes).await?;
+            }
+            Request::Deliver(_) | Request::Staged(_) => {
+                let refused = Response::Refused(Refusal::Malformed);
+                wire::send_frame(&mut send, &refused).await?;
             }
         }
         let _ = send.finish();

@@ -3,7 +3,9 @@
 
 mod bad_input;
 mod bytes;
+mod conflicts;
 mod gone_owner;
+mod kills;
 mod liar;
 mod live;
 mod mend;
@@ -11,3 +13,4 @@ mod names;
 mod own_files;
 mod strangers;
 mod tree;
+mod writing;

@@ -148,12 +148,17 @@ fn a_directory_of_100_000_entries_is_the_same_at_the_reader() {
 
 /// Another device's files cannot be changed yet, and every way to try says so.
 #[test]
-fn another_devices_files_are_read_only() {
+fn a_read_only_location_is_not_changed_from_afar() {
     let Some(lab) = Lab::lan(&[Need::Fuse]) else { return };
     let source = lab.folder("source");
     fs::write(source.join("file"), "text").unwrap();
     fs::create_dir(source.join("dir")).unwrap();
-    let (owner, reader) = lab.owner_and_reader(&source);
+    let [owner, reader] = lab.two_devices(["owner", "reader"]);
+    owner.sd(&["library", "create", "home", "--device-name", "owner"]).ok();
+    let folder = source.to_str().unwrap();
+    owner.sd(&["location", "add", folder, "--name", "files", "--read-only", "--wait"]).ok();
+    reader.join(&owner);
+    reader.mount();
     reader.wait_replicated(&owner, "files");
     let ours = reader.at("owner/files");
     let attempts: [(&str, std::io::Result<()>); 12] = [

@@ -9,11 +9,12 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 use sync::wire::{
-    self, Announced, Fetch, Follow, Knock, LocationList, MemberList, MemberRecord, PairRequest,
-    PairResponse, Request, Response,
+    self, Announced, Deliver, Fetch, Follow, Knock, LocationList, MemberList, MemberRecord,
+    Operations, PairRequest, PairResponse, Request, Response, Staged,
 };
 use vfs_core::library::{Stamp as ClockStamp, State};
-use vfs_core::model::{ContentId, DeviceId, FileId, LocationId, Seq, Stamp};
+use vfs_core::model::{ContentId, DeviceId, FileId, LocationId, Name, Seq, Stamp, Time};
+use vfs_core::ops::{Change, DRAWN_FILE_ID, New, Op, Place};
 use vfs_core::source::Version;
 
 const SECRET_TEXT: &[u8] = b"nobody outside of the library may read this";
@@ -57,6 +58,19 @@ fn state_of(device: &Device) -> State {
 }
 
 /// Every request there is, as good as a peer can make it that knows everything.
+/// A file that appears at the owner if this is taken.
+fn planted(location: LocationId) -> Operations {
+    let name = Name::new(*b"planted").unwrap();
+    let change = Change::Create {
+        at: Place { dir: FileId::ROOT, name },
+        file: FileId(DRAWN_FILE_ID | 1),
+        what: New::Directory,
+        perm: 0o755,
+        mtime: Time::default(),
+    };
+    Operations::Whole { settled_below: 1, ops: vec![Op { no: 1, location, change }] }
+}
+
 fn every_request(owner: &Device, source: &std::path::Path, me: &SecretKey) -> Vec<Vec<u8>> {
     let state = state_of(owner);
     let location = state.locations[0].id;
@@ -86,6 +100,7 @@ fn every_request(owner: &Device, source: &std::path::Path, me: &SecretKey) -> Ve
         name: "planted".into(),
         read_only: false,
     }]);
+    let deliver = |bulk| Request::Deliver(Deliver { epoch: 1, session: 1, bulk });
     let with_frame = |request: &Request, frame: Vec<u8>| [peer::request(request), frame].concat();
     let simple = [
         peer::request(&Request::Hello(peer::hello(&library))),
@@ -95,6 +110,9 @@ fn every_request(owner: &Device, source: &std::path::Path, me: &SecretKey) -> Ve
         peer::request(&follow(LocationId([0; 16]))),
         with_frame(&Request::Members, wire::encode_frame(&records).unwrap()),
         with_frame(&Request::Locations, wire::encode_frame(&announced).unwrap()),
+        with_frame(&deliver(false), wire::encode_frame(&planted(location)).unwrap()),
+        with_frame(&deliver(true), wire::encode_frame(&planted(location)).unwrap()),
+        peer::request(&Request::Staged(Staged { epoch: 1, no: 1, ranges: vec![0..1] })),
         // Not messages at all.
         vec![],
         vec![0xff; 64],
@@ -106,7 +124,6 @@ fn every_request(owner: &Device, source: &std::path::Path, me: &SecretKey) -> Ve
 
 fn stamp(metadata: &fs::Metadata) -> Stamp {
     use std::os::unix::fs::MetadataExt;
-    use vfs_core::model::Time;
     let time = |secs, nanos| Time { secs, nanos: nanos as u32 };
     Stamp {
         disk_ino: metadata.ino(),
@@ -160,6 +177,7 @@ fn try_everything(house: &House, key: SecretKey) {
     assert_eq!(names(&now), names(&before.0), "the members changed");
     assert_eq!(house.owner.content_bytes_out(), before.1, "bytes of files were sent");
     assert!(house.owner.location_row("intruder", "planted").is_none());
+    assert!(!house.source.join("planted").exists(), "an operation was carried out");
 }
 
 /// Pairing without a ticket, with guessed secrets, and out of order.

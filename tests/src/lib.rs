@@ -8,6 +8,7 @@
 //! missing it is skipped, or fails with `SD_TEST_REQUIRE=all`.
 
 pub mod device;
+pub mod disk;
 pub mod files;
 pub mod lab;
 pub mod machine;

@@ -2,6 +2,7 @@
 
 use rustix::fs::{FlockOperation, flock};
 use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// What a test needs that not every machine gives.
@@ -58,7 +59,12 @@ pub fn machine(needs: &[Need]) -> Option<Machine> {
     if let Some(reason) = needs.iter().find_map(|need| need.missing()) {
         let required = std::env::var("SD_TEST_REQUIRE").is_ok_and(|v| v == "all");
         assert!(!required, "this test cannot run here: {reason}");
-        eprintln!("skipped: {reason}");
+        let test = std::thread::current().name().unwrap_or("a test").to_owned();
+        eprintln!("skipped {test}: {reason}");
+        if let Some(list) = std::env::var_os("SD_TEST_SKIPPED") {
+            let list = File::options().append(true).open(list);
+            list.and_then(|mut list| writeln!(list, "{test}: {reason}")).expect("the list");
+        }
         return None;
     }
     let lock = File::create(work_dir().join("sd-e2e.lock")).expect("the lock file");

@@ -40,6 +40,10 @@ pub fn has_program(test: &str, program: &str) -> bool {
 /// Says so past the test program's capture, which hides what a passing test prints.
 pub fn skipped(test: &str, missing: &str) -> bool {
     let _ = writeln!(std::io::stderr(), "SKIPPED {test}: it needs {missing}");
+    if let Some(list) = std::env::var_os("SD_TEST_SKIPPED") {
+        let list = File::options().append(true).open(list);
+        list.and_then(|mut list| writeln!(list, "{test}: it needs {missing}")).unwrap();
+    }
     let required = std::env::var("SD_TEST_REQUIRE").is_ok_and(|value| value == "all");
     assert!(!required, "{test} must run here, and it needs {missing}");
     false

@@ -1,0 +1,241 @@
+//! `kill -9` of either daemon, or both, at any moment of writing: what was acknowledged is there.
+//!
+//! A writer changes files through the mount and notes each change whose `close`, `rename` or
+//! `unlink` had returned. Meanwhile daemons are killed. After each kill they are started again,
+//! and everything noted must be at the owner, byte for byte; the one change that was under way
+//! may have happened or not, but nothing between.
+//!
+//! `SD_TEST_SEED` repeats a run; `SD_TEST_KILLS` says how many kills.
+
+use e2e::machine::long;
+use e2e::wait::wait_until;
+use e2e::{Device, Lab, Need, files};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use std::collections::BTreeMap;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+const FILES: u32 = 24;
+const RECOVERY: Duration = Duration::from_secs(60);
+
+/// What must be at the owner: names with the hash of their bytes.
+type Manifest = BTreeMap<String, blake3::Hash>;
+
+/// What is known of the owner's folder.
+#[derive(Clone, Debug, Default)]
+struct Known {
+    /// Acknowledged.
+    sure: Manifest,
+    /// The change under way: what the states are if it got that far.
+    perhaps: Vec<Manifest>,
+}
+
+impl Known {
+    fn allows(&self, found: &Manifest) -> bool {
+        *found == self.sure || self.perhaps.contains(found)
+    }
+}
+
+fn number(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok().map(|text| text.parse().expect("a number"))
+}
+
+#[test]
+fn what_was_acknowledged_survives_kills_at_any_moment() {
+    let Some(lab) = Lab::local(&[Need::Fuse]) else { return };
+    let seed = number("SD_TEST_SEED").unwrap_or_else(rand::random);
+    let kills = number("SD_TEST_KILLS").unwrap_or(if long() { 500 } else { 50 });
+    println!("SD_TEST_SEED={seed} SD_TEST_KILLS={kills}");
+    let mut random = StdRng::seed_from_u64(seed);
+    let theirs = lab.folder("source");
+    let mut owner = lab.device("owner");
+    let mut reader = lab.device("reader");
+    owner.sd(&["library", "create", "home", "--device-name", "owner"]).ok();
+    owner.share(&theirs, "files");
+    reader.join(&owner);
+    reader.mount();
+    wait_until("the location", RECOVERY, || reader.at("owner/files").is_dir());
+    let known = Arc::new(Mutex::new(Known::default()));
+    for kill in 0..kills {
+        let writer = Writer::start(reader.at("owner/files"), known.clone(), random.random());
+        std::thread::sleep(Duration::from_micros(random.random_range(0..400_000)));
+        let (reader_dies, owner_dies) = [(true, false), (true, false), (false, true), (true, true)]
+            [random.random_range(0..4_usize)];
+        if reader_dies {
+            reader.kill();
+        }
+        if owner_dies {
+            owner.kill();
+        }
+        if owner_dies && !reader_dies {
+            // The writer goes on for a while without its owner.
+            std::thread::sleep(Duration::from_millis(random.random_range(0..300)));
+        }
+        if owner_dies {
+            owner.start();
+        }
+        let known = writer.stop();
+        println!("kill {kill}: reader {reader_dies}, owner {owner_dies}");
+        if reader_dies {
+            reader.start();
+            reader.mount();
+        }
+        check(&owner, &reader, &theirs, &known, format!("kill {kill}, seed {seed}"));
+    }
+}
+
+/// Everything known is at the owner, nothing else is, and the reader shows the same.
+#[track_caller]
+fn check(owner: &Device, reader: &Device, theirs: &Path, known: &Mutex<Known>, when: String) {
+    reader.wait_online("owner");
+    reader.sd(&["sync", "--timeout", "60s"]).ok();
+    let found = manifest(theirs).expect("the owner's folder");
+    let mut known = known.lock().expect("the writer is at its end");
+    assert!(known.allows(&found), "{when}: {}", difference(&known, &found));
+    assert_eq!(
+        reader.json(&["conflicts"])["conflicts"].as_array().map(Vec::len),
+        Some(0),
+        "{when}"
+    );
+    let ours = reader.at("owner/files");
+    wait_until(format!("{when}: the rows to come back"), RECOVERY, || {
+        manifest(&ours).is_ok_and(|ours| ours == found)
+    });
+    owner.wait_online("reader");
+    *known = Known { sure: found, perhaps: Vec::new() };
+}
+
+fn difference(known: &Known, found: &Manifest) -> String {
+    let names: std::collections::BTreeSet<_> = known.sure.keys().chain(found.keys()).collect();
+    let differs = names.into_iter().filter(|n| known.sure.get(*n) != found.get(*n));
+    let perhaps = |n: &String| known.perhaps.iter().map(|p| p.get(n)).collect::<Vec<_>>();
+    let lines = differs.map(|n| {
+        format!("{n}: noted {:?}, or {:?}, found {:?}", known.sure.get(n), perhaps(n), found.get(n))
+    });
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+fn manifest(folder: &Path) -> io::Result<Manifest> {
+    let entries = fs::read_dir(folder)?;
+    let of = |entry: io::Result<fs::DirEntry>| {
+        let entry = entry?;
+        let name = entry.file_name().into_string().expect("a name that is text");
+        Ok((name, files::hash_file(&entry.path())?))
+    };
+    entries.map(of).collect()
+}
+
+/// A program that changes files until it is stopped, or its mount dies.
+struct Writer {
+    stop: Arc<AtomicBool>,
+    known: Arc<Mutex<Known>>,
+    thread: std::thread::JoinHandle<()>,
+}
+
+impl Writer {
+    fn start(folder: PathBuf, known: Arc<Mutex<Known>>, seed: u64) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (asked, shared) = (stop.clone(), known.clone());
+        let thread = std::thread::spawn(move || {
+            let mut random = StdRng::seed_from_u64(seed);
+            while !asked.load(Ordering::Relaxed) {
+                if !change(&folder, &shared, &mut random) {
+                    break;
+                }
+            }
+        });
+        Self { stop, known, thread }
+    }
+
+    fn stop(self) -> Arc<Mutex<Known>> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().expect("the writer");
+        self.known
+    }
+}
+
+/// One change, noted before and after; `false` when the mount refused, as a dead one does.
+fn change(folder: &Path, known: &Mutex<Known>, random: &mut StdRng) -> bool {
+    let sure = known.lock().expect("only this thread").sure.clone();
+    let name = format!("file-{}", random.random_range(0..FILES));
+    let path = folder.join(&name);
+    let mut then = sure.clone();
+    let made = (!sure.contains_key(&name)).then(|| name.clone());
+    let bytes = files::random_bytes(length(random), random.random());
+    let done: Box<dyn FnOnce() -> io::Result<()>> =
+        match (random.random_range(0..10), sure.contains_key(&name)) {
+            (0..=4, _) | (_, false) => {
+                then.insert(name, blake3::hash(&bytes));
+                Box::new(move || fs::write(path, bytes))
+            }
+            (5..=6, true) => {
+                // What is appended to is read first, as no byte of it is remembered here.
+                let Ok(mut whole) = fs::read(&path) else { return false };
+                whole.extend_from_slice(&bytes);
+                then.insert(name, blake3::hash(&whole));
+                Box::new(move || append(&path, &bytes))
+            }
+            (7, true) => {
+                let Ok(mut whole) = fs::read(&path) else { return false };
+                whole.truncate(whole.len() / 2);
+                then.insert(name, blake3::hash(&whole));
+                let len = whole.len() as u64;
+                Box::new(move || truncate(&path, len))
+            }
+            (8, true) => {
+                let target = format!("file-{}", random.random_range(0..FILES));
+                if target == name {
+                    return true;
+                }
+                let hash = then.remove(&name).expect("it is there");
+                then.insert(target.clone(), hash);
+                let target = folder.join(target);
+                Box::new(move || fs::rename(path, target))
+            }
+            _ => {
+                then.remove(&name);
+                Box::new(move || fs::remove_file(path))
+            }
+        };
+    let mut perhaps = vec![then.clone()];
+    if let Some(made) = made {
+        // A new file is there, and empty, as soon as it is opened.
+        perhaps.push(sure.into_iter().chain([(made, blake3::hash(b""))]).collect());
+    }
+    known.lock().expect("only this thread").perhaps = perhaps;
+    if done().is_err() {
+        return false;
+    }
+    // A name is durable when its directory is synced, as on every file system.
+    if !fs::File::open(folder).is_ok_and(|dir| dir.sync_all().is_ok()) {
+        return false;
+    }
+    *known.lock().expect("only this thread") = Known { sure: then, perhaps: Vec::new() };
+    true
+}
+
+/// Mostly small, sometimes beyond what travels inside an operation.
+fn length(random: &mut StdRng) -> usize {
+    match random.random_range(0..8) {
+        0 => 0,
+        1..=5 => random.random_range(1..20_000),
+        _ => random.random_range(20_000..600_000),
+    }
+}
+
+fn append(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut file = OpenOptions::new().append(true).open(path)?;
+    file.write_all(bytes)?;
+    file.sync_all()
+}
+
+fn truncate(path: &Path, len: u64) -> io::Result<()> {
+    let file = OpenOptions::new().write(true).open(path)?;
+    file.set_len(len)?;
+    file.sync_all()
+}

@@ -1,0 +1,35 @@
+//! A small disk of a test's own, to be filled.
+
+use crate::proc;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+const MAKING: Duration = Duration::from_secs(60);
+
+/// An ext4 file system in a file, mounted; unmounted when dropped.
+#[derive(Debug)]
+pub struct SmallDisk {
+    mountpoint: PathBuf,
+}
+
+impl SmallDisk {
+    /// Makes a file system of `bytes` in `image` and mounts it at `mountpoint`.
+    #[track_caller]
+    pub fn mount(image: &Path, mountpoint: &Path, bytes: u64) -> Self {
+        File::create(image).and_then(|file| file.set_len(bytes)).expect("the disk's image");
+        proc::run(Command::new("mkfs.ext4").args(["-q", "-m", "0"]).arg(image), MAKING).ok();
+        std::fs::create_dir_all(mountpoint).expect("a mount point");
+        proc::run(Command::new("mount").args(["-o", "loop"]).arg(image).arg(mountpoint), MAKING)
+            .ok();
+        let _ = std::fs::remove_dir(mountpoint.join("lost+found"));
+        Self { mountpoint: mountpoint.to_owned() }
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.mountpoint).status();
+    }
+}
