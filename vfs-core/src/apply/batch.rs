@@ -5,6 +5,10 @@
 //! else is carried out as it comes. What is about to be done and could be left half done by a
 //! crash is noted in the ledger first, what was done is looked at by the indexer at once, and
 //! the answers are noted at the end, after every directory is durable.
+//!
+//! An operation that was done and not answered is delivered again after a crash, and recognised
+//! by what the disk has. That works only as long as nothing was done over it: so the answers
+//! before an operation on the same file or name are noted first ([`Batch::settle_before`]).
 
 use super::body::{Body, Verified, copy_data};
 use super::compare::{Known, Meant};
@@ -198,6 +202,8 @@ pub(super) struct Batch<'a> {
     /// Removals that were carried out, and are looked at together.
     unobserved: Vec<(Item, Rc<Site<'a>>, Done)>,
     touched: HashSet<Touch>,
+    /// What operations were about whose answers are not noted yet.
+    unsettled: HashSet<Touch>,
     /// Names under which what is removed is looked at once more.
     asides: HashMap<OpId, Name>,
     /// Answers of this batch, which later operations of it may refer to.
@@ -210,6 +216,8 @@ pub(super) struct Batch<'a> {
     /// Names that were hidden for this batch.
     hidden: Vec<(LocationNo, Name)>,
     entry: Entry,
+    /// Notes of removals, which end with the batch: some are carried out only then.
+    removals: Vec<OpId>,
 }
 
 impl<'a> Batch<'a> {
@@ -222,6 +230,7 @@ impl<'a> Batch<'a> {
             pending: Vec::new(),
             unobserved: Vec::new(),
             touched: HashSet::new(),
+            unsettled: HashSet::new(),
             asides: HashMap::new(),
             applied: HashMap::new(),
             new: Vec::new(),
@@ -229,6 +238,7 @@ impl<'a> Batch<'a> {
             unsynced: None,
             hidden: Vec::new(),
             entry: Entry::default(),
+            removals: Vec::new(),
         }
     }
 
@@ -244,7 +254,34 @@ impl<'a> Batch<'a> {
             }
         }
         self.flush();
+        self.entry.ended.append(&mut self.removals);
         self.end()
+    }
+
+    /// Notes the answers of this batch when one of them is about what this operation changes.
+    fn settle_before(&mut self, site: &Site<'a>, op: &Op) -> Result<(), Fail> {
+        let concerns = site.concerns(op)?;
+        // Attributes over new bytes or a new file hide neither.
+        let hides = !matches!(op.change, Change::SetAttr { .. } | Change::Xattr { .. });
+        if hides && concerns.iter().any(|concern| self.unsettled.contains(concern)) {
+            self.flush();
+            let durable = self.make_durable();
+            self.unsettled.clear();
+            if let Err(e) = durable {
+                self.answer_later(&e);
+                return Err(e.into());
+            }
+        }
+        self.unsettled.extend(concerns);
+        Ok(())
+    }
+
+    /// Done, but not surely for ever: asked again, it is recognised.
+    fn answer_later(&mut self, why: &FsError) {
+        for slot in std::mem::take(&mut self.new) {
+            let e = FsError::new(why.kind(), why.to_string());
+            self.outcomes[slot] = Some(Fail::from(e).into_later());
+        }
     }
 
     /// One commit for all of them, before the first.
@@ -261,7 +298,7 @@ impl<'a> Batch<'a> {
         for (_, intent) in &begun {
             self.hide(intent);
         }
-        self.entry.ended.extend(begun.iter().map(|(id, _)| *id));
+        self.removals.extend(begun.iter().map(|(id, _)| *id));
         self.applier.ledger.commit(Entry { begun, ..Entry::default() })
     }
 
@@ -293,6 +330,7 @@ impl<'a> Batch<'a> {
         self.applier.waiting.done(id);
         let site = self.site(op.location)?;
         self.applier.finish_redo(&site, id)?;
+        self.settle_before(&site, op)?;
         let touches = site.touches(op)?;
         let is_alone = touches.is_none();
         let touches = touches.unwrap_or_default();
@@ -574,11 +612,7 @@ impl<'a> Batch<'a> {
     fn end(mut self) -> Vec<Outcome> {
         let durable = self.make_durable();
         if let Err(e) = durable {
-            // Done, but not surely for ever: asked again, it is recognised.
-            for slot in std::mem::take(&mut self.new) {
-                let e = FsError::new(e.kind(), e.to_string());
-                self.outcomes[slot] = Some(Fail::from(e).into_later());
-            }
+            self.answer_later(&e);
         }
         // Those of operations that failed; the others are seen already, while nobody looked.
         self.hidden.iter().for_each(|(no, name)| self.applier.index.unhide(*no, name));
@@ -603,6 +637,8 @@ impl<'a> Batch<'a> {
         self.applier.ledger.commit(std::mem::take(&mut self.entry))?;
         lock(&self.applier.aliases).clear();
         redone.into_iter().for_each(|(_, path)| super::recover::remove_redo(path));
+        self.dirs.clear();
+        self.new.clear();
         Ok(())
     }
 }
@@ -653,6 +689,34 @@ impl Site<'_> {
             }
             _ => None,
         })
+    }
+
+    /// Names and files of which the operation changes what one before it did.
+    fn concerns(&self, op: &Op) -> FsResult<Vec<Touch>> {
+        let location = self.location.id;
+        let name = |at: &Place| -> FsResult<Touch> {
+            let at = Place { dir: self.means(at.dir)?, name: at.name.clone() };
+            Ok(Touch::Name(location, at))
+        };
+        // By both ids that it may be known by: the one that was drawn may not be noted yet.
+        let file = |named: FileId| -> FsResult<[Touch; 2]> {
+            Ok([named, self.means(named)?].map(|file| Touch::File(location, file)))
+        };
+        let mut concerns = Vec::from(file(op.change.file())?);
+        match &op.change {
+            Change::Create { at, .. }
+            | Change::Link { at, .. }
+            | Change::Unlink { at, .. }
+            | Change::Rmdir { at, .. } => concerns.push(name(at)?),
+            Change::Rename { from, to, replaced, .. } => {
+                concerns.extend([name(from)?, name(to)?]);
+                if let Some((other, _)) = replaced {
+                    concerns.extend(file(*other)?);
+                }
+            }
+            Change::Write { .. } | Change::SetAttr { .. } | Change::Xattr { .. } => {}
+        }
+        Ok(concerns)
     }
 
     /// A note of what is about to be done at this place.

@@ -148,6 +148,58 @@ fn names_move_and_go_once() {
     }
 }
 
+/// Several operations in one batch, killed after the last was done: delivered again, each is
+/// recognised, although later ones were done over it.
+#[test]
+fn what_was_done_over_in_the_same_batch_is_done_once() {
+    let mut world = World::with(&[("a", "base"), ("b", "other")]);
+    let (first, second) = (world.draw(), world.draw());
+    let make = |at: Place, file, bytes: &[u8]| {
+        let what = New::File(whole(bytes));
+        Change::Create { at, file, what, perm: 0o600, mtime: THEN }
+    };
+    let file = world.id("a");
+    let path = vec![name("a")];
+    let (seen, replaced) = (world.seen("a"), (world.id("b"), Some(world.seen("b"))));
+    let write = |base, bytes: &[u8]| {
+        let content = whole(bytes);
+        Change::Write { file, base, content, path: path.clone() }
+    };
+    let (a, b) = (world.place("", "a"), world.place("", "b"));
+    let (t, u) = (world.place("", "t"), world.place("", "u"));
+    let changes = [
+        write(seen, b"one"),
+        write(Base::After(1), b"two"),
+        Change::Rename { file, from: a.clone(), to: b, replaced: Some(replaced), exchange: false },
+        make(a, first, b"a again"),
+        make(t.clone(), second, b"for a moment"),
+        Change::Rename { file: second, from: t.clone(), to: u, replaced: None, exchange: false },
+        make(t.clone(), FileId(second.0 + 1), b"gone"),
+        Change::Unlink { file: FileId(second.0 + 1), at: t, base: Some(Base::After(7)) },
+    ];
+    let ops: Vec<_> = changes.into_iter().map(|change| world.op(change)).collect();
+    // Killed the last time that answers are noted.
+    for passing in 0.. {
+        let batch = || ops.iter().map(|(id, op)| (*id, op.clone(), None)).collect();
+        (0..passing).for_each(|_| at_step("apply::done", || {}));
+        at_step("apply::done", || std::panic::panic_any("killed"));
+        let applier = world.applier.clone();
+        let killed = catch_unwind(AssertUnwindSafe(|| applier.apply(&world.writer, batch())));
+        drop(applier);
+        let Err(killed) = killed else { break };
+        assert_eq!(killed.downcast_ref(), Some(&"killed"));
+        world = world.restart(false);
+        world.assert_clean_names();
+    }
+    HOOKS.with(|hooks| hooks.borrow_mut().clear());
+    for (id, op) in &ops {
+        assert_done(&world.deliver(*id, op), &format!("operation {}", id.no));
+    }
+    assert_eq!(world.tree(), ["a", "b", "u"]);
+    let found = ["a", "b", "u"].map(|path| world.read(path));
+    assert_eq!(found, ["a again", "two", "for a moment"]);
+}
+
 #[test]
 fn with_a_lost_index_nothing_is_lost_and_no_other_file_is_meant() {
     for step in ["apply::exchange", "apply::exchanged", "apply::done"] {
