@@ -103,9 +103,16 @@ fn check(owner: &Device, reader: &Device, theirs: &Path, known: &Mutex<Known>, w
         "{when}"
     );
     let ours = reader.at("owner/files");
-    wait_until(format!("{when}: the rows to come back"), RECOVERY, || {
-        manifest(&ours).is_ok_and(|ours| ours == found)
-    });
+    let deadline = std::time::Instant::now() + RECOVERY;
+    loop {
+        let seen = manifest(&ours);
+        if seen.as_ref().is_ok_and(|seen| *seen == found) {
+            break;
+        }
+        let differs = seen.map(|seen| difference(&Known { sure: found.clone(), perhaps: vec![] }, &seen));
+        assert!(std::time::Instant::now() < deadline, "{when}: the rows did not come back: {differs:?}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
     owner.wait_online("reader");
     *known = Known { sure: found, perhaps: Vec::new() };
 }
