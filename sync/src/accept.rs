@@ -502,6 +502,8 @@ impl Stream<'_> {
 }
 
 /// What is to be done with an operation.
+// Made once for an operation and taken apart at once.
+#[allow(clippy::large_enum_variant)]
 enum Verdict {
     /// It is answered so.
     Is(Outcome),

@@ -224,12 +224,15 @@ pub struct In {
     released: Condvar,
 }
 
+/// Bytes that came, by their place in the file.
+type Parts = Arc<Mutex<BTreeMap<u64, Vec<u8>>>>;
+
 #[derive(Default)]
 struct Seen {
     /// Operations in the order in which they were carried out, with the bytes that came.
     done: Vec<(OpId, Op, Option<Vec<u8>>)>,
     remembered: HashMap<OpId, Outcome>,
-    places: HashMap<OpId, Arc<Mutex<BTreeMap<u64, Vec<u8>>>>>,
+    places: HashMap<OpId, Parts>,
     obstacles: HashMap<u64, Obstacle>,
     is_stuck: bool,
     wants_no_bytes: bool,

@@ -108,7 +108,7 @@ impl Site<'_> {
 
     fn sync_file(&self, found: &Found) -> FsResult<()> {
         let path = found.dir.path_of(&found.name);
-        let synced = match found.seen.attr.file_type {
+        match found.seen.attr.file_type {
             FileType::File => match self.root.open_for_reading(&path) {
                 Ok(file) => file.sync_all().map_err(|e| FsError::os("make a file durable", e)),
                 // It may not be read by its owner: the directory's commit takes it along.
@@ -119,8 +119,7 @@ impl Site<'_> {
                 Err(_) => found.dir.sync(),
             },
             _ => found.dir.sync(),
-        };
-        synced
+        }
     }
 }
 

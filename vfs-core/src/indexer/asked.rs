@@ -8,6 +8,7 @@ use crate::index::Sighting;
 use crate::local::observe_at;
 use crate::model::{ContentId, Entry, FileId, FileType, LocationNo, Name, Seq, Stamp};
 use std::collections::HashMap;
+use std::collections::hash_map::Entry as Slot;
 use std::os::fd::{AsFd, OwnedFd};
 
 /// A name to look at.
@@ -81,15 +82,15 @@ impl Core {
         let mut open: HashMap<FileId, Option<OwnedFd>> = HashMap::new();
         let mut sightings = Vec::with_capacity(looks.len());
         for (at, look) in looks.iter().enumerate() {
-            if !open.contains_key(&look.dir) {
-                let handle = match self.open_handle(place, &root, look.dir) {
+            let handle = match open.entry(look.dir) {
+                Slot::Occupied(known) => known.into_mut(),
+                Slot::Vacant(new) => new.insert(match self.open_handle(place, &root, look.dir) {
                     Err(e) if super::scan::is_gone(&e) => None,
                     opened => Some(opened?),
-                };
-                open.insert(look.dir, handle);
-            }
+                }),
+            };
             // A directory that moved or went meanwhile: the watcher follows it.
-            let Some(handle) = &open[&look.dir] else { continue };
+            let Some(handle) = handle else { continue };
             let now = match observe_at(handle.as_fd(), &look.name) {
                 Ok(found) => Some(found),
                 Err(e) if e.kind() == Kind::NotFound => None,

@@ -431,9 +431,12 @@ impl Draft {
     }
 }
 
+/// Ranges of the file that are written in place, and where; ranges that go to new space.
+type Plan = (Vec<(Range<u64>, u64)>, Vec<Range<u64>>);
+
 impl State {
     /// For a write: what overwrites bytes of no commit, and where; what goes to new space.
-    fn plan(&self, range: Range<u64>) -> (Vec<(Range<u64>, u64)>, Vec<Range<u64>>) {
+    fn plan(&self, range: Range<u64>) -> Plan {
         let (mut over, mut new) = (Vec::new(), Vec::<Range<u64>>::new());
         let mut at = range.start;
         for (start, stored) in self.map.meeting(range.clone()) {

@@ -207,7 +207,7 @@ impl World {
     }
 
     fn row(&self, path: &str) -> Option<Row> {
-        let names: Vec<_> = path.split('/').map(|n| name(n)).collect();
+        let names: Vec<_> = path.split('/').map(name).collect();
         self.index.view().unwrap().resolve(self.no, &names).unwrap()
     }
 
