@@ -134,6 +134,7 @@ enum DeliverError {
 /// What the tasks of one session share.
 struct Session {
     outbox: Arc<dyn Outgoing>,
+    peer: Arc<Peer>,
     owner: DeviceId,
     link: Arc<Link>,
     number: u64,
@@ -159,12 +160,13 @@ pub(crate) async fn keep(shared: Arc<Shared>, peer: Arc<Peer>, link: Arc<Link>) 
     for number in 1.. {
         until_owed(&*outbox, peer.id).await;
         if link.version < DELIVERS {
-            peer.knowledge().last_error =
+            peer.knowledge().delivery_error =
                 Some("it cannot be written to: its program is older, update it".to_owned());
             return;
         }
         let session = Session {
             outbox: outbox.clone(),
+            peer: peer.clone(),
             owner: peer.id,
             link: link.clone(),
             number,
@@ -176,7 +178,7 @@ pub(crate) async fn keep(shared: Arc<Shared>, peer: Arc<Peer>, link: Arc<Link>) 
             return;
         }
         tracing::warn!(peer = %peer.id, %error, "a delivery of operations broke off");
-        peer.knowledge().last_error = Some(format!("writes to it are delayed: {error}"));
+        peer.knowledge().delivery_error = Some(format!("writes to it are delayed: {error}"));
         if begun.elapsed() > CALM {
             delay = delays.build();
         }
@@ -241,6 +243,7 @@ impl Session {
             for (no, outcome) in outcomes {
                 session.outbox.settle(session.owner, no, outcome);
             }
+            session.peer.knowledge().delivery_error = None;
         };
         tokio::task::spawn_blocking(settle).await.map_err(|_| DeliverError::Outbox)
     }

@@ -76,6 +76,8 @@ pub(crate) struct Knowledge {
     /// Until when a dial under way may well succeed.
     hope: Option<Instant>,
     pub(crate) last_error: Option<String>,
+    /// Why operations do not reach it; gone as soon as it answers one.
+    pub(crate) delivery_error: Option<String>,
     last_seen_ms: Option<u64>,
     pub(crate) heads: HashMap<LocationId, Seq>,
 }
@@ -588,7 +590,9 @@ pub(crate) fn status(shared: &Shared) -> Vec<PeerStatus> {
                 bytes_in: count(|p| &p.bytes_in),
                 bytes_out: count(|p| &p.bytes_out),
                 replicas: replicas.collect(),
-                last_error: knowledge.as_ref().and_then(|k| k.last_error.clone()),
+                last_error: knowledge
+                    .as_ref()
+                    .and_then(|k| k.delivery_error.clone().or_else(|| k.last_error.clone())),
             }
         })
         .collect()

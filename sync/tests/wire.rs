@@ -9,6 +9,10 @@ use vfs_core::library::{LibraryInfo, Stamp as ClockStamp};
 use vfs_core::model::{
     Attr, ContentId, DeviceId, Entry, FileId, FileType, LocationId, Name, Seq, Stamp, Time,
 };
+use vfs_core::ops::{
+    Applied, Base, Change, Conflict, DRAWN_FILE_ID, MAX_EXTENTS, New, NewContent, Obstacle, Op,
+    Outcome, Place,
+};
 use vfs_core::source::Version;
 
 /// Counts the bytes that this thread holds, and their peak.
@@ -63,6 +67,7 @@ fn decode_everything(bytes: &[u8]) {
     let _ = decode::<MemberRecord>(bytes);
     let _ = decode::<LocationList>(bytes);
     let _ = decode::<Rows>(bytes);
+    let _ = decode::<Operations>(bytes);
 }
 
 /// What one message may take in memory: the elements that its collections are bound to,
@@ -92,6 +97,44 @@ fn entry() -> Entry {
         content: Some(ContentId([5; 32])),
         target: None,
     }
+}
+
+fn content() -> NewContent {
+    NewContent {
+        size: 4096,
+        mtime: Time { secs: 1, nanos: 2 },
+        kept_bytes: 0,
+        extents: vec![0..10, 20..24],
+        digest: [3; 32],
+        whole: None,
+        inline: Some(vec![7; 14].into()),
+    }
+}
+
+/// One of every kind.
+fn operations() -> Vec<Op> {
+    let name = |n: &[u8]| Name::new(n).unwrap();
+    let at = || Place { dir: FileId::ROOT, name: name(b"name") };
+    let file = FileId(DRAWN_FILE_ID | 5);
+    let mtime = Time { secs: 1, nanos: 2 };
+    let stamp = Stamp { disk_ino: 3, size: 4, mtime, ctime: mtime };
+    let base = Base::Seen { stamp, content: Some(ContentId([6; 32])) };
+    let link = New::Symlink(b"target"[..].into());
+    let to = Place { dir: file, name: name(b"other") };
+    let replaced = Some((FileId(9), Some(base.clone())));
+    let changes = vec![
+        Change::Create { at: at(), file, what: New::File(content()), perm: 0o644, mtime },
+        Change::Create { at: at(), file, what: link, perm: 0o777, mtime },
+        Change::Write { file, base: base.clone(), content: content(), path: vec![name(b"a")] },
+        Change::Link { file, at: at() },
+        Change::Rename { file, from: at(), to, replaced, exchange: false },
+        Change::Unlink { file, at: at(), base: Some(base) },
+        Change::Rmdir { file, at: at() },
+        Change::SetAttr { file, perm: Some(0), uid: Some(1), gid: None, atime: None, mtime: None },
+        Change::Xattr { file, name: b"user.x"[..].into(), value: Some(b"y"[..].into()) },
+    ];
+    let op = |(n, change)| Op { no: n as u64 + 1, location: LocationId([1; 16]), change };
+    changes.into_iter().enumerate().map(op).collect()
 }
 
 fn samples() -> Vec<Vec<u8>> {
@@ -137,6 +180,15 @@ fn samples() -> Vec<Vec<u8>> {
     let welcome = PairResponse::Welcome { library, inviter: "desk".into(), nonce: [4; 32] };
     let members = MemberList(vec![record.clone(), record.clone()]);
     let announced = Announced { id: LocationId([1; 16]), name: "photos".into(), read_only: false };
+    let deliver = Deliver { epoch: 5, session: 6, bulk: true };
+    let staged = Staged { epoch: 5, no: 7, ranges: vec![0..1000, 2000..3000] };
+    let kept = Conflict::KeptAs(vec![Name::new(&b"name"[..]).unwrap()]);
+    let applied =
+        Applied { file: None, version: None, seq: Seq(1), log_id: 2, conflict: Some(kept) };
+    let later = Outcome::Later(Obstacle::Failed("why".into()));
+    let outcomes = Response::Outcomes(vec![(7, Outcome::Applied(applied)), (8, later)]);
+    let operations = Operations::Whole { settled_below: 3, ops: operations() };
+    let part = Operations::Part { bytes: vec![1; 100].into(), rest: 5 };
     vec![
         bytes(encode_request(1, &Request::Hello(hello.clone())), 6),
         bytes(encode_request(1, &Request::Fetch(fetch)), 6),
@@ -153,6 +205,11 @@ fn samples() -> Vec<Vec<u8>> {
             encode_frame(&Rows { rows: (0..9).map(row).collect(), upto: Seq(9), head: Seq(9) }),
             4,
         ),
+        bytes(encode_frame(&operations), 4),
+        bytes(encode_frame(&part), 4),
+        bytes(encode_frame(&outcomes), 4),
+        bytes(encode_request(2, &Request::Deliver(deliver)), 6),
+        bytes(encode_request(2, &Request::Staged(staged)), 6),
     ]
 }
 
@@ -204,6 +261,11 @@ fn every_message_is_read_as_it_was_written() {
     let Rows { rows, upto, .. } = decode(&all[11]).unwrap();
     assert_eq!((rows.len(), upto), (9, Seq(9)));
     assert_eq!(rows[2].entry, Some(entry()));
+    let Operations::Whole { settled_below: 3, ops } = decode(&all[12]).unwrap() else { panic!() };
+    assert_eq!(ops, operations());
+    assert!(ops.iter().all(Op::is_valid));
+    assert!(matches!(decode(&all[14]), Ok(Response::Outcomes(o)) if o.len() == 2));
+    assert!(matches!(decode(&all[16]), Ok(Request::Staged(s)) if s.ranges.len() == 2));
 }
 
 #[test]
@@ -225,6 +287,45 @@ fn a_frame_of_the_smallest_elements_stays_within_its_memory() {
     bytes.extend([1, 1]);
     let peak = peak_of(|| assert!(decode::<Rows>(&bytes).is_err()));
     assert!(peak <= FRAME_MEMORY, "{peak} bytes");
+}
+
+/// An operation whose extents are these bytes, as they would be on the wire.
+fn with_extents(count: usize, bytes: &[u8]) -> Vec<u8> {
+    // Found by its place: a write without extents, and one with a single one.
+    let write = |extents| {
+        let content = NewContent { extents, inline: None, ..content() };
+        let base = Base::After(1);
+        let change = Change::Write { file: FileId(5), base, content, path: vec![] };
+        let op = Op { no: 1, location: LocationId([1; 16]), change };
+        postcard::to_stdvec(&Operations::Whole { settled_below: 0, ops: vec![op] }).unwrap()
+    };
+    let (none, one) = (write(vec![]), write(vec![1..2]));
+    let at = none.iter().zip(&one).position(|(a, b)| a != b).unwrap();
+    [&none[..at], &postcard::to_stdvec(&count).unwrap(), bytes, &none[at + 1..]].concat()
+}
+
+#[test]
+fn an_operation_of_the_smallest_extents_stays_within_its_memory() {
+    let count = MAX_FRAME / 2 - 100;
+    let bytes = with_extents(count, &vec![0; 2 * count]);
+    assert!(bytes.len() <= MAX_FRAME);
+    let peak = peak_of(|| assert!(decode::<Operations>(&bytes).is_ok()));
+    assert!(peak <= FRAME_MEMORY, "{peak} bytes");
+    let too_many = MAX_EXTENTS + 1;
+    let bytes = with_extents(too_many, &vec![0; 2 * too_many]);
+    assert!(decode::<Operations>(&bytes).is_err());
+    let claimed = with_extents(1 << 40, &[]);
+    let peak = peak_of(|| assert!(decode::<Operations>(&claimed).is_err()));
+    assert!(peak <= REQUEST_MEMORY, "{peak} bytes");
+}
+
+#[test]
+fn more_operations_than_the_bound_are_refused() {
+    let op = operations().pop().unwrap();
+    let frame = |n| Operations::Whole { settled_below: 0, ops: vec![op.clone(); n] };
+    let bytes = |n| postcard::to_stdvec(&frame(n)).unwrap();
+    assert!(decode::<Operations>(&bytes(MAX_OPS)).is_ok());
+    assert!(decode::<Operations>(&bytes(MAX_OPS + 1)).is_err());
 }
 
 #[test]

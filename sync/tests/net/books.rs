@@ -1,5 +1,6 @@
 //! An outbox and an applier that keep all in memory, do as the test says, and tell what they saw.
 
+use crate::device::PATIENCE;
 use bytes::Bytes;
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
@@ -360,9 +361,9 @@ impl Applies for In {
     fn apply(&self, writer: &Writer, ops: Vec<Arrived>) -> Vec<Outcome> {
         let mut seen = lock(&self.seen);
         seen.entered += 1;
-        while seen.is_stuck {
-            seen = self.released.wait(seen).unwrap_or_else(PoisonError::into_inner);
-        }
+        // A test that failed must still be able to end.
+        let waited = self.released.wait_timeout_while(seen, PATIENCE, |seen| seen.is_stuck);
+        let mut seen = waited.unwrap_or_else(PoisonError::into_inner).0;
         seen.writers.push(writer.name.clone());
         ops.into_iter().map(|(id, op, received)| seen.apply(id, op, received)).collect()
     }

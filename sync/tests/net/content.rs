@@ -1,6 +1,6 @@
 //! Bytes of another device's files.
 
-use crate::device::{Device, until};
+use crate::device::{Device, Writes, until};
 use std::fs;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -158,7 +158,7 @@ fn a_killed_owner_is_noticed_and_found_again_at_another_port() {
         dead.indexer.stop();
         drop(dead);
         // The reader has none of its new addresses: the owner dials in.
-        let back = Device::restart(&dir, key, None).await;
+        let back = Device::restart(&dir, key, Writes::None).await;
         let l = back.index.location_by_id(location.id).unwrap();
         back.indexer.watch(l.no);
         until("it is back", || reader.is_online(id)).await;

@@ -3,11 +3,12 @@
 use iroh::endpoint::presets;
 use iroh::{Endpoint, EndpointAddr, PublicKey, SecretKey};
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use sync::{Applies, Node, NodeConfig, Outgoing, Parts, PeerStatus};
 use tempfile::TempDir;
+use vfs_core::apply::Applier;
 use vfs_core::content::Manifests;
 use vfs_core::content::serve::OwnFiles;
 use vfs_core::index::open_store;
@@ -15,6 +16,7 @@ use vfs_core::index::{Index, NewLocation, Observed};
 use vfs_core::indexer::{Indexer, IndexerConfig};
 use vfs_core::library::{Library, LibraryInfo, Member};
 use vfs_core::model::{Attr, DeviceId, FileType, Location, LocationId, Name, Time};
+use vfs_core::outbox::{Outbox, OutboxConfig};
 
 /// How long a condition may take to come true, on a slow and busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -26,6 +28,39 @@ pub struct Device {
     pub indexer: Arc<Indexer>,
     pub dir: Arc<TempDir>,
     pub key: [u8; 32],
+    writing: Option<Writing>,
+    config: NodeConfig,
+    parts: Parts,
+}
+
+/// Which ways a device's writes go.
+pub enum Writes {
+    None,
+    Out(Arc<dyn Outgoing>),
+    In(Arc<dyn Applies>),
+    Real,
+}
+
+/// The real outbox and applier.
+pub struct Writing {
+    pub outbox: Arc<Outbox>,
+    pub applier: Arc<Applier>,
+}
+
+impl Writing {
+    fn open(
+        path: &Path,
+        index: &Index,
+        indexer: &Arc<Indexer>,
+        manifests: &Arc<Manifests>,
+    ) -> Self {
+        let apply = path.join("apply");
+        let applier = Applier::open(&apply, index.clone(), indexer.clone(), manifests.clone());
+        let config = OutboxConfig::default();
+        let (outbox, report) = Outbox::open(&path.join("outbox"), index.clone(), config).unwrap();
+        assert!(report.lost.is_empty(), "{report:?}");
+        Self { outbox, applier: applier.unwrap() }
+    }
 }
 
 impl Device {
@@ -48,36 +83,23 @@ impl Device {
 
     /// The same, listening there.
     pub async fn start_at(dir: Arc<TempDir>, key: [u8; 32], bind: &[&str]) -> Self {
-        Self::build(dir, key, bind, None, None).await
+        Self::build(dir, key, bind, Writes::None).await
     }
 
-    /// A device without a library that delivers and applies writes.
-    pub async fn with(
-        outbox: Option<Arc<dyn Outgoing>>,
-        applier: Option<Arc<dyn Applies>>,
-    ) -> Self {
+    /// A device without a library, whose writes go these ways.
+    pub async fn with(writes: Writes) -> Self {
         let dir = Arc::new(tempfile::tempdir().unwrap());
-        Self::build(dir, rand::random(), &["127.0.0.1:0"], outbox, applier).await
+        Self::build(dir, rand::random(), &["127.0.0.1:0"], writes).await
     }
 
     /// A device on a folder whose last user may still be letting go of it.
-    pub async fn restart(
-        dir: &Arc<TempDir>,
-        key: [u8; 32],
-        outbox: Option<Arc<dyn Outgoing>>,
-    ) -> Self {
+    pub async fn restart(dir: &Arc<TempDir>, key: [u8; 32], writes: Writes) -> Self {
         let index = dir.path().join("index");
         until("the index is free again", || open_store(&index).is_ok()).await;
-        Self::build(dir.clone(), key, &["127.0.0.1:0"], outbox, None).await
+        Self::build(dir.clone(), key, &["127.0.0.1:0"], writes).await
     }
 
-    async fn build(
-        dir: Arc<TempDir>,
-        key: [u8; 32],
-        bind: &[&str],
-        outbox: Option<Arc<dyn Outgoing>>,
-        applier: Option<Arc<dyn Applies>>,
-    ) -> Self {
+    async fn build(dir: Arc<TempDir>, key: [u8; 32], bind: &[&str], writes: Writes) -> Self {
         let me = id_of(&key);
         let path = dir.path();
         let library = Arc::new(Library::open(&path.join("library.json")).unwrap());
@@ -86,17 +108,39 @@ impl Device {
         let manifests = Arc::new(Manifests::open(&path.join("manifests")).unwrap());
         let config = IndexerConfig { settle: Duration::ZERO, ..IndexerConfig::default() };
         let indexer = Indexer::start(index.clone(), manifests.clone(), config);
-        let own = Arc::new(OwnFiles::new(index.clone(), indexer.clone(), manifests));
-        let config = NodeConfig {
-            secret_key: key,
-            bind: bind.iter().map(|a| a.parse().unwrap()).collect(),
-            relay: None,
-            mdns: false,
-        };
+        let own = Arc::new(OwnFiles::new(index.clone(), indexer.clone(), manifests.clone()));
+        let (mut outbox, mut applier, mut writing) = (None, None, None);
+        match writes {
+            Writes::None => {}
+            Writes::Out(out) => outbox = Some(out),
+            Writes::In(into) => applier = Some(into),
+            Writes::Real => {
+                let made = Writing::open(path, &index, &indexer, &manifests);
+                outbox = Some(made.outbox.clone() as Arc<dyn Outgoing>);
+                applier = Some(made.applier.clone() as Arc<dyn Applies>);
+                writing = Some(made);
+            }
+        }
+        let bind = bind.iter().map(|a| a.parse().unwrap()).collect();
+        let config = NodeConfig { secret_key: key, bind, relay: None, mdns: false };
         let parts = Parts { library: library.clone(), index: index.clone(), own, outbox, applier };
-        let node = Node::start(config, parts).await.unwrap();
+        let node = Node::start(config.clone(), parts.clone()).await.unwrap();
         assert_eq!(node.id(), me);
-        Self { node, library, index, indexer, dir, key }
+        Self { node, library, index, indexer, dir, key, writing, config, parts }
+    }
+
+    /// Ends the connections without a word to the parts, and begins anew with the same ones.
+    pub async fn renew_node(&mut self) {
+        self.node.shutdown().await;
+        self.node = Node::start(self.config.clone(), self.parts.clone()).await.unwrap();
+    }
+
+    pub fn own(&self) -> Arc<OwnFiles> {
+        self.parts.own.clone()
+    }
+
+    pub fn writing(&self) -> &Writing {
+        self.writing.as_ref().unwrap()
     }
 
     /// Gives it a library of its own.

@@ -6,6 +6,7 @@ mod content;
 mod device;
 mod pairing;
 mod presence;
+mod real;
 mod replication;
 mod strangers;
 mod writing;

@@ -5,8 +5,9 @@ use iroh::Endpoint;
 use iroh::endpoint::{Connection, ConnectionError, RecvStream, SendStream};
 use std::time::Duration;
 use sync::wire::{
-    self, ALPN_MEMBER, ALPN_PAIR, Fetch, Follow, Hello, Knock, MAX_FRAME, MAX_REQUEST, MemberList,
-    NEWEST, OLDEST, PairRefusal, PairRequest, PairResponse, Refusal, Request, Response, close,
+    self, ALPN_MEMBER, ALPN_PAIR, Deliver, Fetch, Follow, Hello, Knock, MAX_FRAME, MAX_REQUEST,
+    MemberList, NEWEST, OLDEST, PairRefusal, PairRequest, PairResponse, Refusal, Request, Response,
+    Staged, close,
 };
 use tokio::time::timeout;
 use vfs_core::model::{FileId, LocationId, Seq, Stamp, Time};
@@ -65,6 +66,8 @@ fn every_request(location: LocationId) -> Vec<Request> {
         Request::Locations,
         Request::Rows(Follow { location, log_id: 0, after: Seq(0) }),
         Request::Fetch(Fetch { version: (&version).into(), offset: 0, len: 1 }),
+        Request::Deliver(Deliver { epoch: 1, session: 1, bulk: false }),
+        Request::Staged(Staged { epoch: 1, no: 1, ranges: vec![0..1] }),
     ]
 }
 
@@ -94,7 +97,7 @@ async fn a_stranger_gets_nothing_on_the_members_protocol() {
     let location = device.add_location("photos", None);
     let stranger = raw_endpoint(rand::random()).await;
     let codes = try_everything(&stranger, &device, location.id).await;
-    assert_eq!(codes, [u64::from(close::NOT_MEMBER); 6]);
+    assert_eq!(codes, [u64::from(close::NOT_MEMBER); 8]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -114,7 +117,7 @@ async fn a_removed_device_gets_nothing_though_its_connection_lived() {
         assert_eq!(ask(&connection, &request).await, None);
     }
     let codes = try_everything(&removed, &device, location.id).await;
-    assert_eq!(codes, [u64::from(close::REMOVED); 6]);
+    assert_eq!(codes, [u64::from(close::REMOVED); 8]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -198,7 +201,8 @@ async fn a_range_out_of_bounds_is_refused() {
     let device = Device::first("desk").await;
     let location = device.add_location("photos", None);
     let (_endpoint, connection) = member(&device).await;
-    let Some(Request::Fetch(fetch)) = every_request(location.id).pop() else { unreachable!() };
+    let fetches = |r| if let Request::Fetch(fetch) = r { Some(fetch) } else { None };
+    let fetch = every_request(location.id).into_iter().find_map(fetches).unwrap();
     for (offset, len) in [(0, 0), (0, u32::MAX), (u64::MAX, 1), (0, (1 << 20) + 1)] {
         let request = Request::Fetch(Fetch { offset, len, ..fetch.clone() });
         let answer = ask(&connection, &request).await;

@@ -3,14 +3,14 @@
 
 use crate::books::{In, Out, content, create};
 use crate::content::pattern;
-use crate::device::{Device, id_of, raw_endpoint, until};
+use crate::device::{Device, Writes, id_of, raw_endpoint, until};
 use crate::strangers::{greet, open_request};
 use bytes::Bytes;
 use iroh::endpoint::{Connection, RecvStream, SendStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use sync::Outgoing;
 use sync::wire::{self, Deliver, MAX_STAGED_BYTES, Operations, Refusal, Request, Response, Staged};
-use sync::{Applies, Outgoing};
 use vfs_core::model::{FileId, LocationId};
 use vfs_core::ops::{self, Change, MAX_EXTENTS, NewContent, Obstacle, Op, Outcome};
 use vfs_core::outbox::Lane;
@@ -26,10 +26,10 @@ pub struct Pair {
 impl Pair {
     async fn new() -> Self {
         let into = In::new();
-        let owner = Device::with(None, Some(into.clone() as Arc<dyn Applies>)).await;
+        let owner = Device::with(Writes::In(into.clone())).await;
         owner.found("desk");
         let out = Out::new(owner.id(), LocationId(rand::random()));
-        let writer = Device::with(Some(out.clone() as Arc<dyn Outgoing>), None).await;
+        let writer = Device::with(Writes::Out(out.clone())).await;
         owner.pair(&writer, "laptop").await;
         Self { owner, writer, out, into }
     }
@@ -140,13 +140,15 @@ async fn what_was_cut_off_is_delivered_again_and_applied_once() {
     pair.writer.node.shutdown().await;
     let Pair { owner, writer, out, into } = pair;
     drop(writer);
-    let writer = Device::restart(&dir, key, Some(out.clone() as Arc<dyn Outgoing>)).await;
+    let writer = Device::restart(&dir, key, Writes::Out(out.clone())).await;
     owner.meet(&writer).await;
-    until("they were sent again", || out.times_sent(10) >= 1 && out.times_sent(1) == 2).await;
-    assert_eq!(into.done(), [0; 0]);
+    // Nothing of the new session is looked at before what was begun has ended.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!((into.entered(), into.done()), (1, vec![]));
     into.stick(false);
     until("all is delivered", || out.open() == 0).await;
     assert_eq!(into.done(), (1..=10).collect::<Vec<_>>());
+    assert_eq!(out.times_sent(1), 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -161,7 +163,7 @@ async fn a_bulk_upload_goes_on_where_it_was_cut_off() {
     let Pair { owner, writer, out, into } = pair;
     drop(writer);
     assert_eq!(out.open(), 1, "it was cut off");
-    let writer = Device::restart(&dir, key, Some(out.clone() as Arc<dyn Outgoing>)).await;
+    let writer = Device::restart(&dir, key, Writes::Out(out.clone())).await;
     owner.meet(&writer).await;
     until("all is delivered", || out.open() == 0).await;
     assert!(into.bytes_of(no).unwrap() == bytes);
@@ -173,7 +175,7 @@ async fn a_bulk_upload_goes_on_where_it_was_cut_off() {
 async fn an_owner_that_takes_no_writes_is_told_of() {
     let owner = Device::first("desk").await;
     let out = Out::new(owner.id(), LocationId(rand::random()));
-    let writer = Device::with(Some(out.clone() as Arc<dyn Outgoing>), None).await;
+    let writer = Device::with(Writes::Out(out.clone())).await;
     owner.pair(&writer, "laptop").await;
     out.create("x", b"y");
     until("the person is told", || {
@@ -185,7 +187,7 @@ async fn an_owner_that_takes_no_writes_is_told_of() {
 }
 
 /// A member that is no program of ours.
-async fn raw_writer(owner: &Device) -> (iroh::Endpoint, Connection) {
+pub async fn raw_writer(owner: &Device) -> (iroh::Endpoint, Connection) {
     let key = rand::random();
     let endpoint = raw_endpoint(key).await;
     owner.admit(id_of(&key), "raw");
@@ -193,7 +195,7 @@ async fn raw_writer(owner: &Device) -> (iroh::Endpoint, Connection) {
     (endpoint, connection)
 }
 
-async fn begin(connection: &Connection, session: u64) -> (SendStream, RecvStream) {
+pub async fn begin(connection: &Connection, session: u64) -> (SendStream, RecvStream) {
     let deliver = Deliver { epoch: 7, session, bulk: false };
     let (send, mut recv) = open_request(connection, &Request::Deliver(deliver)).await;
     let answer: Response = wire::receive_frame(&mut recv).await.unwrap();
@@ -208,7 +210,7 @@ fn op(no: u64, name: &str) -> Op {
 }
 
 async fn owner_of(into: &Arc<In>) -> Device {
-    let owner = Device::with(None, Some(into.clone() as Arc<dyn Applies>)).await;
+    let owner = Device::with(Writes::In(into.clone())).await;
     owner.found("desk");
     owner
 }
@@ -334,7 +336,7 @@ async fn an_owner_that_breaks_the_protocol_settles_nothing_it_was_not_asked() {
     let key: [u8; 32] = rand::random();
     let endpoint = raw_endpoint(key).await;
     let out = Out::new(id_of(&key), LocationId(rand::random()));
-    let writer = Device::with(Some(out.clone() as Arc<dyn Outgoing>), None).await;
+    let writer = Device::with(Writes::Out(out.clone())).await;
     writer.found("laptop");
     writer.admit(id_of(&key), "raw");
     let first = out.create("a", b"1");
@@ -376,28 +378,26 @@ async fn accept_delivery(connection: &Connection) -> (SendStream, RecvStream) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_read_does_not_wait_for_an_upload() {
-    // The owner has a file that the writer reads while it uploads.
-    let into = In::new();
-    let owner = owner_of(&into).await;
-    std::fs::create_dir_all(owner.folder()).unwrap();
-    let bytes = pattern(64 << 10);
-    std::fs::write(owner.folder().join("file"), &bytes).unwrap();
-    let location = owner.add_location("files", None);
-    owner.indexer.watch(location.no);
-    let out = Out::new(owner.id(), location.id);
-    let writer = Device::with(Some(out.clone() as Arc<dyn Outgoing>), None).await;
-    owner.pair(&writer, "laptop").await;
-    let version = crate::content::version_at(&writer, &location, None).await;
-    out.create_large("large", Bytes::from(pattern(512 << 20)));
-    until("the upload has begun", || into.received() > 0).await;
-    let mut slowest = Duration::ZERO;
-    let source = writer.node.source();
-    while out.open() > 0 {
+async fn reads_go_on_during_an_upload() {
+    // The owner reads a file of the writer, so that its bytes and the upload go one way.
+    let pair = Pair::new().await;
+    std::fs::create_dir_all(pair.writer.folder()).unwrap();
+    std::fs::write(pair.writer.folder().join("file"), pattern(64 << 10)).unwrap();
+    let location = pair.writer.add_location("files", None);
+    pair.writer.indexer.watch(location.no);
+    let version = crate::content::version_at(&pair.owner, &location, None).await;
+    pair.out.create_large("large", Bytes::from(pattern(256 << 20)));
+    until("the upload has begun", || pair.into.received() > 0).await;
+    let source = pair.owner.node.source();
+    let mut times = vec![];
+    while pair.out.open() > 0 {
         let asked = Instant::now();
-        source.fetch(owner.id(), &version, 0..64 << 10).await.unwrap();
-        slowest = slowest.max(asked.elapsed());
+        source.fetch(pair.writer.id(), &version, 0..64 << 10).await.unwrap();
+        times.push(asked.elapsed());
     }
-    println!("slowest read during an upload: {slowest:?}");
-    assert!(slowest < Duration::from_secs(2), "{slowest:?}");
+    times.sort();
+    let (median, slowest) = (times[times.len() / 2], times[times.len() - 1]);
+    println!("{} reads during an upload: median {median:?}, slowest {slowest:?}", times.len());
+    // A request that waited for the upload would be the only one.
+    assert!(times.len() > 10 && median < Duration::from_secs(1));
 }

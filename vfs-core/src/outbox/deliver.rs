@@ -112,11 +112,10 @@ impl Outbox {
                 found.ok_or_else(|| FsError::new(Kind::NotFound, "read staged bytes"))?;
             (bytes.draft.clone(), snapshot.clone())
         };
-        let within = snapshot
-            .extents
-            .iter()
-            .any(|e| e.at <= range.start && range.start < range.end && range.end <= e.at + e.len);
-        if !within {
+        // There may be a million extents, and a request for each few of them.
+        let first = snapshot.extents.partition_point(|e| e.at + e.len <= range.start);
+        let extent = snapshot.extents.get(first).filter(|_| range.start < range.end);
+        if extent.is_none_or(|e| range.start < e.at || e.at + e.len < range.end) {
             return Err(FsError::new(Kind::Invalid, "read staged bytes"));
         }
         draft.snapshot_read(&snapshot, range).map_err(|e| FsError::os("read staged bytes", e))
