@@ -375,7 +375,7 @@ async fn what_is_delivered_twice_is_applied_once() {
     let op = create(1, &location, "file");
     let first = deliver_ready(&mut stream, &op).await;
     assert!(matches!(first, Outcome::Applied(_)), "{first:?}");
-    assert_eq!(deliver(&mut stream, vec![op.clone()]).await, [first.clone()]);
+    assert_eq!(deliver(&mut stream, vec![op.clone()]).await, std::slice::from_ref(&first));
     fs::write(owner.folder().join("file"), b"changed since").unwrap();
     let mut stream = begin(&connection, 2).await;
     assert_eq!(deliver(&mut stream, vec![op]).await, [first], "in another session");
