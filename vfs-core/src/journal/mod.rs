@@ -40,6 +40,7 @@ use log::{Log, Pool, Space};
 use recover::Checkpoint;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 /// The longest record, in bytes.
@@ -114,6 +115,32 @@ pub struct Journal {
     state: Mutex<State>,
     /// A sync ended, well or not.
     synced: Condvar,
+    horizon: Arc<Horizon>,
+}
+
+/// How far a journal is written and how far it is durable: for what may not happen before the
+/// record that allows it is durable, such as giving up bytes that an earlier record names.
+#[derive(Debug, Default)]
+pub struct Horizon {
+    last: AtomicU64,
+    durable: AtomicU64,
+}
+
+impl Horizon {
+    /// The last record.
+    pub fn last(&self) -> Lsn {
+        Lsn(self.last.load(Ordering::SeqCst))
+    }
+
+    /// The last record that is durable, as are all before it.
+    pub fn durable(&self) -> Lsn {
+        Lsn(self.durable.load(Ordering::SeqCst))
+    }
+
+    pub(crate) fn set(&self, last: Lsn, durable: Lsn) {
+        self.last.store(last.0, Ordering::SeqCst);
+        self.durable.store(durable.0, Ordering::SeqCst);
+    }
 }
 
 #[derive(Debug)]
@@ -168,19 +195,29 @@ impl Journal {
             }
             Err(pool) => State::begin(pool, &*disk).map_err(io("begin a journal"))?,
         };
-        Ok((Self { disk, state: Mutex::new(state), synced: Condvar::new() }, recovered))
+        let (synced, horizon) = Default::default();
+        let journal = Self { disk, state: Mutex::new(state), synced, horizon };
+        journal.tell(&journal.lock());
+        Ok((journal, recovered))
     }
 
     /// Adds a record; it survives the end of this process once this returns, and a crash of the
     /// machine once [`Journal::sync`] returned. Without space nothing is changed.
     pub fn append(&self, payload: &[u8]) -> FsResult<Lsn> {
-        self.lock().add(record::Kind::Payload, payload, Space::Ordinary)
+        self.append_to(payload, Space::Ordinary)
     }
 
     /// As [`Journal::append`], for small records that let space be freed: a full disk takes
     /// them too, for a while.
     pub fn append_reserved(&self, payload: &[u8]) -> FsResult<Lsn> {
-        self.lock().add(record::Kind::Payload, payload, Space::Reserve)
+        self.append_to(payload, Space::Reserve)
+    }
+
+    fn append_to(&self, payload: &[u8], space: Space) -> FsResult<Lsn> {
+        let mut state = self.lock();
+        let added = state.add(record::Kind::Payload, payload, space);
+        self.tell(&state);
+        added
     }
 
     /// Returns when every record up to this one is durable. One write to the disk serves all
@@ -209,6 +246,7 @@ impl Journal {
         match synced {
             Ok(()) => {
                 state.durable = state.durable.max(target);
+                self.tell(&state);
                 Ok(())
             }
             Err(error) => {
@@ -222,6 +260,15 @@ impl Journal {
     /// The last record that is durable, as are all before it.
     pub fn durable(&self) -> Lsn {
         self.lock().durable
+    }
+
+    /// The same, and what was written, for others to follow.
+    pub fn horizon(&self) -> Arc<Horizon> {
+        self.horizon.clone()
+    }
+
+    fn tell(&self, state: &State) {
+        self.horizon.set(state.last, state.durable);
     }
 
     /// Bytes of records since the last checkpoint, its own included.
@@ -245,6 +292,7 @@ impl Journal {
             state = self.wait(state);
         }
         let done = state.checkpoint(&*self.disk, live);
+        self.tell(&state);
         self.synced.notify_all();
         done
     }

@@ -212,22 +212,28 @@ fn a_killed_process_loses_nothing_that_was_appended() {
 #[test]
 fn numbers_go_on_after_a_restart_and_a_checkpoint() {
     let disk = SimDisk::default();
-    let mut last = Lsn(0);
+    let (mut last, mut expected) = (Lsn(0), 0);
     for round in 0..5 {
         let (journal, recovered) = open(&disk);
-        assert_eq!(recovered.records.len(), round);
+        assert_eq!(recovered.records.len(), expected);
+        expected += 2;
         assert_eq!(journal.durable().max(last), journal.durable());
         let lsn = journal.append(b"record").unwrap();
         assert!(lsn > last);
         journal.sync(lsn).unwrap();
         assert!(journal.durable() >= lsn);
-        last = lsn;
+        let horizon = journal.horizon();
+        assert_eq!((horizon.last(), horizon.durable()), (lsn, lsn));
+        let unsynced = journal.append(b"record").unwrap();
+        assert_eq!((horizon.last(), horizon.durable()), (unsynced, lsn));
+        last = unsynced;
         if round == 2 {
             journal
                 .checkpoint(
                     &mut recovered.records.iter().map(|r| r.1.clone()).chain([b"x".to_vec()]),
                 )
                 .unwrap();
+            expected = recovered.records.len() + 1;
         }
     }
 }
@@ -552,4 +558,56 @@ fn a_newer_format_is_refused_and_left_alone() {
     fs::write(&path, &bytes).unwrap();
     let (_, recovered) = Journal::open(dir.path()).unwrap();
     assert_eq!(recovered.damage.len(), 1);
+}
+
+/// What a durable record costs above what the disk itself costs:
+/// `cargo test --release -p vfs-core --lib -- --ignored --nocapture cost_of_a_durable_record`,
+/// with `TMPDIR` on the disk in question.
+#[test]
+#[ignore = "a measurement"]
+fn cost_of_a_durable_record() {
+    const ROUNDS: usize = 300;
+    let dir = tempfile::tempdir().unwrap();
+    let (journal, _) = Journal::open(&dir.path().join("journal")).unwrap();
+    let path = dir.path().join("bare");
+    fs::write(&path, vec![1; SEGMENT_BYTES as usize]).unwrap();
+    let bare = fs::File::options().write(true).open(&path).unwrap();
+    bare.sync_all().unwrap();
+    let growing = fs::File::create(dir.path().join("growing")).unwrap();
+    let bytes = record(1, 4608);
+    let timed = |work: &mut dyn FnMut()| {
+        let begun = std::time::Instant::now();
+        work();
+        begun.elapsed()
+    };
+    let mut times = [const { Vec::new() }; 3];
+    for n in 0..ROUNDS {
+        // Side by side, so that what else the disk does meets all of them.
+        times[0].push(timed(&mut || {
+            bare.write_all_at(&bytes, 8192 * (n as u64 % 500)).unwrap();
+            bare.sync_data().unwrap();
+        }));
+        times[1].push(timed(&mut || {
+            let lsn = journal.append(&bytes).unwrap();
+            journal.sync(lsn).unwrap();
+        }));
+        times[2].push(timed(&mut || {
+            growing.write_all_at(&bytes, bytes.len() as u64 * n as u64).unwrap();
+            growing.sync_data().unwrap();
+        }));
+    }
+    let appended = timed(&mut || {
+        for _ in 0..1000 {
+            journal.append(&bytes).unwrap();
+        }
+    });
+    let [bare, durable, growing] = times.map(|mut times| {
+        times.sort();
+        times[ROUNDS / 2]
+    });
+    println!("overwrite + fdatasync  {bare:?}");
+    println!("append + fdatasync     {growing:?}");
+    println!("journal append + sync  {durable:?}");
+    println!("journal append         {:?}", appended / 1000);
+    println!("ratio to overwriting   {:.2}", durable.as_secs_f64() / bare.as_secs_f64());
 }

@@ -377,9 +377,18 @@ impl Outbox {
         }
         let committed = of.draft.commit(INLINE_MAX_BYTES)?;
         let mut state = self.state();
-        let lsn = self.accept_bytes(&mut state, of, &mut writing, committed)?;
-        writing.lsn = lsn;
-        Ok(lsn)
+        let snapshot = committed.snapshot.clone();
+        match self.accept_bytes(&mut state, of, &mut writing, committed) {
+            Ok(lsn) => {
+                writing.lsn = lsn;
+                Ok(lsn)
+            }
+            Err(error) => {
+                // The next close or fsync tries again, and says so again if it fails.
+                of.draft.take_back(&snapshot);
+                Err(error)
+            }
+        }
     }
 
     fn lsn_of(&self, state: &State, op: Option<u64>) -> Lsn {

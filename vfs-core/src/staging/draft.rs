@@ -6,9 +6,11 @@ use super::{Committed, DraftId, Extent, Piece, Snapshot};
 use crate::content::disk::read_range;
 use crate::content::ranges::RangeSet;
 use crate::error::{FsError, FsResult, Kind};
+use crate::journal::Lsn;
 use crate::model::ContentId;
 use bytes::Bytes;
 use rustix::fs::FallocateFlags;
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -52,6 +54,8 @@ struct State {
     freed: RangeSet,
     /// Committed and not released, in the order of their commits.
     held: Vec<Snapshot>,
+    /// Released, but held until the journal is durable up to there.
+    released: VecDeque<(Lsn, Snapshot)>,
     dirty: bool,
     /// The name of the file is durable.
     named: bool,
@@ -70,6 +74,7 @@ impl Draft {
             unsynced_zeros: false,
             freed: RangeSet::default(),
             held: Vec::new(),
+            released: VecDeque::new(),
             dirty: false,
             named: false,
             failed: None,
@@ -238,6 +243,7 @@ impl Draft {
     /// The snapshot is held until [`Draft::release`].
     pub fn commit(&self, inline_max: u64) -> FsResult<Committed> {
         let mut state = self.write_state();
+        self.free_released(&mut state);
         if let Some(reason) = &state.failed {
             return Err(FsError::caused(Kind::Io, "commit staged bytes", reason.clone()));
         }
@@ -268,6 +274,14 @@ impl Draft {
         };
         state.hold(&snapshot);
         Ok(Committed { snapshot, fill })
+    }
+
+    /// The caller could not keep what a commit gave: nothing was committed, and it is all to be
+    /// committed again.
+    pub fn take_back(&self, snapshot: &Snapshot) {
+        let mut state = self.write_state();
+        state.let_go(snapshot);
+        state.dirty = true;
     }
 
     fn read_all(&self, ranges: Vec<Range<u64>>) -> FsResult<Vec<(u64, Bytes)>> {
@@ -305,13 +319,27 @@ impl Draft {
         state.map.rebase(snapshot, &state.held[known.map_or(0, |n| n + 1)..]);
     }
 
-    /// Nobody needs this snapshot any more, also not after a crash: the space of what was
-    /// written over since is freed. Every snapshot is kept until then.
+    /// Nobody needs this snapshot any more, also not after a crash: once the journal is durable as
+    /// it is now ([`super::Staging::follow`]), the space of what was written over since is freed.
+    /// Every snapshot is kept until then.
     pub fn release(&self, snapshot: &Snapshot) {
         let mut state = self.write_state();
-        state.let_go(snapshot);
-        let unneeded = state.unneeded();
-        self.free(&mut state, unneeded);
+        state.released.push_back((self.store.written(), snapshot.clone()));
+        self.free_released(&mut state);
+    }
+
+    fn free_released(&self, state: &mut State) {
+        let mut freed = false;
+        while state.released.front().is_some_and(|(lsn, _)| self.store.is_durable(*lsn)) {
+            if let Some((_, snapshot)) = state.released.pop_front() {
+                state.let_go(&snapshot);
+                freed = true;
+            }
+        }
+        if freed {
+            let unneeded = state.unneeded();
+            self.free(state, unneeded);
+        }
     }
 
     /// BLAKE3 of the extents' bytes, and of all bytes of the file where that needs no base and

@@ -3,10 +3,11 @@
 use super::draft::Draft;
 use super::{DraftId, MIN_FREE_BYTES, Snapshot};
 use crate::error::{FsError, FsResult, Kind};
+use crate::journal::{Horizon, Lsn};
 use bytes::Bytes;
 use lru::LruCache;
 use std::collections::hash_map::RandomState;
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::fs::{self, File};
 use std::hash::BuildHasher;
 use std::io;
@@ -14,7 +15,7 @@ use std::num::NonZeroUsize;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 /// Files that are kept open; there may be many more drafts than a process may have files.
 const OPEN_FILES: NonZeroUsize = NonZeroUsize::new(256).expect("not zero");
@@ -28,6 +29,8 @@ const BLOCK_UNIT: u64 = 512;
 pub struct Staging {
     store: Arc<Store>,
     drafts: Mutex<HashMap<DraftId, Weak<Draft>>>,
+    /// Drafts to be removed once a record is durable.
+    leaving: Mutex<VecDeque<(Lsn, DraftId)>>,
 }
 
 /// The directory of drafts.
@@ -40,6 +43,7 @@ pub(super) struct Store {
     /// What may be written before the disk is asked again.
     granted_bytes: AtomicU64,
     used_bytes: AtomicU64,
+    horizon: OnceLock<Arc<Horizon>>,
 }
 
 impl Staging {
@@ -54,10 +58,19 @@ impl Staging {
             min_free_bytes: MIN_FREE_BYTES.into(),
             granted_bytes: 0.into(),
             used_bytes: 0.into(),
+            horizon: OnceLock::new(),
         };
         let used = store.list().map_err(attempted)?.values().sum();
         store.used_bytes.store(used, Ordering::Relaxed);
-        Ok(Arc::new(Self { store: Arc::new(store), drafts: Mutex::default() }))
+        let (drafts, leaving) = Default::default();
+        Ok(Arc::new(Self { store: Arc::new(store), drafts, leaving }))
+    }
+
+    /// From now on bytes are given up only when what the journal had at that moment is durable.
+    /// After a crash it may otherwise end before the record that made them unneeded, with one
+    /// that names them. Said once.
+    pub fn follow(&self, horizon: Arc<Horizon>) {
+        let _ = self.store.horizon.set(horizon);
     }
 
     /// Sets how much must stay free on the disk ([`MIN_FREE_BYTES`]); writes beyond fail with
@@ -72,6 +85,7 @@ impl Staging {
         if i64::try_from(base_size).is_err() {
             return Err(FsError::new(Kind::FileTooLarge, "stage a file"));
         }
+        self.remove_leaving();
         let mut drafts = lock(&self.drafts);
         let id = loop {
             // Drawn, not counted: a journal may name drafts of which nothing is here any more.
@@ -105,6 +119,25 @@ impl Staging {
 
     /// Removes a draft and all its bytes.
     pub fn remove(&self, id: DraftId) {
+        lock(&self.leaving).push_back((self.store.written(), id));
+        self.remove_leaving();
+    }
+
+    fn remove_leaving(&self) {
+        loop {
+            let id = {
+                let mut leaving = lock(&self.leaving);
+                match leaving.front() {
+                    Some((lsn, _)) if self.store.is_durable(*lsn) => {}
+                    _ => return,
+                }
+                leaving.pop_front()
+            };
+            id.into_iter().for_each(|(_, id)| self.remove_now(id));
+        }
+    }
+
+    fn remove_now(&self, id: DraftId) {
         let draft = lock(&self.drafts).remove(&id).and_then(|weak| weak.upgrade());
         match draft {
             Some(draft) => draft.remove(),
@@ -117,7 +150,7 @@ impl Staging {
         let found = self.store.list().map_err(|e| FsError::os("list the staged files", e))?;
         let mut removed = 0;
         for (id, bytes) in found.into_iter().filter(|(id, _)| !needed.contains(id)) {
-            self.remove(id);
+            self.remove_now(id);
             removed += bytes;
         }
         Ok(removed)
@@ -125,6 +158,7 @@ impl Staging {
 
     /// Bytes on disk.
     pub fn used_bytes(&self) -> u64 {
+        self.remove_leaving();
         self.store.used_bytes.load(Ordering::Relaxed)
     }
 
@@ -143,6 +177,16 @@ impl Staging {
 }
 
 impl Store {
+    /// The journal's last record.
+    pub(super) fn written(&self) -> Lsn {
+        self.horizon.get().map_or(Lsn(0), |horizon| horizon.last())
+    }
+
+    /// Whether the journal is durable up to there.
+    pub(super) fn is_durable(&self, lsn: Lsn) -> bool {
+        self.horizon.get().is_none_or(|horizon| horizon.durable() >= lsn)
+    }
+
     pub(super) fn path(&self, id: DraftId) -> PathBuf {
         let hex = format!("{:016x}", id.0);
         self.dir.join(&hex[..2]).join(hex)

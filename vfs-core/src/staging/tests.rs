@@ -2,6 +2,7 @@
 
 use super::{Committed, DraftId, Piece, Staging};
 use crate::error::Kind;
+use crate::journal::{Horizon, Lsn};
 use crate::model::ContentId;
 use proptest::prelude::*;
 use std::collections::HashSet;
@@ -121,7 +122,8 @@ impl Pair {
             .flat_map(|e| self.model[to_usize(e.at..e.at + e.len)].to_vec())
             .collect();
         assert_eq!(digest, *blake3::hash(&written).as_bytes());
-        let expected = (committed.snapshot.kept_bytes == 0).then(|| ContentId::of(&self.model));
+        let is_whole = committed.snapshot.kept_bytes == 0;
+        let expected = is_whole.then(|| ContentId::of(&self.model));
         assert_eq!(whole, expected);
         self.journal.push((committed, self.model.clone()));
     }
@@ -513,4 +515,55 @@ fn what_was_delivered_is_not_told_again() {
         pair.deliver(0);
         pair.check();
     }
+}
+
+#[test]
+fn nothing_is_given_up_before_the_journal_is_durable() {
+    let mut pair = Pair::new(0);
+    let horizon = Arc::new(Horizon::default());
+    pair.staging.follow(horizon.clone());
+    pair.write(0, 1 << 20, 1);
+    pair.commit(0);
+    horizon.set(Lsn(1), Lsn(1));
+    pair.write(0, 1 << 20, 2);
+    pair.commit(0);
+    // The record of the second commit is written, which makes the first unneeded; then the
+    // power goes, and the journal ends with the first.
+    horizon.set(Lsn(2), Lsn(1));
+    pair.draft.release(&pair.journal[0].0.snapshot);
+    let second = pair.journal.pop().unwrap();
+    pair.crash(false);
+    assert_eq!(pair.model, [1; 1 << 20]);
+    pair.check();
+    // Or it does not, and the space is given back.
+    pair.staging.follow(horizon.clone());
+    pair.draft = pair.staging.restore(&second.0.snapshot, &[]).unwrap();
+    pair.draft.release(&pair.journal[0].0.snapshot);
+    let path = file_of(pair.dir.path(), pair.draft.id());
+    let on_disk = || fs::metadata(&path).unwrap().blocks() * 512;
+    assert!(on_disk() >= 2 << 20);
+    horizon.set(Lsn(3), Lsn(2));
+    pair.draft.release(&second.0.snapshot);
+    assert!(on_disk() < 2 << 20);
+    pair.staging.remove(pair.draft.id());
+    assert!(path.exists());
+    horizon.set(Lsn(3), Lsn(3));
+    assert_eq!(pair.staging.used_bytes(), 0);
+    assert!(!path.exists());
+}
+
+#[test]
+fn a_commit_that_could_not_be_kept_is_made_again() {
+    let mut pair = Pair::new(0);
+    pair.write(0, 100, 1);
+    pair.commit(1000);
+    pair.write(50, 100, 2);
+    let lost = pair.draft.commit(1000).unwrap();
+    pair.draft.take_back(&lost.snapshot);
+    assert!(pair.draft.is_dirty());
+    pair.commit(1000);
+    assert_eq!(pair.journal[1].0.snapshot, lost.snapshot);
+    assert_eq!(pair.journal[1].0.fill, lost.fill);
+    pair.crash(true);
+    pair.check();
 }
