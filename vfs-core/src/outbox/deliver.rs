@@ -143,10 +143,12 @@ impl Outbox {
         let progress = match &outcome {
             Outcome::Later(obstacle) => {
                 op.obstacle = Some(word_obstacle(obstacle));
+                op.late = (*obstacle == Obstacle::NoSpace).then_some(Kind::NoSpace);
                 Some(Progress::Waiting(Some(Instant::now() + pause(op.attempts))))
             }
             Outcome::Refused(refusal) if op.bytes.is_some() || makes(&op.record.change) => {
                 op.obstacle = Some(word_refusal(refusal));
+                op.late = late(refusal);
                 Some(Progress::Blocked)
             }
             Outcome::Refused(_) | Outcome::Applied(_) => None,
@@ -376,6 +378,17 @@ pub(super) fn version_row(
         rdev: 0,
     };
     Entry { file_id: file, disk_ino, generation, attr, content, target: None }
+}
+
+/// What a program that still has the file open is told at its next `fsync` or `close`.
+fn late(refusal: &Refusal) -> Option<Kind> {
+    match refusal {
+        Refusal::ReadOnly => Some(Kind::ReadOnly),
+        Refusal::Permission => Some(Kind::AccessDenied),
+        Refusal::Malformed | Refusal::Impossible(_) => Some(Kind::Io),
+        // It goes as a whole.
+        Refusal::NeedsWhole => None,
+    }
 }
 
 pub(super) fn word_obstacle(obstacle: &Obstacle) -> String {

@@ -230,6 +230,7 @@ impl Outbox {
             may_be_sent: false,
             digest: None,
             obstacle: None,
+            late: None,
         });
         Ok(no)
     }

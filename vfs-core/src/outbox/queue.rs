@@ -3,6 +3,7 @@
 use super::order::Order;
 use super::record::OpRecord;
 use super::{ConflictRecord, Lane};
+use crate::error::Kind;
 use crate::journal::Lsn;
 use crate::model::{ContentId, DeviceId, FileId, LocationId, LocationNo};
 use crate::ops::{Base, Change, INLINE_MAX_BYTES, New, Place};
@@ -26,6 +27,8 @@ pub(super) struct Queued {
     pub digest: Option<([u8; 32], Option<ContentId>)>,
     /// The last obstacle.
     pub obstacle: Option<String>,
+    /// What its writer is yet to be told of that, at the next `fsync` or `close`.
+    pub late: Option<Kind>,
 }
 
 /// The bytes of an operation.

@@ -487,14 +487,28 @@ impl Outbox {
         }
     }
 
-    /// A program closed the file: what it wrote is durable when this returns.
+    /// What became of earlier bytes of this file, to be told once.
+    fn late_error(&self, written: &Written) -> FsResult<()> {
+        let op = written.lock().op;
+        let mut state = self.state();
+        let late = op.and_then(|no| state.ops.get_mut(&no)).and_then(|op| op.late.take());
+        match late {
+            Some(kind) => Err(FsError::new(kind, "deliver what was written before")),
+            None => Ok(()),
+        }
+    }
+
+    /// A program closed the file: what it wrote is durable when this returns. An error that its
+    /// owner met with earlier bytes is told; they are kept all the same.
     pub(crate) fn flush(&self, written: &Written) -> FsResult<()> {
+        let earlier = self.late_error(written);
         let lsn = self.commit(written)?;
         if self.journal.durable() >= lsn {
             // It may have waited for this close alone.
             self.tick();
         }
-        self.sync_upto(lsn)
+        self.sync_upto(lsn)?;
+        earlier
     }
 
     /// The operation changed the version of a file: who writes it builds on that.

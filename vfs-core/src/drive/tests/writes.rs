@@ -332,6 +332,20 @@ fn an_obstacle_is_told_and_tried_again() {
 }
 
 #[test]
+fn a_late_error_is_told_at_the_next_fsync_once() {
+    let (bench, mut owner) = with_owner();
+    owner.refuses = Some(Refusal::Permission);
+    let opened = bench.drive.open(bench.ino(&at("old")), READ_WRITE).unwrap();
+    bench.drive.write(opened.handle, 0, b"OLD").unwrap();
+    bench.drive.fsync(opened.handle, false).unwrap();
+    bench.deliver(&mut owner);
+    assert_eq!(kind(bench.drive.fsync(opened.handle, false)), Kind::AccessDenied);
+    bench.drive.fsync(opened.handle, false).unwrap();
+    assert_eq!(bench.content_of("old"), b"OLD bytes");
+    bench.drive.release(opened.handle);
+}
+
+#[test]
 fn refused_bytes_stay_and_other_refusals_are_told() {
     let (bench, mut owner) = with_owner();
     owner.refuses = Some(Refusal::Permission);
