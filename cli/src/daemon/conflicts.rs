@@ -17,6 +17,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, FileExt};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use vfs_core::drive::{Drive, Found, InodeNo, OpenFlags, RenameFlags};
 use vfs_core::error::{FsError, Kind};
 use vfs_core::model::{FileType, Name};
@@ -26,6 +27,9 @@ use vfs_core::path::SdPath;
 
 /// Copied at a time.
 const STEP_BYTES: usize = 1 << 20;
+/// How long the owner's version may take to be seen here, after the conflict was learned.
+const SEEN_PATIENCE: Duration = Duration::from_secs(10);
+const SEEN_EVERY: Duration = Duration::from_millis(20);
 
 /// What is done about one conflict.
 enum Act {
@@ -99,6 +103,9 @@ impl Daemon {
         let mut resolved = Vec::new();
         for (met, act) in met.into_iter().zip(acts) {
             let mut exported = Vec::new();
+            if !dry_run && (export.is_some() || !matches!(act, Act::Mark(_))) {
+                self.wait_seen(met)?;
+            }
             if !dry_run {
                 if let Some(to) = export {
                     exported = self.export_versions(&drive, met, to)?;
@@ -113,6 +120,27 @@ impl Daemon {
             resolved.push(ResolvedConflict { id, path, what: act.words(), exported });
         }
         Ok(ResolveReply { resolved })
+    }
+
+    /// Until then both names may show this device's version, and a change of either would be
+    /// one of a version that the owner does not have there.
+    fn wait_seen(&self, met: &ConflictRecord) -> Outcome<()> {
+        let deadline = Instant::now() + SEEN_PATIENCE;
+        while !self.outbox.is_seen(met.id) {
+            if Instant::now() > deadline {
+                return Err(Failure::new(
+                    Code::Unreachable,
+                    format!(
+                        "the version of “{}” is not known here yet (conflict {})",
+                        self.name_of(met.owner),
+                        met.id
+                    ),
+                )
+                .hint("try again when that device is online"));
+            }
+            std::thread::sleep(SEEN_EVERY);
+        }
+        Ok(())
     }
 
     fn act(&self, met: &ConflictRecord, keep: Keep) -> Outcome<Act> {

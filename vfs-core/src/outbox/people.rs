@@ -60,6 +60,13 @@ impl Outbox {
         self.state().conflicts.values().cloned().collect()
     }
 
+    /// Whether what became of an operation is what this device shows: it was settled, and its
+    /// owner's rows are here.
+    pub fn is_seen(&self, no: u64) -> bool {
+        let state = self.state();
+        !state.ops.contains_key(&no) && !state.retiring.contains_key(&no)
+    }
+
     /// A person has dealt with this conflict; `false`: there is none of this id.
     pub fn resolve(&self, id: u64) -> FsResult<bool> {
         let mut state = self.state();
