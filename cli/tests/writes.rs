@@ -287,3 +287,56 @@ fn a_sync_ends_when_the_owner_is_back_and_has_everything() {
     assert_eq!(fs::read_to_string(pair.photos.join("2026/new.txt")).unwrap(), "twelve bytes");
     assert!(pending(&pair.laptop).is_empty());
 }
+
+/// A file that both devices changed while they did not see each other; gives its conflict.
+fn conflict(pair: &Pair) -> Value {
+    fs::write(pair.remote("old.txt"), "of the laptop").unwrap();
+    fs::write(pair.photos.join("old.txt"), "of the nas, longer").unwrap();
+    pair.nas.ok(&["status"]);
+    pair.laptop.ok(&["sync", "--timeout", "60s"]);
+    let listed = pair.laptop.json(&["conflicts"]);
+    let [conflict] = listed["conflicts"].as_array().unwrap().as_slice() else {
+        panic!("one conflict: {listed}");
+    };
+    assert_eq!((&conflict["ended"], &conflict["path"]), (&"kept_as".into(), &"old.txt".into()));
+    assert_eq!(pair.laptop.json(&["status"])["conflicts"], 1);
+    let kept = conflict["kept_as"].as_str().unwrap().to_owned();
+    wait_until("the copy to be seen", || pair.laptop.run(&["info", &kept]).status.success());
+    conflict.clone()
+}
+
+fn names_in(dir: &Path) -> Vec<String> {
+    let names = fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name());
+    names.map(|n| n.to_string_lossy().into_owned()).filter(|n| !n.starts_with('.')).collect()
+}
+
+#[test]
+fn a_conflict_is_resolved_for_this_devices_version() {
+    let pair = Pair::away();
+    let id = conflict(&pair)["id"].to_string();
+    let resolve = ["conflicts", "resolve", &id, "--keep", "mine", "--yes"];
+    pair.laptop.fails(1, &resolve[..5], &["--yes", "replaces"]);
+    assert_eq!(names_in(&pair.photos).len(), 2, "nothing was done");
+    pair.laptop.ok(&resolve);
+    pair.laptop.ok(&["sync", "--timeout", "60s"]);
+    assert_eq!(names_in(&pair.photos), ["old.txt"]);
+    assert_eq!(fs::read_to_string(pair.photos.join("old.txt")).unwrap(), "of the laptop");
+    assert_eq!(pair.laptop.json(&["status"])["conflicts"], 0);
+}
+
+#[test]
+fn a_conflict_is_exported_and_resolved_for_the_owners_version() {
+    let pair = Pair::away();
+    let id = conflict(&pair)["id"].to_string();
+    let to = pair.laptop.folder("both");
+    let resolve = ["conflicts", "resolve", &id, "--keep", "theirs", "--export", text(&to), "--yes"];
+    pair.laptop.ok(&resolve);
+    pair.laptop.ok(&["sync", "--timeout", "60s"]);
+    assert_eq!(names_in(&pair.photos), ["old.txt"]);
+    assert_eq!(fs::read_to_string(pair.photos.join("old.txt")).unwrap(), "of the nas, longer");
+    let mut kept: Vec<_> =
+        files_below(&to).iter().map(|p| fs::read_to_string(p).unwrap()).collect();
+    kept.sort();
+    assert_eq!(kept, ["of the laptop", "of the nas, longer"]);
+    pair.laptop.fails(1, &resolve, &["no conflict"]);
+}
