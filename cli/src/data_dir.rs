@@ -5,6 +5,7 @@
 //! bytes that a socket address holds.
 
 use crate::failure::{Code, Failure, Outcome};
+use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
@@ -21,6 +22,9 @@ const SUN_PATH_BYTES: usize = 108;
 
 /// How long the lock may be held by someone who only looks ([`DataDir::daemon_pid`]).
 const LOCK_PATIENCE: Duration = Duration::from_millis(200);
+
+/// How long a daemon that gave up the lock may take to be gone.
+const END_PATIENCE: Duration = Duration::from_secs(10);
 
 /// A data directory.
 #[derive(Clone, Debug)]
@@ -206,9 +210,9 @@ impl DataDir {
         let patience = Instant::now() + LOCK_PATIENCE;
         loop {
             match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-                Ok(()) => return DaemonLock::note_pid(file).map(Ok).map_err(|e| self.unusable(e)),
+                Ok(()) => return DaemonLock::take(file).map(Ok).map_err(|e| self.unusable(e)),
                 Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() > patience => {
-                    return Ok(Err(read_pid(file)));
+                    return Ok(Err(read_pid(&file)));
                 }
                 Err(rustix::io::Errno::WOULDBLOCK) => std::thread::sleep(LOCK_PATIENCE / 20),
                 Err(e) => return Err(self.unusable(e.into())),
@@ -226,7 +230,7 @@ impl DataDir {
         };
         match rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared) {
             Ok(()) => Ok(None),
-            Err(rustix::io::Errno::WOULDBLOCK) => Ok(read_pid(file)),
+            Err(rustix::io::Errno::WOULDBLOCK) => Ok(read_pid(&file)),
             Err(e) => Err(self.unusable(e.into())),
         }
     }
@@ -256,14 +260,38 @@ pub struct DaemonLock {
 }
 
 impl DaemonLock {
-    fn note_pid(mut file: File) -> io::Result<Self> {
+    /// The stores have locks of their own, which the kernel releases one after another when a
+    /// process ends: who held this lock before may be among the living for a moment yet.
+    fn take(mut file: File) -> io::Result<Self> {
+        if let Some(pid) = read_pid(&file).filter(|pid| is_like_this(*pid)) {
+            await_end(pid, END_PATIENCE);
+        }
         file.set_len(0)?;
+        file.rewind()?;
         writeln!(file, "{}", std::process::id())?;
         Ok(Self { _file: file })
     }
 }
 
-fn read_pid(mut file: File) -> Option<u32> {
+/// Waits until a process is gone, but no longer than this: its number may be another's by now.
+pub fn await_end(pid: u32, patience: Duration) {
+    let pid = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw);
+    let Some(pid) = pid.filter(|pid| *pid != rustix::process::getpid()) else { return };
+    // That fails for one that is gone.
+    let Ok(process) = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()) else {
+        return;
+    };
+    let mut ended = [PollFd::new(&process, PollFlags::IN)];
+    let _ = rustix::event::poll(&mut ended, patience.try_into().ok().as_ref());
+}
+
+/// Whether a process runs this program: after the machine's restart a number is another's.
+fn is_like_this(pid: u32) -> bool {
+    let name = |of: &str| fs::read(format!("/proc/{of}/comm")).ok();
+    name(&pid.to_string()).is_some_and(|other| name("self").is_some_and(|own| own == other))
+}
+
+fn read_pid(mut file: &File) -> Option<u32> {
     let mut text = String::new();
     file.rewind().ok()?;
     file.take(32).read_to_string(&mut text).ok()?;

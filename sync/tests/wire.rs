@@ -130,7 +130,15 @@ fn operations() -> Vec<Op> {
         Change::Rename { file, from: at(), to, replaced, exchange: false },
         Change::Unlink { file, at: at(), base: Some(base) },
         Change::Rmdir { file, at: at() },
-        Change::SetAttr { file, perm: Some(0), uid: Some(1), gid: None, atime: None, mtime: None },
+        Change::SetAttr {
+            file,
+            base: None,
+            perm: Some(0),
+            uid: Some(1),
+            gid: None,
+            atime: None,
+            mtime: None,
+        },
         Change::Xattr { file, name: b"user.x"[..].into(), value: Some(b"y"[..].into()) },
     ];
     let op = |(n, change)| Op { no: n as u64 + 1, location: LocationId([1; 16]), change };

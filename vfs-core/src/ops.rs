@@ -163,6 +163,9 @@ pub enum Change {
     SetAttr {
         /// Of which.
         file: FileId,
+        /// Of a regular file: the version that the writer saw. They are set whatever version
+        /// there is; the outcome names the version if it still has the bytes of this one.
+        base: Option<Base>,
         /// Permission bits.
         perm: Option<u16>,
         /// Owner's numeric user id, as the owner knows it.

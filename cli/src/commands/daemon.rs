@@ -3,7 +3,7 @@
 use super::Context;
 use crate::args::DaemonCommand;
 use crate::control::{Client, Request};
-use crate::data_dir::DataDir;
+use crate::data_dir::{DataDir, await_end};
 use crate::failure::{Code, Failure, Outcome};
 use crate::reply::{DaemonStatus, PendingCount, Status, Stopped};
 use std::time::{Duration, Instant};
@@ -38,6 +38,10 @@ fn stop(context: &Context, force: bool) -> Outcome<()> {
     };
     let reply: Stopped = client.call(&Request::Stop { force }, super::unexpected)?;
     wait_for_end(&context.located()?)?;
+    if let Some(pid) = reply.pid {
+        // Its disk can be unmounted only then.
+        await_end(pid, STOP_PATIENCE);
+    }
     for left in &reply.remains {
         context.out.warn(left);
     }

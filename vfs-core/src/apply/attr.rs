@@ -2,6 +2,7 @@
 
 use super::batch::Done;
 use super::body::{path_of, set_times};
+use super::compare::Meant;
 use super::conflict::{Decision, Meeting, There, decide};
 use super::create::SET_ID;
 use super::site::{Dir, Fail, Found, Site};
@@ -26,8 +27,9 @@ pub(super) struct Set {
 }
 
 impl Site<'_> {
-    pub fn set_attr(&self, file: FileId, set: &Set) -> Result<Done, Fail> {
-        self.with_file(file, |found, handle| {
+    /// They are set whatever version there is; it is named if it is the one that was meant.
+    pub fn set_attr(&self, file: FileId, set: &Set, meant: &Meant) -> Result<Done, Fail> {
+        self.with_file(file, meant, |found, handle| {
             let path = path_of(handle);
             let is_link = found.seen.attr.file_type == FileType::Symlink;
             if set.uid.is_some() || set.gid.is_some() {
@@ -50,7 +52,7 @@ impl Site<'_> {
     }
 
     pub fn set_xattr(&self, file: FileId, name: &[u8], value: Option<&[u8]>) -> Result<Done, Fail> {
-        self.with_file(file, |_, handle| {
+        self.with_file(file, &Meant::Any, |_, handle| {
             let path = path_of(handle);
             let set = match value {
                 Some(value) => rustix::fs::setxattr(&path, name, value, XattrFlags::empty()),
@@ -72,6 +74,7 @@ impl Site<'_> {
     fn with_file(
         &self,
         file: FileId,
+        meant: &Meant,
         change: impl FnOnce(&Found, BorrowedFd<'_>) -> FsResult<()>,
     ) -> Result<Done, Fail> {
         let opened = match self.find(file, None)? {
@@ -82,15 +85,16 @@ impl Site<'_> {
         match (decide(Meeting::Attributes { file: there }), opened) {
             (Decision::Do, Some((found, handle))) => {
                 let before = found.seen.stamp();
+                let is_known =
+                    matches!(meant, Meant::Version(_)) && self.is_meant(&found, meant)?;
                 change(&found, handle.as_fd())?;
                 let after = attr_of(&stat_of(handle.as_fd())?);
                 let after = Stamp { mtime: after.mtime, ctime: after.ctime, ..before };
                 self.applier.touched.note(self.no(), before, after);
                 // Attributes of the file are durable with it, not with its directory.
                 self.sync_file(&found)?;
-                // No version: whether its writer had seen these bytes is not known.
                 let Found { dir, name, .. } = found;
-                Ok(Done::at(&dir, name))
+                Ok(Done { version: is_known.then_some(after), ..Done::at(&dir, name) })
             }
             (Decision::Stands(why), _) => Ok(Done::stands(file, why)),
             (other, _) => unreachable!("{other:?} of attributes"),

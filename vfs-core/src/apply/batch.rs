@@ -455,7 +455,8 @@ impl<'a> Batch<'a> {
                 site.unlink(file, at, meant, self.asides.get(&item.id))
             }
             Change::Rmdir { file: named, at } => site.rmdir(file(*named)?, at),
-            Change::SetAttr { file: named, perm, uid, gid, atime, mtime } => {
+            Change::SetAttr { file: named, base, perm, uid, gid, atime, mtime } => {
+                let (file, meant) = self.meant(site, item.id, *named, base.as_ref())?;
                 let set = super::attr::Set {
                     perm: *perm,
                     uid: *uid,
@@ -463,7 +464,7 @@ impl<'a> Batch<'a> {
                     atime: *atime,
                     mtime: *mtime,
                 };
-                site.set_attr(file(*named)?, &set)
+                site.set_attr(file, &set, &meant)
             }
             Change::Xattr { file: named, name, value } => {
                 site.set_xattr(file(*named)?, name, value.as_deref())

@@ -40,7 +40,8 @@ impl Outbox {
         }
         let path = self.view().path(no, file)?.unwrap_or_default();
         let Attributes { perm, uid, gid, atime, mtime } = set;
-        let change = Change::SetAttr { file, perm, uid, gid, atime, mtime };
+        let base = self.base_of(&state, no, location.id, &node.entry);
+        let change = Change::SetAttr { file, base, perm, uid, gid, atime, mtime };
         let is_file = node.entry.attr.file_type == FileType::File;
         let op = NewOp {
             location,

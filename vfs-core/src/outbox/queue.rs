@@ -357,7 +357,7 @@ pub(super) enum Renamed {
 fn bases_mut(change: &mut Change) -> Vec<&mut Base> {
     match change {
         Change::Write { base, .. } => vec![base],
-        Change::Unlink { base, .. } => base.iter_mut().collect(),
+        Change::Unlink { base, .. } | Change::SetAttr { base, .. } => base.iter_mut().collect(),
         Change::Rename { replaced: Some((_, base)), .. } => base.iter_mut().collect(),
         _ => Vec::new(),
     }

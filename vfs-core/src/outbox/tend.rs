@@ -217,11 +217,9 @@ impl Outbox {
             let before = self.looks(location.no, &record.change);
             if record.generation != 0 && applied.file.is_none_or(|f| f == file) {
                 let later = state.retiring.values().filter(|d| d.record.change.file() == file);
-                let ours: Vec<_> = later
-                    .map(|done| (&done.record.change, done.applied.version))
-                    .chain([(&record.change, applied.version)])
-                    .collect();
-                self.keep_number(location.no, file, record.generation, &ours);
+                let versions = later.filter_map(|d| d.applied.version).chain(applied.version);
+                let versions: Vec<_> = versions.collect();
+                self.keep_number(location.no, file, record.generation, &versions);
             }
             self.overlay().retire(location.no, no, &record.change);
             let after = self.looks(location.no, &record.change);
@@ -233,25 +231,15 @@ impl Outbox {
         }
     }
 
-    /// The owner's row is a version that was made here, by these: it keeps its inode number.
-    fn keep_number(
-        &self,
-        location: LocationNo,
-        file: FileId,
-        shown: u32,
-        ours: &[(&Change, Option<Stamp>)],
-    ) {
+    /// The owner's row has the bytes that were shown here: it keeps its inode number.
+    fn keep_number(&self, location: LocationNo, file: FileId, shown: u32, versions: &[Stamp]) {
         let row = self.index.view().and_then(|view| view.node(location, file));
         let Ok(Some(row)) = row else { return };
         let attr = &row.entry.attr;
-        let versions: Vec<_> = ours.iter().filter_map(|(_, version)| *version).collect();
-        // A name or an attribute that was set since moves only the ctime, or the mtime to this.
-        let is_set_here = ours.iter().any(|(change, _)| {
-            matches!(change, Change::SetAttr { mtime: Some(mtime), .. } if *mtime == attr.mtime)
+        let is_ours = versions.iter().any(|stamp| {
+            // A name or an attribute that was set since moves only the ctime.
+            (stamp.disk_ino, stamp.size, stamp.mtime) == (row.entry.disk_ino, attr.size, attr.mtime)
         });
-        let is_like = |v: &Stamp| (v.disk_ino, v.size) == (row.entry.disk_ino, attr.size);
-        let is_ours = versions.iter().any(|v| is_like(v) && (v.mtime == attr.mtime || is_set_here))
-            || (versions.is_empty() && is_set_here);
         if is_ours {
             self.overlay().keep(location, file, row.entry.generation, shown);
         }

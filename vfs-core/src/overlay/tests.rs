@@ -21,7 +21,7 @@ fn rename(file: u64, from: Place, to: Place) -> Change {
 
 fn chmod(file: u64, perm: u16) -> Change {
     let (file, perm) = (FileId(file), Some(perm));
-    Change::SetAttr { file, perm, uid: None, gid: None, atime: None, mtime: None }
+    Change::SetAttr { file, base: None, perm, uid: None, gid: None, atime: None, mtime: None }
 }
 
 fn apply(overlay: &mut Overlay, no: u64, change: &Change) {

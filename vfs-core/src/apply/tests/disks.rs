@@ -68,6 +68,7 @@ fn no_link_leads_outside() {
         world.rename("sub/a", "c"),
         Change::SetAttr {
             file: world.id("sub/a"),
+            base: None,
             perm: Some(0),
             uid: None,
             gid: None,

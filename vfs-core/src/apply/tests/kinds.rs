@@ -142,8 +142,15 @@ fn attributes_that_the_writer_sets_do_not_make_its_next_version_a_conflict() {
     let file = world.id("a.txt");
     for secs in [5, 6] {
         let mtime = Some(Time { secs, nanos: 0 });
-        let set =
-            Change::SetAttr { file, perm: Some(0o600), uid: None, gid: None, atime: None, mtime };
+        let set = Change::SetAttr {
+            file,
+            base: None,
+            perm: Some(0o600),
+            uid: None,
+            gid: None,
+            atime: None,
+            mtime,
+        };
         world.done(set);
     }
     let change = Change::Write { file, base, content: whole(b"two"), path: vec![name("a.txt")] };
@@ -275,6 +282,7 @@ fn attributes_are_set() {
     let file = world.id("a");
     let set = Change::SetAttr {
         file,
+        base: None,
         perm: Some(0o4711),
         uid: None,
         gid: None,
@@ -290,6 +298,7 @@ fn attributes_are_set() {
     let dir = world.id("dir");
     let set = Change::SetAttr {
         file: dir,
+        base: None,
         perm: Some(0o2755),
         uid: None,
         gid: None,

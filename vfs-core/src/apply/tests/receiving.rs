@@ -152,8 +152,15 @@ fn what_waits_for_bytes_holds_back_what_depends_on_it_only() {
     let change = world.make("", "late", New::File(whole(&bytes)));
     let file = change.file();
     let late = world.op(change);
-    let set =
-        Change::SetAttr { file, perm: Some(0o600), uid: None, gid: None, atime: None, mtime: None };
+    let set = Change::SetAttr {
+        file,
+        base: None,
+        perm: Some(0o600),
+        uid: None,
+        gid: None,
+        atime: None,
+        mtime: None,
+    };
     let set = world.op(set);
     let other = world.create("", "other", "x");
     let other = world.op(other);

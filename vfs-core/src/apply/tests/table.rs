@@ -103,8 +103,15 @@ fn edit_and_delete_make_it_again() {
     assert_eq!(world.read("sub/deep/a"), "writer's");
     assert_eq!(applied.file, Some(world.id("sub/deep/a")));
     // The writer may name it as before.
-    let set =
-        Change::SetAttr { file, perm: Some(0o600), uid: None, gid: None, atime: None, mtime: None };
+    let set = Change::SetAttr {
+        file,
+        base: None,
+        perm: Some(0o600),
+        uid: None,
+        gid: None,
+        atime: None,
+        mtime: None,
+    };
     assert_eq!(world.done(set).file, applied.file);
     world.assert_indexed();
 }
@@ -398,6 +405,7 @@ fn attributes_the_last_one_stands_and_none_of_a_deleted_file() {
     let file = world.id("a");
     let set = |perm| Change::SetAttr {
         file,
+        base: None,
         perm: Some(perm),
         uid: None,
         gid: None,
