@@ -6,6 +6,7 @@
 //! `spawn_blocking`, and the kernel's requests are served by threads of
 //! `mount-fuse`.
 
+mod applying;
 mod browse;
 mod conflicts;
 mod handle;

@@ -29,7 +29,7 @@ mod replicate;
 mod serve;
 pub mod wire;
 
-pub use accept::Applies;
+pub use accept::{Applies, Arrived, Receive};
 pub use deliver::Outgoing;
 pub use error::SyncError;
 pub use identity::device_id;

@@ -174,7 +174,7 @@ fn a_full_and_a_read_only_data_disk() {
     (0..20_000).for_each(|n| fs::write(folder.join(format!("file-{n}")), format!("{n}")).unwrap());
     let mut device = lab.stopped_device("small");
     let data = lab.folder("small/data");
-    let size = "size=12m,mode=700";
+    let size = "size=32m,mode=700";
     proc::run_args(
         "mount",
         &["-t", "tmpfs", "-o", size, "none", text(&data)],
@@ -190,6 +190,14 @@ fn a_full_and_a_read_only_data_disk() {
         assert_helpful(&added.stderr, "space");
     }
     assert!(!device.status()["devices"].as_array().unwrap().is_empty(), "the daemon lives");
+    device.stop();
+    fill(&data);
+    device.start();
+    assert!(!device.status()["devices"].as_array().unwrap().is_empty(), "it starts on a full disk");
+    device.kill();
+    fill(&data);
+    device.start();
+    assert!(!device.status()["devices"].as_array().unwrap().is_empty(), "after a kill, too");
     fs::remove_file(data.join("filler")).unwrap();
     if !added.status.success() {
         device.sd(&["location", "add", text(&folder), "--name", "files"]).ok();
@@ -210,6 +218,7 @@ fn a_full_and_a_read_only_data_disk() {
 fn fill(folder: &Path) {
     let mut dd = Command::new("dd");
     let output = format!("of={}", folder.join("filler").display());
-    let full = proc::run(dd.args(["if=/dev/zero", &output, "bs=4k"]), Duration::from_secs(20));
+    let more = ["if=/dev/zero", &output, "bs=4k", "oflag=append", "conv=notrunc"];
+    let full = proc::run(dd.args(more), Duration::from_secs(20));
     assert!(full.stderr.contains("No space left"), "{}", full.stderr);
 }

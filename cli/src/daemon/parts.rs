@@ -5,6 +5,7 @@
 //! can announce any. Closing goes the other way round: mounts, network, outbox,
 //! indexer, index, so that nothing writes into what is closed already.
 
+use super::applying::Applying;
 use super::mounts::Mounts;
 use crate::config::Config;
 use crate::data_dir::DataDir;
@@ -15,7 +16,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use sync::{Node, NodeConfig, Parts, SyncError};
 use tokio::sync::watch;
-use vfs_core::apply::{Applier, ApplyError};
+use vfs_core::apply::Applier;
 use vfs_core::content::{Cache, Content, ContentConfig, Manifests, OwnFiles};
 use vfs_core::index::{Index, IndexError, NewLocation, StoreError, open_store};
 use vfs_core::indexer::{Indexer, IndexerConfig};
@@ -40,6 +41,7 @@ pub struct Daemon {
     pub outbox: Arc<Outbox>,
     /// What was found when it was opened.
     pub outbox_report: Report,
+    pub applying: Arc<Applying>,
     pub mounts: Mounts,
     pub runtime: tokio::runtime::Handle,
     pub started: Time,
@@ -62,14 +64,14 @@ impl Daemon {
         let indexer = Indexer::start(index.clone(), Arc::clone(&manifests), indexer_config(config));
         let own =
             Arc::new(OwnFiles::new(index.clone(), Arc::clone(&indexer), Arc::clone(&manifests)));
-        let applier = open_applier(dir, &index, &indexer, manifests)?;
+        let applying = Arc::new(open_applier(dir, &index, &indexer, manifests)?);
         let (outbox, outbox_report) = open_outbox(dir, &index, config)?;
         let parts = Parts {
             library: Arc::clone(&library),
             index: index.clone(),
             own: Arc::clone(&own),
             outbox: Some(Arc::clone(&outbox) as _),
-            applier: Some(applier as _),
+            applier: Some(Arc::clone(&applying) as _),
         };
         adopt_locations(&library, &index, &indexer)?;
         let node = Node::start(node_config(config, secret_key), parts)
@@ -101,6 +103,7 @@ impl Daemon {
             content,
             outbox,
             outbox_report,
+            applying,
             mounts: Mounts::default(),
             runtime,
             started: Time::now(),
@@ -248,16 +251,12 @@ fn open_applier(
     index: &Index,
     indexer: &Arc<Indexer>,
     manifests: Arc<Manifests>,
-) -> Outcome<Arc<Applier>> {
+) -> Outcome<Applying> {
     let path = dir.subdirectory(dir.apply())?;
-    Applier::open(&path, index.clone(), Arc::clone(indexer), manifests).map_err(|error| match error
-    {
-        ApplyError::NewerFormat(_) => Failure::new(Code::Version, error.to_string())
-            .hint("install the newer sd that wrote it"),
-        ApplyError::Disk(_) => {
-            Failure::new(Code::Io, format!("cannot use {}: {error}", path.display()))
-        }
-    })
+    let (index, indexer) = (index.clone(), Arc::clone(indexer));
+    Applying::begin(Box::new(move || {
+        Applier::open(&path, index.clone(), Arc::clone(&indexer), Arc::clone(&manifests))
+    }))
 }
 
 fn open_outbox(dir: &DataDir, index: &Index, config: &Config) -> Outcome<(Arc<Outbox>, Report)> {

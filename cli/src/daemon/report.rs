@@ -221,6 +221,13 @@ impl Daemon {
                 "nothing is lost; remove that file when nobody wants to look into it",
             );
         }
+        if let Some(why) = self.applying.obstacle() {
+            add(
+                "writes_refused",
+                format!("other devices cannot write to this one: {why}"),
+                "free space on the disk with the data directory; what they wrote waits with them",
+            );
+        }
         for location in status.locations.iter().filter(|l| l.own) {
             if let Some(why) = &location.state_reason {
                 add(

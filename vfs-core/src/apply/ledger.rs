@@ -266,22 +266,24 @@ impl Unopened {
 }
 
 /// Makes the tables; gives the format.
+/// Its form; a new one gets its tables. One that has a form is not written to: that may take
+/// space, which a full disk has not.
 fn prepare(db: &Database) -> Result<u32, redb::Error> {
+    let known = match db.begin_read()?.open_table(META) {
+        Err(redb::TableError::TableDoesNotExist(_)) => None,
+        meta => meta?.get("format")?.map(|v| v.value()),
+    };
+    if let Some(format) = known {
+        return Ok(format);
+    }
     let mut transaction = db.begin_write()?;
     transaction.set_quick_repair(true);
-    let format = {
-        let mut meta = transaction.open_table(META)?;
-        let known = meta.get("format")?.map(|v| v.value());
-        if known.is_none() {
-            meta.insert("format", FORMAT)?;
-        }
-        transaction.open_table(OUTCOMES)?;
-        transaction.open_table(ALIASES)?;
-        transaction.open_table(INTENTS)?;
-        known.unwrap_or(FORMAT)
-    };
+    transaction.open_table(META)?.insert("format", FORMAT)?;
+    transaction.open_table(OUTCOMES)?;
+    transaction.open_table(ALIASES)?;
+    transaction.open_table(INTENTS)?;
     transaction.commit()?;
-    Ok(format)
+    Ok(FORMAT)
 }
 
 fn free_name(path: &Path) -> PathBuf {

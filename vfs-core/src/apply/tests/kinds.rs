@@ -277,6 +277,26 @@ fn names_go() {
 }
 
 #[test]
+fn attributes_name_the_version_that_their_writer_saw_and_no_other() {
+    let mut world = World::with(&[("a", "one")]);
+    let (file, base) = (world.id("a"), world.seen("a"));
+    let set = |secs| Change::SetAttr {
+        file,
+        base: Some(base.clone()),
+        perm: None,
+        uid: None,
+        gid: None,
+        atime: None,
+        mtime: Some(Time { secs, nanos: 0 }),
+    };
+    for secs in [5, 6] {
+        assert_eq!(world.done(set(secs)).version, Some(world.row("a").unwrap().stamp()));
+    }
+    std::fs::write(world.path("a"), "two").unwrap();
+    assert_eq!(world.done(set(7)).version, None);
+}
+
+#[test]
 fn attributes_are_set() {
     let mut world = World::with(&[("a", "one"), ("dir/", "")]);
     let file = world.id("a");

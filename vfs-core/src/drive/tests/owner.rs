@@ -133,13 +133,15 @@ impl Owner {
         if let Some(refusal) = &self.refuses {
             return Outcome::Refused(refusal.clone());
         }
+        let is_known = match &op.change {
+            Change::SetAttr { file, base: Some(base), .. } => self.is_base(*file, base),
+            Change::SetAttr { .. } | Change::Xattr { .. } => false,
+            _ => true,
+        };
         let (file, conflict) = self.carry_out(&op.change, bytes);
         let outcome = Outcome::Applied(Applied {
             file: Some(file),
-            version: match op.change {
-                Change::SetAttr { .. } | Change::Xattr { .. } => None,
-                _ => self.version(file),
-            },
+            version: self.version(file).filter(|_| is_known),
             seq: Seq(0),
             log_id: LOG,
             conflict,
@@ -210,7 +212,10 @@ impl Owner {
             Change::SetAttr { file, perm, mtime, .. } => {
                 let was = self.version(*file);
                 self.was.entry(*file).or_default().extend(was);
-                let attr = &mut self.files.get_mut(file).unwrap().entry.attr;
+                let entry = &mut self.files.get_mut(file).unwrap().entry;
+                // An indexer takes another time for other bytes.
+                entry.generation += u32::from(mtime.is_some());
+                let attr = &mut entry.attr;
                 attr.perm = perm.unwrap_or(attr.perm);
                 attr.mtime = mtime.unwrap_or(attr.mtime);
                 attr.ctime = now;

@@ -186,6 +186,25 @@ fn sizes_modes_and_times() {
 }
 
 #[test]
+fn a_time_set_on_bytes_that_nobody_here_saw_gives_another_number() {
+    let (bench, mut owner) = with_owner();
+    let ino = bench.ino(&at("old"));
+    let touch = |secs| {
+        let when = TimeOrNow::At(Time { secs, nanos: 0 });
+        let set = SetAttr { mtime: Some(when), ..SetAttr::default() };
+        bench.drive.setattr(&caller(), bench.ino(&at("old")), None, set).unwrap();
+    };
+    touch(1);
+    bench.settle_all(&mut owner);
+    assert_eq!(bench.ino(&at("old")), ino, "the same bytes");
+    touch(2);
+    owner.overwrite(FileId(10), b"OLD BYTES");
+    bench.settle_all(&mut owner);
+    assert_ne!(bench.ino(&at("old")), ino, "what the kernel keeps of them is of other bytes");
+    assert_eq!(bench.content_of("old"), b"OLD BYTES");
+}
+
+#[test]
 fn appending_truncating_and_punching() {
     let (bench, mut owner) = with_owner();
     let ino = bench.ino(&at("old"));
