@@ -21,14 +21,14 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 const FILES: u32 = 24;
-const RECOVERY: Duration = Duration::from_secs(20);
+pub(crate) const RECOVERY: Duration = Duration::from_secs(20);
 
 /// What must be at the owner: names with the hash of their bytes.
 type Manifest = BTreeMap<String, blake3::Hash>;
 
 /// What is known of the owner's folder.
 #[derive(Clone, Debug, Default)]
-struct Known {
+pub(crate) struct Known {
     /// Acknowledged.
     sure: Manifest,
     /// The change under way: what the states are if it got that far.
@@ -47,19 +47,12 @@ fn number(variable: &str) -> Option<u64> {
 
 #[test]
 fn what_was_acknowledged_survives_kills_at_any_moment() {
-    let Some(lab) = Lab::local(&[Need::Fuse]) else { return };
-    let seed = number("SD_TEST_SEED").unwrap_or_else(rand::random);
+    let Some((lab, mut owner, mut reader)) = lab_with_two(&[Need::Fuse]) else { return };
+    let seed = seed();
     let kills = number("SD_TEST_KILLS").unwrap_or(if long() { 500 } else { 50 });
-    println!("SD_TEST_SEED={seed} SD_TEST_KILLS={kills}");
+    println!("SD_TEST_KILLS={kills}");
     let mut random = StdRng::seed_from_u64(seed);
     let theirs = lab.folder("source");
-    let mut owner = lab.device("owner");
-    let mut reader = lab.device("reader");
-    owner.sd(&["library", "create", "home", "--device-name", "owner"]).ok();
-    owner.share(&theirs, "files");
-    reader.join(&owner);
-    reader.mount();
-    wait_until("the location", RECOVERY, || reader.at("owner/files").is_dir());
     let known = Arc::new(Mutex::new(Known::default()));
     for kill in 0..kills {
         let writer = Writer::start(reader.at("owner/files"), known.clone(), random.random());
@@ -89,9 +82,35 @@ fn what_was_acknowledged_survives_kills_at_any_moment() {
     }
 }
 
+/// Repeats a run.
+pub(crate) fn seed() -> u64 {
+    let seed = number("SD_TEST_SEED").unwrap_or_else(rand::random);
+    println!("SD_TEST_SEED={seed}");
+    seed
+}
+
+/// An owner whose folder `source` is the location `files`, and a reader who sees it.
+#[track_caller]
+pub(crate) fn lab_with_two(needs: &[Need]) -> Option<(Lab, Device, Device)> {
+    let lab = Lab::local(needs)?;
+    let (owner, reader) = (lab.device("owner"), lab.device("reader"));
+    owner.sd(&["library", "create", "home", "--device-name", "owner"]).ok();
+    owner.share(&lab.folder("source"), "files");
+    reader.join(&owner);
+    reader.mount();
+    wait_until("the location", RECOVERY, || reader.at("owner/files").is_dir());
+    Some((lab, owner, reader))
+}
+
 /// Everything known is at the owner, nothing else is, and the reader shows the same.
 #[track_caller]
-fn check(owner: &Device, reader: &mut Device, theirs: &Path, known: &Mutex<Known>, when: String) {
+pub(crate) fn check(
+    owner: &Device,
+    reader: &mut Device,
+    theirs: &Path,
+    known: &Mutex<Known>,
+    when: String,
+) {
     reader.wait_online("owner");
     reader.sd(&["sync", "--timeout", "60s"]).ok();
     let found = manifest(theirs).expect("the owner's folder");
@@ -149,14 +168,14 @@ fn manifest(folder: &Path) -> io::Result<Manifest> {
 }
 
 /// A program that changes files until it is stopped, or its mount dies.
-struct Writer {
+pub(crate) struct Writer {
     stop: Arc<AtomicBool>,
     known: Arc<Mutex<Known>>,
     thread: std::thread::JoinHandle<()>,
 }
 
 impl Writer {
-    fn start(folder: PathBuf, known: Arc<Mutex<Known>>, seed: u64) -> Self {
+    pub(crate) fn start(folder: PathBuf, known: Arc<Mutex<Known>>, seed: u64) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let (asked, shared) = (stop.clone(), known.clone());
         let thread = std::thread::spawn(move || {
@@ -170,7 +189,7 @@ impl Writer {
         Self { stop, known, thread }
     }
 
-    fn stop(self) -> Arc<Mutex<Known>> {
+    pub(crate) fn stop(self) -> Arc<Mutex<Known>> {
         self.stop.store(true, Ordering::Relaxed);
         self.thread.join().expect("the writer");
         self.known
@@ -241,7 +260,8 @@ fn change(folder: &Path, known: &Mutex<Known>, random: &mut StdRng) -> bool {
 fn length(random: &mut StdRng) -> usize {
     match random.random_range(0..8) {
         0 => 0,
-        1..=5 => random.random_range(1..20_000),
+        1..=4 => random.random_range(1..20_000),
+        5 => random.random_range(20_000..64_000),
         _ => random.random_range(20_000..600_000),
     }
 }

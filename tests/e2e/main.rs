@@ -11,6 +11,7 @@ mod live;
 mod mend;
 mod names;
 mod own_files;
+mod steps;
 mod strangers;
 mod tree;
 mod writing;

@@ -6,6 +6,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 use std::fs::File;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -138,11 +139,33 @@ impl Device {
     /// Starts the daemon and waits until it answers.
     #[track_caller]
     pub fn start(&mut self) {
+        self.start_with(&[]);
+    }
+
+    /// As [`Device::start`]; the daemon dies when it comes to this step so many times.
+    #[track_caller]
+    pub fn start_to_die_at(&mut self, step: &str, times: u32) {
+        self.start_with(&[("SD_FAIL_POINTS", &format!("{step}={times}"))]);
+    }
+
+    /// Waits until the daemon was killed, if only by itself.
+    #[track_caller]
+    pub fn wait_death(&mut self, patience: Duration) {
+        let mut daemon = self.daemon.take().expect("a running daemon");
+        let status = wait_for("the daemon's death", patience, || {
+            daemon.try_wait().expect("waiting for the daemon")
+        });
+        assert_eq!(status.signal(), Some(Signal::KILL.as_raw()), "{status}");
+    }
+
+    #[track_caller]
+    fn start_with(&mut self, variables: &[(&str, &str)]) {
         assert!(self.daemon.is_none(), "{} runs already", self.name);
         let log = File::options().create(true).append(true).open(self.home.join("daemon.out"));
         let log = log.expect("a file for the daemon's output");
         let mut command = self.command(Self::program());
-        command.args(["daemon", "run"]).stdout(log.try_clone().expect("a descriptor")).stderr(log);
+        command.args(["daemon", "run"]).envs(variables.iter().copied());
+        command.stdout(log.try_clone().expect("a descriptor")).stderr(log);
         self.daemon = Some(proc::spawn(&mut command));
         wait_until(format!("the daemon of {}", self.name), Duration::from_secs(20), || {
             let daemon = self.daemon.as_mut().expect("just started");

@@ -6,12 +6,10 @@
 
 /// A step, by its name.
 #[cfg(not(feature = "failpoints"))]
-#[cfg_attr(test, allow(dead_code, reason = "unit tests have hooks of their own"))]
 pub(crate) fn fail_point(_step: &'static str) {}
 
 /// A step, by its name.
 #[cfg(feature = "failpoints")]
-#[cfg_attr(test, allow(dead_code, reason = "unit tests have hooks of their own"))]
 pub(crate) fn fail_point(step: &'static str) {
     use std::collections::HashMap;
     use std::sync::{Mutex, OnceLock, PoisonError};

@@ -596,6 +596,9 @@ impl<'a> Batch<'a> {
 
     fn answer(&mut self, item: &Item, site: &Site<'a>, applied: Applied) {
         let named = item.op.change.file();
+        if let Some(conflict) = &applied.conflict {
+            tracing::info!(op = item.op.no, file = named.0, ?conflict, "a change met another");
+        }
         if let Some(file) = applied.file.filter(|file| *file != named)
             && is_alias(&item.op.change, applied.conflict.as_ref())
         {
@@ -636,6 +639,7 @@ impl<'a> Batch<'a> {
         self.entry.ended.extend(redone.iter().map(|(id, _)| *id));
         self.entry.ended.append(&mut lock(&self.applier.leftovers));
         self.applier.ledger.commit(std::mem::take(&mut self.entry))?;
+        super::fail_point("apply::noted");
         lock(&self.applier.aliases).clear();
         redone.into_iter().for_each(|(_, path)| super::recover::remove_redo(path));
         self.dirs.clear();

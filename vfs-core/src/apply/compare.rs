@@ -73,11 +73,15 @@ impl Site<'_> {
         if now == known.stamp || was.is_some_and(|was| is_unwritten_since(&was, &known.stamp)) {
             return Ok(true);
         }
-        match known.content {
+        let is_it = match known.content {
             None => Ok(is_unwritten(&found.seen, &known.stamp)),
             Some(_) if now.size != known.stamp.size => Ok(false),
             Some(content) => Ok(self.content_of(found)? == Some(content)),
+        };
+        if matches!(is_it, Ok(false)) {
+            tracing::debug!(?now, ?was, ?known, "another version than was meant");
         }
+        is_it
     }
 
     /// The id of a file's bytes, read now; `None` when they change meanwhile.

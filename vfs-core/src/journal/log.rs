@@ -3,6 +3,7 @@
 use super::disk::{LogDisk, LogFile};
 use super::record::{self, Kind, RecordHeader, SEGMENT_HEADER, SegmentHeader};
 use super::{Lsn, segment_name, spare_name};
+use crate::failpoint::fail_point;
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
 use std::io;
@@ -77,7 +78,9 @@ impl Pool {
         // Durable before the name is: under its name a file never has the header, and so the
         // records, of an earlier use.
         file.sync()?;
+        fail_point("journal::segment");
         self.disk.rename(&from, &segment_name(no))?;
+        fail_point("journal::segment-named");
         self.next_no += 1;
         if !long {
             self.spares.pop();

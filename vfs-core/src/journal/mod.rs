@@ -35,6 +35,7 @@ mod sim;
 mod tests;
 
 use crate::error::{FsError, FsResult, Kind};
+use crate::failpoint::fail_point;
 use disk::{Directory, LogDisk};
 use log::{Log, Pool, Space};
 use recover::Checkpoint;
@@ -239,7 +240,9 @@ impl Journal {
         let target = state.last;
         let unsynced = state.log.take_unsynced();
         drop(state);
+        fail_point("journal::sync");
         let synced = unsynced.sync(&*self.disk);
+        fail_point("journal::synced");
         let mut state = self.lock();
         state.syncing = false;
         self.synced.notify_all();

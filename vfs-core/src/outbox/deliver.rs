@@ -4,6 +4,7 @@ use super::queue::{OpBytes, Progress, Queued, Renamed, Retiring, makes_version, 
 use super::record::{Record, content_mut, word};
 use super::{ConflictRecord, Lane, Outbox, State};
 use crate::error::{FsError, FsResult, Kind};
+use crate::failpoint::fail_point;
 use crate::model::{Attr, ContentId, DeviceId, Entry, FileId, FileType, LocationNo, Stamp, Time};
 use crate::ops::{Applied, Base, Change, Conflict, NewContent, Obstacle, Op, Outcome, Refusal};
 use crate::staging::Snapshot;
@@ -171,9 +172,11 @@ impl Outbox {
 
     fn done(&self, state: &mut State, no: u64, outcome: &Outcome) {
         let at = Time::now();
-        match self
-            .note_reserved(state, &Record::Settled { no, at, outcome: Cow::Borrowed(outcome) })
-        {
+        fail_point("outbox::answered");
+        let noted =
+            self.note_reserved(state, &Record::Settled { no, at, outcome: Cow::Borrowed(outcome) });
+        fail_point("outbox::answer-noted");
+        match noted {
             Ok(lsn) => {
                 let owner = state.ops.get(&no).map(|op| op.record.owner);
                 state.noted.extend(owner.map(|owner| (no, (owner, lsn))));

@@ -58,6 +58,7 @@ pub(crate) use attributes::Attributes;
 use crate::changes;
 use crate::content::Content;
 use crate::error::{FsError, FsResult, Kind};
+use crate::failpoint::fail_point;
 use crate::index::Index;
 use crate::journal::{Journal, Lsn};
 use crate::model::{DeviceId, Entry, FileId, Location, LocationNo, Name, Time};
@@ -211,7 +212,9 @@ impl Outbox {
             at: Time::now(),
             path,
         };
+        fail_point("outbox::accept");
         let lsn = self.note_op(state, &record, fill)?;
+        fail_point("outbox::accepted");
         state.next_no += 1;
         state.locations.insert(location.id, location.no);
         let no = record.no;

@@ -7,6 +7,7 @@ use super::record::{OpRecord, Record};
 use super::{Outbox, State};
 use crate::changes::Change as Shown;
 use crate::error::FsResult;
+use crate::failpoint::fail_point;
 use crate::model::{Entry, FileId, LocationNo, Name, Stamp};
 use crate::ops::{Change, Place};
 use std::borrow::Cow;
@@ -210,6 +211,7 @@ impl Outbox {
 
     fn retire(&self, state: &mut State, no: u64) {
         let Some(done) = state.retiring.remove(&no) else { return };
+        fail_point("outbox::retire");
         let Retiring { record, bytes, applied, .. } = done;
         let file = record.change.file();
         state.versions.retain(|_, (by, _)| *by != no);
@@ -316,7 +318,9 @@ impl Outbox {
         let mut state = self.state();
         self.staging.sync()?;
         let records = live_records(&state);
+        fail_point("outbox::checkpoint");
         self.journal.checkpoint(&mut records.into_iter())?;
+        fail_point("outbox::checkpointed");
         state.checkpoint_bytes = self.journal.live_bytes();
         Ok(())
     }

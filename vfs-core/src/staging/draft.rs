@@ -6,6 +6,7 @@ use super::{Committed, DraftId, Extent, Piece, Snapshot};
 use crate::content::disk::read_range;
 use crate::content::ranges::RangeSet;
 use crate::error::{FsError, FsResult, Kind};
+use crate::failpoint::fail_point;
 use crate::journal::Lsn;
 use crate::model::ContentId;
 use bytes::Bytes;
@@ -258,10 +259,12 @@ impl Draft {
             state.hold(&snapshot);
             let (file, named) = (self.file()?, state.named);
             drop(state);
+            fail_point("staging::sync");
             let synced = file.sync_data().and_then(|()| match named {
                 true => Ok(()),
                 false => self.store.sync_name(self.id),
             });
+            fail_point("staging::synced");
             state = self.write_state();
             if let Err(error) = synced {
                 state.let_go(&snapshot);
