@@ -345,7 +345,8 @@ impl Device {
             let Ok(log) = std::fs::read(&path) else { continue };
             let log = String::from_utf8_lossy(&log);
             let lines: Vec<&str> = log.lines().collect();
-            let last = &lines[lines.len().saturating_sub(80)..];
+            let shown = std::env::var("SD_TEST_LOG_LINES").ok().and_then(|n| n.parse().ok());
+            let last = &lines[lines.len().saturating_sub(shown.unwrap_or(80))..];
             eprintln!("---- {} of {}\n{}", path.display(), self.name, last.join("\n"));
         }
     }

@@ -9,7 +9,7 @@ use e2e::{Device, Lab, Need, files, peer, proc};
 use iroh::endpoint::Connection;
 use serde_json::{Value, json};
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{Read, Write};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::Command;
@@ -239,6 +239,19 @@ fn lan() -> Result<Vec<Row>> {
         },
     )?;
     let warm = side_by_side(|| walk(&source.join("tree")), || walk(&mounted.join("tree")))?;
+    let (mut round, mut until_there) = (0, Vec::new());
+    let native = lab.folder("native");
+    let (native_write, write) = side_by_side(
+        || {
+            round += 1;
+            synced_write(&native.join("new"), round)
+        },
+        || {
+            let seconds = synced_write(&mounted.join("new"), 100 + until_there.len() as u64)?;
+            until_there.push(seconds + until_delivered(&reader)?);
+            Ok(seconds)
+        },
+    )?;
     let rtt_ms = stream.rtt_ms()?;
     forget_content(&reader);
     let first = median_of(16, |n| first_byte(&mounted.join(format!("small-{n}"))))?;
@@ -272,6 +285,20 @@ fn lan() -> Result<Vec<Row>> {
             must: 1.3,
         },
         Row {
+            work: "write 256 MiB to a remote device, LAN, until close",
+            unit: "s",
+            reference: Some(("native, synced", native_write)),
+            drive: write,
+            must: 1.3,
+        },
+        Row {
+            work: "the same, until its owner has it",
+            unit: "s",
+            reference: None,
+            drive: median(until_there),
+            must: 1.5,
+        },
+        Row {
             work: "first byte of an uncached remote file, LAN",
             unit: "ms",
             reference: None,
@@ -302,6 +329,20 @@ fn far() -> Result<Vec<Row>> {
         forget_content(&reader);
         Ok(read_speed(&mounted.join("big"))? * MIB as f64 * 8.0 / 1e6)
     })?;
+    let (mut round, mut until_there) = (0, Vec::new());
+    let native = lab.folder("native");
+    let (synced, made) = side_by_side(
+        || {
+            round += 1;
+            thousand_synced_files(&native.join(format!("{round}")))
+        },
+        || {
+            let folder = mounted.join(format!("made-{}", until_there.len()));
+            let seconds = thousand_files(&folder)?;
+            until_there.push(seconds + until_delivered(&reader)?);
+            Ok(seconds)
+        },
+    )?;
     Ok(vec![
         Row {
             work: "first read of a remote file, 20 ms, 200 Mbit/s",
@@ -311,6 +352,28 @@ fn far() -> Result<Vec<Row>> {
             must: 0.85,
         },
         Row {
+            // A thousand in seconds is each in milliseconds.
+            work: "create 1,000 files of 4 KiB, 20 ms, each",
+            unit: "ms",
+            reference: None,
+            drive: made,
+            must: 0.5,
+        },
+        Row {
+            work: "the same beside a disk that is asked to sync",
+            unit: "ms",
+            reference: Some(("native, synced", synced)),
+            drive: made,
+            must: 1.0,
+        },
+        Row {
+            work: "the same, until their owner has them, all",
+            unit: "s",
+            reference: None,
+            drive: median(until_there),
+            must: 2.0,
+        },
+        Row {
             work: "first byte of an uncached remote file, 20 ms",
             unit: "ms",
             reference: None,
@@ -318,6 +381,48 @@ fn far() -> Result<Vec<Row>> {
             must: 45.0,
         },
     ])
+}
+
+/// Each closed before the next one, which makes it durable.
+fn thousand_files(folder: &Path) -> Result<f64> {
+    let bytes = files::random_bytes(4096, 5);
+    fs::create_dir(folder)?;
+    let began = Instant::now();
+    for n in 0..1000 {
+        fs::write(folder.join(n.to_string()), &bytes)?;
+    }
+    Ok(began.elapsed().as_secs_f64())
+}
+
+/// The same on a native disk, where a close alone makes nothing durable.
+fn thousand_synced_files(folder: &Path) -> Result<f64> {
+    let bytes = files::random_bytes(4096, 5);
+    fs::create_dir(folder)?;
+    let began = Instant::now();
+    for n in 0..1000 {
+        let mut file = File::create(folder.join(n.to_string()))?;
+        file.write_all(&bytes)?;
+        file.sync_all()?;
+    }
+    Ok(began.elapsed().as_secs_f64())
+}
+
+/// In seconds, of 256 MiB that no file has yet: what is there already would not travel.
+fn synced_write(path: &Path, seed: u64) -> Result<f64> {
+    let bytes = files::random_bytes(256 << 20, seed);
+    let began = Instant::now();
+    let mut file = File::create(path)?;
+    file.write_all(&bytes)?;
+    file.sync_all()?;
+    drop(file);
+    Ok(began.elapsed().as_secs_f64())
+}
+
+/// In seconds.
+fn until_delivered(reader: &Device) -> Result<f64> {
+    let began = Instant::now();
+    reader.sd(&["sync", "--timeout", "120s"]).ok();
+    Ok(began.elapsed().as_secs_f64())
 }
 
 fn many_entries() -> Result<Vec<Row>> {

@@ -605,6 +605,7 @@ impl<'a> Batch<'a> {
             self.entry.aliases.push((site.named(named), file));
             lock(&self.applier.aliases).insert(site.named(named), file);
         }
+        tracing::debug!(op = item.op.no, change = ?item.op.change, file = ?applied.file, "applied");
         self.applied.insert(item.id.no, applied.clone());
         self.entry.outcomes.push((item.id, applied.clone()));
         self.outcomes[item.slot] = Some(Outcome::Applied(applied));

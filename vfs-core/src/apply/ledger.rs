@@ -198,12 +198,12 @@ impl Ledger {
     /// Drops outcomes that will not be asked for again.
     pub fn forget_below(&self, writer: DeviceId, epoch: u64, no: u64) -> FsResult<()> {
         let first = |epoch, no| op_key(&OpId { writer, epoch, no });
-        let after = epoch.saturating_add(1);
+        let after = epoch.checked_add(1).map_or(first(u64::MAX, u64::MAX), |after| first(after, 0));
         // Also those of other epochs: the journal that they were of is lost.
         let ranges = [
             first(0, 0)..first(epoch, 0),
             first(epoch, 0)..first(epoch, no.saturating_sub(KEPT_OPS)),
-            first(after, 0)..first(u64::MAX, u64::MAX),
+            after..first(u64::MAX, u64::MAX),
         ];
         let write = || -> Result<(), redb::Error> {
             let mut transaction = self.db.begin_write()?;
@@ -323,4 +323,43 @@ fn failed(error: redb::Error) -> FsError {
         _ => Kind::Io,
     };
     FsError::caused(kind, "the record of applied operations", error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Seq;
+
+    const WRITER: DeviceId = DeviceId([7; 32]);
+
+    fn outcome(no: u64) -> Applied {
+        Applied { file: Some(FileId(no)), version: None, seq: Seq(no), log_id: 1, conflict: None }
+    }
+
+    #[test]
+    fn what_may_still_be_asked_for_is_kept_when_older_answers_go() {
+        for epoch in [1, 7 << 40, u64::MAX - 1, u64::MAX] {
+            let dir = tempfile::tempdir().unwrap();
+            let ledger = Ledger::open(dir.path()).unwrap();
+            let id = |no| OpId { writer: WRITER, epoch, no };
+            let other = OpId { writer: WRITER, epoch: epoch ^ 2, no: 1 };
+            let stranger = OpId { writer: DeviceId([8; 32]), epoch: 3, no: 1 };
+            let others = vec![(other, outcome(1)), (stranger, outcome(1))];
+            ledger.commit(Entry { outcomes: others, ..Entry::default() }).unwrap();
+            let mut last = 0;
+            for settled in [1024, 4096, 5000, 9000] {
+                for no in (last + 1..=settled + 100).step_by(10) {
+                    let outcomes = (no..no + 10).map(|no| (id(no), outcome(no))).collect();
+                    ledger.commit(Entry { outcomes, ..Entry::default() }).unwrap();
+                    last = no + 9;
+                }
+                ledger.forget_below(WRITER, epoch, settled).unwrap();
+                let kept = (1..=last).filter(|no| ledger.outcome(&id(*no)).unwrap().is_some());
+                let first = settled.saturating_sub(KEPT_OPS).max(1);
+                assert!(kept.eq(first..=last), "epoch {epoch}, settled {settled}");
+                assert_eq!(ledger.outcome(&other).unwrap(), None, "of a journal that is lost");
+                assert!(ledger.outcome(&stranger).unwrap().is_some());
+            }
+        }
+    }
 }

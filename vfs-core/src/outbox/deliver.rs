@@ -254,7 +254,7 @@ impl Outbox {
     }
 
     /// Who writes the file goes on from its new version.
-    fn learned(
+    pub(super) fn learned(
         &self,
         location: LocationNo,
         file: FileId,

@@ -10,7 +10,7 @@ use super::{Outbox, OutboxConfig, OutboxError, Report};
 use crate::index::Index;
 use crate::journal::{Journal, JournalError, Lsn, Recovered};
 use crate::model::{LocationId, LocationNo};
-use crate::ops::{Base, Change};
+use crate::ops::{Applied, Base, Change};
 use crate::overlay::{self, FIRST_GENERATION, Live};
 use crate::staging::Staging;
 use bytes::Bytes;
@@ -182,16 +182,26 @@ impl Outbox {
     pub(super) fn take_over(&self, state: &mut State, id: LocationId) {
         self.show_again(state, id);
         let Some(location) = state.locations.get(&id).copied() else { return };
-        let waiting = state.ops.values().map(|op| (&op.record, op.bytes.as_ref()));
-        let done = state.retiring.values().map(|done| (&done.record, done.bytes.as_ref()));
+        let waiting = state.ops.values().map(|op| (&op.record, op.bytes.as_ref(), None));
+        let done = state.retiring.values();
+        let done = done.map(|done| (&done.record, done.bytes.as_ref(), Some(&done.applied)));
         let mut all: Vec<_> = waiting
             .chain(done)
-            .filter(|(record, _)| record.location == id)
-            .filter_map(|(record, bytes)| Some((record.clone(), bytes?.clone())))
+            .filter(|(record, ..)| record.location == id)
+            .filter_map(|(record, bytes, done)| {
+                Some((record.clone(), bytes?.clone(), done.cloned()))
+            })
             .collect();
-        all.sort_by_key(|(record, _)| record.no);
-        for (record, bytes) in &all {
+        all.sort_by_key(|(record, ..)| record.no);
+        for (record, bytes, done) in &all {
             self.adopt_bytes(state, location, (record, bytes));
+            // What it was based on, its owner may have no more.
+            if let Some(Applied { version: Some(stamp), file: target, .. }) = done {
+                let file = record.change.file();
+                let version = Base::Seen { stamp: *stamp, content: None };
+                let elsewhere = target.filter(|target| *target != file);
+                self.learned(location, file, record.no, &version, elsewhere);
+            }
         }
     }
 

@@ -366,6 +366,25 @@ fn a_settled_operation_is_shown_until_its_rows_come_also_after_a_restart() {
 }
 
 #[test]
+fn after_a_restart_a_delivered_version_lies_under_its_bytes() {
+    let mut bench = Bench::new();
+    bench.change_old(6, b"XY");
+    let no = bench.take().pop().unwrap().no;
+    bench.settle(no, 4);
+    bench.restart();
+    let row = bench.outbox().view().entry(bench.no, ROOT, b"old").unwrap().unwrap();
+    let written = bench.outbox().written(bench.no, FileId(10), row.generation).unwrap();
+    // The one before may be nowhere any more.
+    assert_eq!(written.under().attr.mtime.secs, no as i64);
+    bench.change_old(0, b"xy");
+    let op = bench.take().pop().unwrap();
+    let Change::Write { base: Base::Seen { stamp, .. }, .. } = op.change else {
+        panic!("{op:?}");
+    };
+    assert_eq!(stamp.mtime.secs, no as i64);
+}
+
+#[test]
 fn writes_to_a_location_that_was_removed_stay() {
     let mut bench = Bench::new();
     bench.make("new", b"bytes");
