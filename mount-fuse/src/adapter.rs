@@ -171,11 +171,11 @@ impl Adapter {
         self.drive.release(opened.handle);
     }
 
-    fn listing_flags(&self, dir: InodeNo) -> FopenFlags {
+    fn listing_flags(&self, dir: InodeNo, opened: HandleId) -> FopenFlags {
         if self.drive.negative_valid_for(dir) < LISTING_CACHED_FROM {
             return FopenFlags::empty();
         }
-        match self.listings.open(dir.0, self.drive.listing_epoch()) {
+        match self.listings.open(dir.0, opened.0, self.drive.listing_epoch()) {
             true => FopenFlags::FOPEN_CACHE_DIR | FopenFlags::FOPEN_KEEP_CACHE,
             false => FopenFlags::FOPEN_CACHE_DIR,
         }
@@ -542,7 +542,7 @@ impl Filesystem for Adapter {
     fn opendir(&self, _: &Request, node: INodeNo, _: fuser::OpenFlags, reply: ReplyOpen) {
         match run("opendir", || self.drive.opendir(ino(node))) {
             Ok(opened) => {
-                reply.opened(FileHandle(opened.0), self.listing_flags(ino(node)));
+                reply.opened(FileHandle(opened.0), self.listing_flags(ino(node), opened));
             }
             Err(errno) => reply.error(errno),
         }
@@ -602,11 +602,12 @@ impl Filesystem for Adapter {
     fn releasedir(
         &self,
         _: &Request,
-        _: INodeNo,
+        node: INodeNo,
         fh: FileHandle,
         _: fuser::OpenFlags,
         reply: ReplyEmpty,
     ) {
+        self.listings.close(node.0, fh.0);
         let released = run("releasedir", || {
             self.drive.releasedir(handle(fh));
             Ok(())

@@ -126,7 +126,11 @@ impl Tell {
         let kernel = &self.kernel;
         match invalidation {
             Invalidation::Entry { parent, name } => kernel.expire_entry(parent.0, name.as_bytes()),
-            Invalidation::Directory(ino) | Invalidation::Content(ino) => kernel.drop_pages(ino.0),
+            Invalidation::Directory(ino) => {
+                self.listings.forget(ino.0);
+                kernel.drop_pages(ino.0);
+            }
+            Invalidation::Content(ino) => kernel.drop_pages(ino.0),
             Invalidation::Attributes(ino) => kernel.expire_attributes(ino.0),
             Invalidation::Everything => {
                 self.listings.forget_all();
