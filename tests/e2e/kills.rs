@@ -12,7 +12,7 @@ use e2e::wait::wait_until;
 use e2e::{Device, Lab, Need, files};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -33,11 +33,25 @@ pub(crate) struct Known {
     sure: Manifest,
     /// The change under way: what the states are if it got that far.
     perhaps: Vec<Manifest>,
+    /// What was done since the last check, for whoever reads of a failure.
+    story: Vec<String>,
 }
 
 impl Known {
     fn allows(&self, found: &Manifest) -> bool {
         *found == self.sure || self.perhaps.contains(found)
+    }
+
+    /// Where the owner's folder is none of what it may be, and what was done.
+    fn difference(&self, found: &Manifest) -> String {
+        let mut lines = differences(&self.sure, found);
+        for (number, perhaps) in self.perhaps.iter().enumerate() {
+            lines.push(format!("if the last change got to step {number}:"));
+            lines.extend(differences(perhaps, found));
+        }
+        lines.push("what was done:".into());
+        lines.extend(self.story.iter().cloned());
+        lines.join("\n")
     }
 }
 
@@ -78,7 +92,7 @@ fn what_was_acknowledged_survives_kills_at_any_moment() {
             reader.start();
             reader.mount();
         }
-        check(&owner, &mut reader, &theirs, &known, format!("kill {kill}, seed {seed}"));
+        check(&owner, &reader, &theirs, &known, format!("kill {kill}, seed {seed}"));
     }
 }
 
@@ -106,7 +120,7 @@ pub(crate) fn lab_with_two(needs: &[Need]) -> Option<(Lab, Device, Device)> {
 #[track_caller]
 pub(crate) fn check(
     owner: &Device,
-    reader: &mut Device,
+    reader: &Device,
     theirs: &Path,
     known: &Mutex<Known>,
     when: String,
@@ -115,24 +129,15 @@ pub(crate) fn check(
     reader.sd(&["sync", "--timeout", "60s"]).ok();
     let found = manifest(theirs).expect("the owner's folder");
     let mut known = known.lock().expect("the writer is at its end");
-    assert!(known.allows(&found), "{when}: {}", difference(&known, &found));
-    assert_eq!(
-        reader.json(&["conflicts"])["conflicts"].as_array().map(Vec::len),
-        Some(0),
-        "{when}"
-    );
-    let ours = reader.at("owner/files");
-    if !shows(&ours, &found, Duration::from_secs(5)) {
-        // A known fault: a name may stay hidden until the drive is mounted anew.
-        eprintln!("{when}: the drive has to be mounted anew");
-        reader.stop();
-        reader.start();
-        reader.mount();
-        assert!(shows(&ours, &found, RECOVERY), "{when}: the rows did not come back");
-        reader.wait_online("owner");
+    let conflicts = reader.json(&["conflicts"]);
+    assert!(known.allows(&found), "{when}: {}\n{conflicts:#}", known.difference(&found));
+    assert_eq!(conflicts["conflicts"].as_array().map(Vec::len), Some(0), "{when}: {conflicts:#}");
+    if !shows(&reader.at("owner/files"), &found, RECOVERY) {
+        let story = known.story.join("\n");
+        panic!("{when}: {}\nwhat was done:\n{story}", views(owner, reader, &found));
     }
     owner.wait_online("reader");
-    *known = Known { sure: found, perhaps: Vec::new() };
+    *known = Known { sure: found, ..Known::default() };
 }
 
 /// Whether a folder comes to have these files in time.
@@ -147,14 +152,46 @@ fn shows(folder: &Path, expected: &Manifest, patience: Duration) -> bool {
     true
 }
 
-fn difference(known: &Known, found: &Manifest) -> String {
-    let names: std::collections::BTreeSet<_> = known.sure.keys().chain(found.keys()).collect();
-    let differs = names.into_iter().filter(|n| known.sure.get(*n) != found.get(*n));
-    let perhaps = |n: &String| known.perhaps.iter().map(|p| p.get(n)).collect::<Vec<_>>();
-    let lines = differs.map(|n| {
-        format!("{n}: noted {:?}, or {:?}, found {:?}", known.sure.get(n), perhaps(n), found.get(n))
-    });
-    lines.collect::<Vec<_>>().join("\n")
+/// The names that two folders do not have alike.
+fn differences(expected: &Manifest, found: &Manifest) -> Vec<String> {
+    let names: BTreeSet<_> = expected.keys().chain(found.keys()).collect();
+    let differs = names.into_iter().filter(|n| expected.get(*n) != found.get(*n));
+    let line = |n| format!("  {n}: expected {:?}, found {:?}", expected.get(n), found.get(n));
+    differs.map(line).collect()
+}
+
+/// What the reader shows in each way, to tell who is wrong: its index and overlay, what its
+/// kernel holds of listings, of names, or of bytes.
+fn views(owner: &Device, reader: &Device, expected: &Manifest) -> String {
+    let ours = reader.at("owner/files");
+    let mut lines = vec!["the mount:".to_owned()];
+    let by_mount = |lines: &mut Vec<String>| match manifest(&ours) {
+        Ok(found) => lines.extend(differences(expected, &found)),
+        Err(error) => lines.push(format!("  {error}")),
+    };
+    by_mount(&mut lines);
+    lines.push("names of the mount, one by one:".into());
+    for name in (0..FILES).map(|n| format!("file-{n}")) {
+        let found = ours.join(&name).symlink_metadata();
+        if found.is_ok() != expected.contains_key(&name) {
+            lines.push(format!("  {name}: {found:?}"));
+        }
+    }
+    lines.push("the index with what waits:".into());
+    let listed = reader.json(&["ls", "sd://owner/files"]).to_string();
+    let is_listed = |name: &str| listed.contains(&format!("\"{name}\""));
+    let names = (0..FILES).map(|n| format!("file-{n}"));
+    let wrong = names.filter(|n| is_listed(n) != expected.contains_key(n));
+    lines.extend(wrong.map(|n| format!("  {n}: listed {}", is_listed(&n))));
+    lines.push(format!("pending: {}", reader.json(&["pending"])));
+    for device in [owner, reader] {
+        let row = device.location_row("owner", "files");
+        lines.push(format!("location: {}", row.unwrap_or_default()));
+    }
+    let dropped = fs::write("/proc/sys/vm/drop_caches", "2");
+    lines.push(format!("the mount, names and listings dropped ({dropped:?}):"));
+    by_mount(&mut lines);
+    lines.join("\n")
 }
 
 fn manifest(folder: &Path) -> io::Result<Manifest> {
@@ -203,10 +240,12 @@ fn change(folder: &Path, known: &Mutex<Known>, random: &mut StdRng) -> bool {
     let path = folder.join(&name);
     let mut then = sure.clone();
     let made = (!sure.contains_key(&name)).then(|| name.clone());
+    let words;
     let bytes = files::random_bytes(length(random), random.random());
     let done: Box<dyn FnOnce() -> io::Result<()>> =
         match (random.random_range(0..10), sure.contains_key(&name)) {
             (0..=4, _) | (_, false) => {
+                words = format!("write {name}: {} bytes", bytes.len());
                 then.insert(name, blake3::hash(&bytes));
                 Box::new(move || fs::write(path, bytes))
             }
@@ -214,12 +253,14 @@ fn change(folder: &Path, known: &Mutex<Known>, random: &mut StdRng) -> bool {
                 // What is appended to is read first, as no byte of it is remembered here.
                 let Ok(mut whole) = fs::read(&path) else { return false };
                 whole.extend_from_slice(&bytes);
+                words = format!("append to {name}: {} bytes", bytes.len());
                 then.insert(name, blake3::hash(&whole));
                 Box::new(move || append(&path, &bytes))
             }
             (7, true) => {
                 let Ok(mut whole) = fs::read(&path) else { return false };
                 whole.truncate(whole.len() / 2);
+                words = format!("truncate {name}: {} bytes", whole.len());
                 then.insert(name, blake3::hash(&whole));
                 let len = whole.len() as u64;
                 Box::new(move || truncate(&path, len))
@@ -229,12 +270,14 @@ fn change(folder: &Path, known: &Mutex<Known>, random: &mut StdRng) -> bool {
                 if target == name {
                     return true;
                 }
+                words = format!("rename {name} to {target}");
                 let hash = then.remove(&name).expect("it is there");
                 then.insert(target.clone(), hash);
                 let target = folder.join(target);
                 Box::new(move || fs::rename(path, target))
             }
             _ => {
+                words = format!("remove {name}");
                 then.remove(&name);
                 Box::new(move || fs::remove_file(path))
             }
@@ -245,15 +288,15 @@ fn change(folder: &Path, known: &Mutex<Known>, random: &mut StdRng) -> bool {
         perhaps.push(sure.into_iter().chain([(made, blake3::hash(b""))]).collect());
     }
     known.lock().expect("only this thread").perhaps = perhaps;
-    if done().is_err() {
-        return false;
-    }
     // A name is durable when its directory is synced, as on every file system.
-    if !fs::File::open(folder).is_ok_and(|dir| dir.sync_all().is_ok()) {
-        return false;
+    let result = done().and_then(|()| fs::File::open(folder)?.sync_all());
+    let mut known = known.lock().expect("only this thread");
+    known.story.push(format!("  {words}: {result:?}"));
+    if result.is_ok() {
+        known.sure = then;
+        known.perhaps.clear();
     }
-    *known.lock().expect("only this thread") = Known { sure: then, perhaps: Vec::new() };
-    true
+    result.is_ok()
 }
 
 /// Mostly small, sometimes beyond what travels inside an operation.

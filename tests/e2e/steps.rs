@@ -79,7 +79,7 @@ fn what_was_acknowledged_survives_a_death_at_each_step_of_writing() {
         if is_readers {
             reader.mount();
         }
-        check(&owner, &mut reader, &theirs, &known, format!("{step}={times}"));
+        check(&owner, &reader, &theirs, &known, format!("{step}={times}"));
     }
     wait_for_no_leftovers(&owner, &theirs);
 }
