@@ -82,7 +82,9 @@ impl<'a> Translation<'a> {
         if is_own && self.own.table.is_empty() && parent != FileId::ROOT {
             return Ok(());
         }
-        if !is_own && self.is_covered(location, parent, name)? {
+        // The owner's echo of what this device did: its kernel knows it already, and what is
+        // shown stays as it is until the overlay goes.
+        if !is_own && self.remote.outbox.view().covers(location, parent, name) {
             return Ok(());
         }
         let Some(dir) = self.directory_ino(location, parent, is_own)? else { return Ok(()) };
@@ -92,14 +94,6 @@ impl<'a> Translation<'a> {
         }
         self.directory(dir);
         Ok(())
-    }
-
-    /// The owner's echo of what this device did: its kernel knows it already, and what is shown
-    /// stays as it is until the overlay goes.
-    fn is_covered(&self, location: LocationNo, parent: FileId, name: &Name) -> FsResult<bool> {
-        let row = self.remote.index.view()?.entry(location, parent, name.as_bytes())?;
-        let row = row.map(|row| row.file_id);
-        Ok(self.remote.outbox.view().covers(location, parent, name, row))
     }
 
     /// A file that a kernel knows under this name, when it is still there: to drop the name would

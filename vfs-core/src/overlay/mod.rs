@@ -225,18 +225,12 @@ impl Overlay {
         }
     }
 
-    /// Whether a name, or the bytes that it leads to, are shown from here, so that a change of
-    /// its row changes nothing of them.
-    pub fn covers(
-        &self,
-        location: LocationNo,
-        dir: FileId,
-        name: &Name,
-        row: Option<FileId>,
-    ) -> bool {
-        let Some(local) = self.locations.get(&location) else { return false };
-        local.name(dir, name.as_bytes()).is_some()
-            || row.and_then(|f| local.files.get(&f)).is_some_and(|p| !p.bytes.is_empty())
+    /// Whether a name is shown from here, so that a change of its row changes nothing of it.
+    /// Bytes that are shown of a file say nothing of its names: one may have come, or come back,
+    /// that no kernel knows.
+    pub fn covers(&self, location: LocationNo, dir: FileId, name: &Name) -> bool {
+        let local = self.locations.get(&location);
+        local.is_some_and(|local| local.name(dir, name.as_bytes()).is_some())
     }
 
     /// Whether these bytes of a file are among those that are shown last.

@@ -112,8 +112,8 @@ impl<'a> Merged<'a> {
     }
 
     /// Whether a change of this name's row changes nothing of what is shown.
-    pub fn covers(&self, no: LocationNo, dir: FileId, name: &Name, row: Option<FileId>) -> bool {
-        self.lock().covers(no, dir, name, row)
+    pub fn covers(&self, no: LocationNo, dir: FileId, name: &Name) -> bool {
+        self.lock().covers(no, dir, name)
     }
 
     /// The entries of a directory whose names are not below these bytes, in byte order.

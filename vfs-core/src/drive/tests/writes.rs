@@ -98,6 +98,18 @@ fn a_changed_file_is_old_bytes_and_new_ones_and_keeps_its_number() {
 }
 
 #[test]
+fn a_name_is_told_although_its_file_is_written_here() {
+    let (bench, _owner) = with_owner();
+    let dir = bench.theirs();
+    bench.put_remote(bench.ino(&at("old")), 0, b"ours");
+    // As when the name comes back after it was hidden, while the bytes still wait.
+    let name = Name::new(*b"old").unwrap();
+    let change = Change::Entry { location: bench.remote, parent: ROOT, name: name.clone() };
+    let told = bench.drive.invalidations(&change);
+    assert_eq!(told, [Invalidation::Entry { parent: dir, name }, Invalidation::Directory(dir)]);
+}
+
+#[test]
 fn names_come_and_go_at_once_and_then_at_the_owner() {
     let (bench, mut owner) = with_owner();
     let (drive, dir, me) = (&bench.drive, bench.theirs(), caller());
