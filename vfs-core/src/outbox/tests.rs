@@ -257,6 +257,24 @@ fn writes_that_wait_are_joined_and_sent_ones_are_not() {
 }
 
 #[test]
+fn a_write_that_becomes_long_does_not_overtake_the_one_it_builds_on() {
+    let bench = Bench::new();
+    let written = bench.change_old(0, b"a");
+    let first = bench.take().pop().unwrap().no;
+    let write = |bytes: &[u8]| {
+        bench.outbox().write(&written, Offset::At(1), bytes).unwrap();
+        bench.outbox().flush(&written).unwrap();
+    };
+    let take_long = || bench.outbox().take(OWNER, Lane::Bulk, 1, usize::MAX);
+    // Short, it may go right behind the first; it is not sent yet, so more bytes join it.
+    write(b"b");
+    write(&[b'c'; 100_000]);
+    assert_eq!(take_long(), [], "beside the first, which its owner may not have applied");
+    bench.settle(first, 100);
+    assert_eq!(take_long().len(), 1);
+}
+
+#[test]
 fn the_owner_is_told_to_forget_nothing_that_is_relied_on() {
     let bench = Bench::new();
     let written = bench.change_old(0, b"a");

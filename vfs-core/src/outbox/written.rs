@@ -477,6 +477,8 @@ impl Outbox {
         if let Some(op) = state.ops.get_mut(&no) {
             (op.record, op.lsn, op.digest) = (record, lsn, None);
         }
+        // It may be long by now, and travel apart from those that it went behind.
+        state.place(no);
         Ok(())
     }
 
