@@ -354,6 +354,9 @@ pub enum DaemonCommand {
         #[arg(long, hide = true)]
         background: bool,
     },
+    /// Ends the daemon's mounts when it was killed; the daemon starts it
+    #[command(hide = true)]
+    Guard,
     /// Stop it cleanly: unmount, flush
     Stop {
         /// Detach mounts that programs still use

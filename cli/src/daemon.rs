@@ -9,6 +9,7 @@
 mod applying;
 mod browse;
 mod conflicts;
+pub mod guard;
 mod handle;
 mod locations;
 mod log;
@@ -185,6 +186,7 @@ fn raise_file_limit() {
 
 async fn serve(dir: &DataDir, config: &Config, ready: impl FnOnce() -> Outcome<()>) -> Outcome<()> {
     let daemon = Daemon::open(dir, config).await?;
+    daemon.guard.start();
     let listener = serve::bind(dir)?;
     daemon.revive_mounts().await;
     let serving = tokio::spawn(serve::accept(Arc::clone(&daemon), listener));

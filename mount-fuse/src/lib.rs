@@ -8,6 +8,7 @@
 //! |---|---|
 //! | `session` | making, watching, taking away and mending one mount |
 //! | `attach` | `mount(2)`, `umount2(2)` and `fusermount3` |
+//! | `abort` | giving up a connection that nobody serves |
 //! | `mounts` | what is mounted where and who uses it, from `/proc` |
 //! | `negotiate` | what this mount and this kernel agreed on |
 //! | `adapter` | each request as one call of the drive |
@@ -17,6 +18,7 @@
 //! | `invalidate`, `notify` | changes, told to the kernel |
 #![forbid(unsafe_code)]
 
+mod abort;
 mod adapter;
 mod attach;
 mod convert;
@@ -29,6 +31,7 @@ mod negotiate;
 mod notify;
 mod session;
 
+pub use abort::abort;
 pub use error::MountError;
 pub use mounts::{DeviceNo, Holder, MountInfo, mounts};
 pub use session::{Mount, MountOptions, Passthrough, is_dead, mend, mount};

@@ -2,10 +2,13 @@
 
 use e2e::device::{detach_mounts_below, is_mounted};
 use e2e::wait::{wait_until, within};
-use e2e::{Lab, Need};
+use e2e::{Device, Lab, Need};
 use rustix::io::Errno;
+use rustix::process::Signal;
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
+use std::process::Stdio;
 use std::time::Duration;
 
 /// Any user that is not root; the numeric id needs no account.
@@ -38,6 +41,46 @@ fn a_mount_whose_daemon_was_killed_is_mended_by_sd_mount() {
     drop(inside);
     device.stop();
     assert!(!is_mounted(&device.mountpoint()), "a clean stop unmounts");
+}
+
+/// The daemon lives here, which shows that it was the guard who gave the mount up, and not the
+/// kernel, which sees the daemon's end by itself in most cases.
+#[test]
+fn the_guard_gives_up_what_a_daemon_left_that_was_killed() {
+    let Some(lab) = Lab::local(&[Need::Fuse, Need::Root]) else { return };
+    let device = lab.device("solo");
+    device.sd(&["library", "create", "home", "--device-name", "solo"]).ok();
+    let mountpoint = device.mount();
+    let mounted = mount_fuse::mounts().into_iter().find(|m| m.mountpoint == mountpoint);
+    let minor = mounted.expect("in the list of mounts").device.minor;
+    let mut command = device.command(Device::program());
+    command.args(["daemon", "guard"]).stdin(Stdio::piped());
+    // The kernel tells a child of the end of the thread that made it, whose pipe stays open.
+    let (ends, told_to_end) = std::sync::mpsc::channel::<()>();
+    let (give, given) = std::sync::mpsc::channel();
+    let thread = std::thread::spawn(move || {
+        give.send(command.spawn().expect("the guard")).expect("a test that waits");
+        let _ = told_to_end.recv();
+    });
+    let mut guard = given.recv().expect("a thread that lives");
+    let mut pipe = guard.stdin.take().expect("a pipe");
+    writeln!(pipe, "{minor}").expect("a guard that reads");
+    wait_until("the guard is ready", Duration::from_secs(20), || {
+        let status = fs::read_to_string(format!("/proc/{}/status", guard.id())).expect("proc");
+        let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).expect("a mask");
+        let caught = u64::from_str_radix(caught.trim(), 16).expect("a mask");
+        caught & 1 << (Signal::USR1.as_raw() - 1) != 0
+    });
+    assert!(fs::read_dir(&mountpoint).is_ok(), "it is served until then");
+    drop(ends);
+    thread.join().expect("a thread that ends");
+    assert!(guard.wait().expect("the guard").success());
+    let given_up = fs::read_dir(&mountpoint).map(drop).unwrap_err();
+    assert_eq!(given_up.raw_os_error(), Some(Errno::NOTCONN.raw_os_error()));
+    assert!(is_mounted(&mountpoint), "nobody writes below it by mistake");
+    device.mount();
+    assert!(fs::read_dir(&mountpoint).is_ok(), "made alive again");
+    drop(pipe);
 }
 
 #[test]
@@ -93,14 +136,14 @@ fn an_ordinary_user_mounts_reads_and_writes() {
     detach_mounts_below(&device.mountpoint());
 }
 
-fn shell(device: &e2e::Device, script: &str) -> e2e::proc::Finished {
+fn shell(device: &Device, script: &str) -> e2e::proc::Finished {
     let mut sh = device.command("sh");
     sh.args(["-c", script]).current_dir(device.mountpoint().parent().unwrap());
     e2e::proc::run(&mut sh, Duration::from_secs(20))
 }
 
 #[track_caller]
-fn run(device: &e2e::Device, script: &str) {
+fn run(device: &Device, script: &str) {
     shell(device, script).ok();
 }
 

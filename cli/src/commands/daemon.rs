@@ -23,6 +23,7 @@ pub fn run(context: &Context, command: DaemonCommand) -> Outcome<()> {
             let config = context.config(&dir)?;
             crate::daemon::run(&dir, &config, crate::daemon::LogTo::Stderr, || Ok(()))
         }
+        DaemonCommand::Guard => crate::daemon::guard::run(),
         DaemonCommand::Stop { force } => stop(context, force),
         DaemonCommand::Status => status(context),
     }

@@ -11,7 +11,7 @@ use crate::data_dir::DataDir;
 use crate::failure::{Code, Failure, Outcome};
 use crate::paths::drive_around;
 use crate::reply::{MountReply, MountStatus, UnmountReply};
-use mount_fuse::{Mount, MountError, MountOptions, Passthrough};
+use mount_fuse::{Mount, MountError, MountInfo, MountOptions, Passthrough};
 use serde::{Deserialize, Serialize};
 use std::fs;
 use std::os::unix::fs::DirBuilderExt;
@@ -290,6 +290,9 @@ impl Daemon {
     }
 
     fn record(&self, mounts: &[Mounted]) {
+        let served = |m: &MountInfo| mounts.iter().any(|o| o.mount.mountpoint() == m.mountpoint);
+        let there = mount_fuse::mounts().into_iter().filter(served).map(|m| m.device);
+        self.guard.watch(&there.collect::<Vec<_>>());
         let rows: Vec<_> = mounts
             .iter()
             .map(|m| Row {

@@ -6,6 +6,7 @@
 //! indexer, index, so that nothing writes into what is closed already.
 
 use super::applying::Applying;
+use super::guard::Guard;
 use super::mounts::Mounts;
 use crate::config::Config;
 use crate::data_dir::DataDir;
@@ -43,6 +44,7 @@ pub struct Daemon {
     pub outbox_report: Report,
     pub applying: Arc<Applying>,
     pub mounts: Mounts,
+    pub guard: Guard,
     pub runtime: tokio::runtime::Handle,
     pub started: Time,
     /// Where a corrupt index was set aside at this start.
@@ -105,6 +107,7 @@ impl Daemon {
             outbox_report,
             applying,
             mounts: Mounts::default(),
+            guard: Guard::default(),
             runtime,
             started: Time::now(),
             set_aside: opened.set_aside,
