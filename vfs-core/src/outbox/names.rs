@@ -317,6 +317,9 @@ impl Outbox {
         if flags.no_replace {
             return Err(FsError::new(Kind::Exists, "rename to a name that is there"));
         }
+        if target.file_id == moved.file_id {
+            return Ok(());
+        }
         if flags.exchange {
             return match is_directory(target) {
                 true => self.check_not_beneath(no, target.file_id, from_dir),
