@@ -40,3 +40,5 @@ pub mod overlay;
 pub mod path;
 pub mod source;
 pub mod staging;
+#[cfg(test)]
+mod two_devices;

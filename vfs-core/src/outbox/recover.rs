@@ -21,6 +21,9 @@ use std::sync::{Arc, Mutex};
 /// The bytes of drafts that only the journal has.
 type Fills = HashMap<u64, Vec<(u64, Bytes)>>;
 
+/// Gets each record of the journal.
+type Visit<'a> = dyn FnMut(Lsn, Vec<u8>) + 'a;
+
 impl Outbox {
     /// Opens it and takes up what was pending; before anything is mounted.
     pub fn open(
@@ -28,12 +31,34 @@ impl Outbox {
         index: Index,
         config: OutboxConfig,
     ) -> Result<(Arc<Self>, Report), OutboxError> {
+        let (outbox, report) = Self::open_untended(dir, index, config)?;
+        let failed = |e: std::io::Error| OutboxError::Io { path: dir.to_owned(), source: e.into() };
+        Tender::start(&outbox).map_err(failed)?;
+        Ok((outbox, report))
+    }
+
+    /// The same, but nothing happens by itself.
+    pub(crate) fn open_untended(
+        dir: &Path,
+        index: Index,
+        config: OutboxConfig,
+    ) -> Result<(Arc<Self>, Report), OutboxError> {
+        Self::open_with(dir, index, config, |visit| Journal::open_with(&dir.join("journal"), visit))
+    }
+
+    /// The same, over a journal that is wherever it is.
+    pub(super) fn open_with(
+        dir: &Path,
+        index: Index,
+        config: OutboxConfig,
+        open_journal: impl FnOnce(&mut Visit<'_>) -> Result<(Journal, Recovered), JournalError>,
+    ) -> Result<(Arc<Self>, Report), OutboxError> {
         let failed = |source: Box<dyn std::error::Error + Send + Sync>| OutboxError::Io {
             path: dir.to_owned(),
             source,
         };
         let mut records = Vec::new();
-        let opened = Journal::open_with(&dir.join("journal"), &mut |lsn, bytes| {
+        let opened = open_journal(&mut |lsn, bytes| {
             records.push((lsn, Record::decode(&bytes)));
         });
         let (journal, recovered) = opened.map_err(|error| match error {
@@ -59,7 +84,6 @@ impl Outbox {
             tender: Arc::new(Tender::default()),
         });
         let report = outbox.take_up(records, &recovered).map_err(|e| failed(e.into()))?;
-        Tender::start(&outbox).map_err(|e| failed(e.into()))?;
         Ok((outbox, report))
     }
 

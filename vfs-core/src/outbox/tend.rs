@@ -114,7 +114,7 @@ fn run(tender: &Tender, outbox: &Weak<Outbox>) {
     while let Some(needs_whole) = tender.wait(is_busy.then_some(LOOK_EVERY)) {
         // Only while it works does the thread keep the outbox alive.
         let Some(outbox) = outbox.upgrade() else { return };
-        is_busy = outbox.tend();
+        is_busy = outbox.tend(Instant::now());
         for no in needs_whole {
             outbox.make_whole(no);
         }
@@ -130,14 +130,27 @@ impl Outbox {
     }
 
     /// One round; whether there is something to wait for.
-    fn tend(&self) -> bool {
+    fn tend(&self, now: Instant) -> bool {
         self.sync_later();
-        self.release_holds();
-        self.retire_all();
+        self.release_holds(now);
+        self.retire_all(now);
         self.follow_locations();
         self.checkpoint_if_due();
         let state = self.state();
         state.unsynced || !state.ops.is_empty() || !state.retiring.is_empty()
+    }
+
+    /// All that happens by itself in this time, at once; for tests without a thread.
+    #[cfg(test)]
+    pub(crate) fn tend_for(&self, time: Duration) -> FsResult<()> {
+        self.sync()?;
+        // Rows are covered for a while after they were first seen.
+        let then = Instant::now() + time;
+        self.tend(then);
+        self.tend(then + COVERED_FOR);
+        let needs_whole = std::mem::take(&mut self.tender.lock().needs_whole);
+        needs_whole.into_iter().for_each(|no| self.send_whole_or_say(no));
+        Ok(())
     }
 
     /// What nobody waits for is durable soon all the same, many at a time.
@@ -158,30 +171,25 @@ impl Outbox {
         }
     }
 
-    fn release_holds(&self) {
-        let now = Instant::now();
+    /// What waited for a time that has come goes.
+    fn release_holds(&self, now: Instant) {
         let mut state = self.state();
-        let held = state.ops.iter().filter(|(_, op)| match op.progress {
-            Progress::Held(until) => until <= now,
+        let waited = state.ops.iter().filter(|(_, op)| match op.progress {
+            Progress::Held(until) | Progress::Waiting(Some(until)) => until <= now,
             _ => false,
         });
-        let due: Vec<u64> = held.map(|(no, _)| *no).collect();
-        let paused = state.ops.values().any(|op| match op.progress {
-            Progress::Waiting(Some(at)) => at <= now,
-            _ => false,
-        });
+        let due: Vec<u64> = waited.map(|(no, _)| *no).collect();
         for no in &due {
             state.set(*no, Progress::Waiting(None));
         }
         drop(state);
-        if paused || !due.is_empty() {
+        if !due.is_empty() {
             self.tick();
         }
     }
 
     /// Lets go of what the index shows.
-    fn retire_all(&self) {
-        let now = Instant::now();
+    fn retire_all(&self, now: Instant) {
         let (mut due, mut wholes) = (Vec::new(), Vec::new());
         for (no, done) in &mut self.state().retiring {
             let place = self.index.location_by_id(done.record.location);

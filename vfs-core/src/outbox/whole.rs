@@ -26,17 +26,20 @@ impl Outbox {
     pub(super) fn make_whole(self: &Arc<Self>, no: u64) {
         let outbox = Arc::clone(self);
         // It may wait for the network for long, and what happens by itself must go on.
-        let started = std::thread::Builder::new().name("outbox-whole".into()).spawn(move || {
-            if let Err(error) = outbox.send_whole(no) {
-                tracing::warn!(no, %error, "an operation's base could not be had");
-                let why = format!("its owner and this device no longer have its base: {error}");
-                if let Some(op) = outbox.state().ops.get_mut(&no) {
-                    op.obstacle = Some(why);
-                }
-            }
-        });
+        let builder = std::thread::Builder::new().name("outbox-whole".into());
+        let started = builder.spawn(move || outbox.send_whole_or_say(no));
         if let Err(error) = started {
             tracing::error!(%error, "a thread could not be started");
+        }
+    }
+
+    /// The same at once; without the base it stays, with the reason.
+    pub(super) fn send_whole_or_say(&self, no: u64) {
+        let Err(error) = self.send_whole(no) else { return };
+        tracing::warn!(no, %error, "an operation's base could not be had");
+        let why = format!("its owner and this device no longer have its base: {error}");
+        if let Some(op) = self.state().ops.get_mut(&no) {
+            op.obstacle = Some(why);
         }
     }
 
