@@ -363,7 +363,11 @@ async fn follow_once(
                 if (index.log_id(no), index.head(no)) != expected {
                     return Ok(Err(FollowError::Gone));
                 }
-                index.apply_replica(no, log_id, rows, upto).map(Ok)
+                let applied = match upto < head {
+                    true => index.apply_replica_part(no, log_id, rows, upto),
+                    false => index.apply_replica(no, log_id, rows, upto),
+                };
+                applied.map(Ok)
             })
             .await??;
             after = upto;

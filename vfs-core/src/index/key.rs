@@ -68,6 +68,11 @@ pub(super) fn state(no: LocationNo) -> Vec<u8> {
     join(&[b"state", &location(no)])
 }
 
+/// Meta: where a replica was last as its owner's whole log was.
+pub(super) fn whole(no: LocationNo) -> Vec<u8> {
+    join(&[b"whole", &location(no)])
+}
+
 /// Meta: how many numbers a device's locations were given.
 pub(super) fn given(owner: DeviceId) -> Vec<u8> {
     join(&[b"given", &owner.0])

@@ -102,6 +102,7 @@ impl Index {
         }
         self.write(|tx| {
             tx.batch.delete(Table::Meta, key::state(no));
+            tx.batch.delete(Table::Meta, key::whole(no));
             tx.batch.delete(Table::Locations, key::location(no));
             Ok(false)
         })
@@ -190,6 +191,10 @@ pub(super) fn load(
         let state = snapshot.get(Table::Meta, &key::state(location.no))?;
         let state = state.ok_or(IndexError::DamagedRow("a location without its state"))?;
         memory.put_states([(location.no, decode(&state, "a location's state")?)].into());
+        if let Some(whole) = snapshot.get(Table::Meta, &key::whole(location.no))? {
+            let (log_id, upto) = decode(&whole, "where a replica was whole")?;
+            memory.put_whole(location.no, log_id, upto);
+        }
     }
     Ok(removing)
 }

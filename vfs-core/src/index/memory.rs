@@ -4,7 +4,7 @@
 //! readers never wait for a writer that is at the disk.
 
 use super::row::State;
-use crate::model::{Location, LocationId, LocationNo};
+use crate::model::{Location, LocationId, LocationNo, Seq};
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -15,6 +15,8 @@ pub(super) struct Memory(RwLock<Inner>);
 struct Inner {
     locations: BTreeMap<LocationNo, Arc<Location>>,
     states: BTreeMap<LocationNo, State>,
+    /// Of replicas: the log, and up to where they were last whole.
+    wholes: BTreeMap<LocationNo, (u64, Seq)>,
 }
 
 impl Memory {
@@ -57,6 +59,14 @@ impl Memory {
 
     pub(super) fn put_states(&self, states: BTreeMap<LocationNo, State>) {
         self.write(|m| m.states.extend(states));
+    }
+
+    pub(super) fn whole(&self, no: LocationNo) -> Option<(u64, Seq)> {
+        self.read(|m| m.wholes.get(&no).copied())
+    }
+
+    pub(super) fn put_whole(&self, no: LocationNo, log_id: u64, upto: Seq) {
+        self.write(|m| m.wholes.insert(no, (log_id, upto)));
     }
 
     pub(super) fn remove(&self, no: LocationNo) {

@@ -7,7 +7,7 @@
 use super::key;
 use super::observe::root_name;
 use super::read;
-use super::row::State;
+use super::row::{State, encode};
 use super::store::Table;
 use super::sweep::{doom_replica, gone_directory};
 use super::tx::{Place, Tx};
@@ -38,8 +38,17 @@ impl Index {
         self.memory().state(no).map_or(Seq(0), |s| s.head)
     }
 
-    /// Applies rows of the owner's log and moves the cursor to `upto`, in one commit; then
-    /// drops, in commits of their own, the rows of directories that are gone for good.
+    /// Whether the replica shows everything that this log had up to a number, or something
+    /// newer. Its head alone does not say so: rows come in the order of their last change, so one
+    /// that was changed again since comes later, and until then what it was before is missing.
+    pub fn has_all(&self, no: LocationNo, log_id: u64, upto: Seq) -> bool {
+        self.log_id(no) == log_id
+            && self.memory().whole(no).is_some_and(|(log, whole)| log == log_id && whole >= upto)
+    }
+
+    /// Applies the last rows that the owner's log has now, and moves the cursor to its end,
+    /// `upto`, in one commit; then drops, in commits of their own, the rows of directories that
+    /// are gone for good.
     ///
     /// A replica that follows no log yet takes this one; one that follows another is to be
     /// reset first ([`IndexError::OtherLog`]).
@@ -50,6 +59,30 @@ impl Index {
         rows: Vec<LogRow>,
         upto: Seq,
     ) -> Result<(), IndexError> {
+        self.apply_rows(no, log_id, rows, upto, true)?;
+        self.memory().put_whole(no, log_id, upto);
+        Ok(())
+    }
+
+    /// The same of rows that more follow ([`Self::has_all`]).
+    pub fn apply_replica_part(
+        &self,
+        no: LocationNo,
+        log_id: u64,
+        rows: Vec<LogRow>,
+        upto: Seq,
+    ) -> Result<(), IndexError> {
+        self.apply_rows(no, log_id, rows, upto, false)
+    }
+
+    fn apply_rows(
+        &self,
+        no: LocationNo,
+        log_id: u64,
+        rows: Vec<LogRow>,
+        upto: Seq,
+        is_whole: bool,
+    ) -> Result<(), IndexError> {
         self.replica(no)?;
         rows.iter().try_for_each(check_row)?;
         self.write(|tx| {
@@ -57,6 +90,9 @@ impl Index {
             follow(state, log_id)?;
             check_order(state.head, &rows, upto)?;
             state.head = upto;
+            if is_whole {
+                tx.batch.put(Table::Meta, key::whole(no), encode(&(log_id, upto)));
+            }
             rows.into_iter().try_for_each(|row| apply(tx, no, row))
         })?;
         // What the owner said is gone for good; nobody else tends a replica.

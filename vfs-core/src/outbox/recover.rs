@@ -151,10 +151,8 @@ impl Outbox {
     fn forget_seen(&self, state: &mut State) {
         state.retiring.retain(|_, done| {
             let location = self.index.location_by_id(done.record.location);
-            location.is_some_and(|l| {
-                let is_its_log = self.index.log_id(l.no) == done.applied.log_id;
-                !(is_its_log && self.index.head(l.no) >= done.applied.seq)
-            })
+            location
+                .is_some_and(|l| !self.index.has_all(l.no, done.applied.log_id, done.applied.seq))
         });
         let State { versions, retiring, .. } = state;
         versions.retain(|_, (no, _)| retiring.contains_key(no));

@@ -212,7 +212,7 @@ impl Outbox {
 
     fn has_reached(&self, no: LocationNo, done: &Retiring, now: Instant) -> bool {
         match self.index.log_id(no) == done.applied.log_id {
-            true => self.index.head(no) >= done.applied.seq,
+            true => self.index.has_all(no, done.applied.log_id, done.applied.seq),
             false => now >= done.settled + OTHER_LOG_AFTER,
         }
     }

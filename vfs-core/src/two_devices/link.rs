@@ -164,6 +164,10 @@ pub(super) fn replicate(writer: &Writer, owner: &Owner, max_bytes: usize) -> Res
     if upto == after {
         return Ok(false);
     }
-    let applied = writer.index.apply_replica(writer.no, index.log_id(no), rows, upto);
+    let log_id = index.log_id(no);
+    let applied = match upto < index.head(no) {
+        true => writer.index.apply_replica_part(writer.no, log_id, rows, upto),
+        false => writer.index.apply_replica(writer.no, log_id, rows, upto),
+    };
     applied.map(|()| true).map_err(|e| e.to_string())
 }

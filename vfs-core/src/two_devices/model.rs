@@ -63,7 +63,8 @@ impl Model {
     fn entries(&self, dir: No) -> Answer<&BTreeMap<&'static str, No>> {
         match &self.nodes[&dir].body {
             Body::Dir(entries) => Ok(entries),
-            _ => one(Kind::NotADirectory),
+            // A kernel does not ask for a name in what is no directory.
+            _ => Err(vec![Kind::NotADirectory, Kind::NotFound]),
         }
     }
 
@@ -158,12 +159,10 @@ impl Model {
         if there == Some(moved) {
             return Ok(());
         }
-        match (how, there) {
-            (How::Exchange, Some(there)) => {
-                drop(self.entries_mut(from_dir).insert(from_name, there))
-            }
-            _ => drop(self.entries_mut(from_dir).remove(from_name)),
-        }
+        let back = there.filter(|_| how == How::Exchange);
+        let entries = self.entries_mut(from_dir);
+        entries.remove(from_name);
+        entries.extend(back.map(|there| (from_name, there)));
         self.entries_mut(to_dir).insert(to_name, moved);
         Ok(())
     }

@@ -430,3 +430,18 @@ fn a_full_directory_renamed_to_itself_stays() {
     ];
     holds(run, &history);
 }
+
+/// The row of a directory comes again behind those of what was put into it: a replica that has
+/// come half the way has neither.
+#[test]
+fn what_was_delivered_is_shown_from_here_until_all_rows_came() {
+    let history = [
+        Step::Mkdir(vec!["d"]),
+        Step::Make(vec!["d", "c"], b'1', 3),
+        Step::Deliver(Lane::Small, 100, Ending::Well),
+        Step::Rows(1),
+        Step::Tend,
+        Step::RestartWriter,
+    ];
+    holds(run, &history);
+}
