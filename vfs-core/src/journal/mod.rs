@@ -30,7 +30,7 @@ mod record;
 mod recover;
 
 #[cfg(test)]
-mod sim;
+pub(crate) mod sim;
 #[cfg(test)]
 mod tests;
 
@@ -181,6 +181,16 @@ impl Journal {
             _ => JournalError::Io { attempted: "open the journal's directory", source },
         })?;
         Self::open_on(Arc::new(directory), SEGMENT_BYTES, visit)
+    }
+
+    /// The same on a disk that forgets.
+    #[cfg(test)]
+    pub(crate) fn open_sim(
+        disk: &sim::SimDisk,
+        segment_bytes: u64,
+        visit: &mut dyn FnMut(Lsn, Vec<u8>),
+    ) -> Result<(Self, Recovered), JournalError> {
+        Self::open_on(Arc::new(disk.clone()), segment_bytes, visit)
     }
 
     fn open_on(

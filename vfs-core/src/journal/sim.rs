@@ -14,7 +14,7 @@ const SECTOR_BYTES: usize = 512;
 
 /// A disk; clones are the same one.
 #[derive(Clone, Debug, Default)]
-pub(super) struct SimDisk {
+pub(crate) struct SimDisk {
     shared: Arc<Shared>,
 }
 
@@ -22,6 +22,19 @@ pub(super) struct SimDisk {
 struct Shared {
     state: Mutex<State>,
     changed: Condvar,
+    watcher: Watcher,
+}
+
+/// Sees every moment at which the power may go: called before each change.
+#[derive(Default)]
+struct Watcher(Mutex<Option<Watch>>);
+
+type Watch = Box<dyn FnMut(usize) + Send>;
+
+impl std::fmt::Debug for Watcher {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Watcher")
+    }
 }
 
 #[derive(Clone, Debug, Default)]
@@ -51,7 +64,7 @@ enum Change {
 /// How much of the unsynced reached the disk when the power went. Sectors do so in any order,
 /// changes of names in theirs.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Kept {
+pub(crate) enum Kept {
     Nothing,
     All,
     /// The first so many sectors, and changes of names.
@@ -119,8 +132,20 @@ impl SimDisk {
         }
     }
 
+    /// From now on this is called before each change, with the number of those before.
+    pub(crate) fn watch(&self, watch: impl FnMut(usize) + Send + 'static) {
+        *self.shared.watcher.0.lock().unwrap() = Some(Box::new(watch));
+    }
+
+    fn about_to_change(&self) {
+        let changes = self.changes();
+        if let Some(watch) = &mut *self.shared.watcher.0.lock().unwrap() {
+            watch(changes);
+        }
+    }
+
     /// How many changes it has seen.
-    pub(super) fn changes(&self) -> usize {
+    pub(crate) fn changes(&self) -> usize {
         self.lock().changes.len()
     }
 
@@ -136,7 +161,7 @@ impl SimDisk {
     }
 
     /// The disk as a machine finds it whose power went after so many changes.
-    pub(super) fn after(&self, changes: usize, kept: Kept) -> Self {
+    pub(crate) fn after(&self, changes: usize, kept: Kept) -> Self {
         let old = self.lock();
         let (mut files, sectors, mut names, renames) = split(&old.changes[..changes]);
         for (n, (file, at, bytes)) in sectors.into_iter().enumerate() {
@@ -173,7 +198,7 @@ impl SimDisk {
         changes.push(Change::Remove(String::new()));
         changes.push(Change::SyncNames);
         let state = State { files, names, changes, boot, capacity, ..State::default() };
-        Self { shared: Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() }) }
+        Self { shared: Arc::new(Shared { state: Mutex::new(state), ..Shared::default() }) }
     }
 
     /// Names and sizes of its files.
@@ -261,6 +286,7 @@ impl LogDisk for SimDisk {
     }
 
     fn create(&self, name: &str, bytes: u64) -> io::Result<Arc<dyn LogFile>> {
+        self.about_to_change();
         let mut state = self.lock();
         let used: u64 = state.names.values().map(|&file| state.files[file].len() as u64).sum();
         if state.capacity.is_some_and(|capacity| used + bytes > capacity) {
@@ -279,6 +305,7 @@ impl LogDisk for SimDisk {
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        self.about_to_change();
         let mut state = self.lock();
         let file = state.names.remove(from).ok_or(io::ErrorKind::NotFound)?;
         assert_eq!(state.names.insert(to.to_owned(), file), None, "{to} was free");
@@ -287,6 +314,7 @@ impl LogDisk for SimDisk {
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
+        self.about_to_change();
         let mut state = self.lock();
         state.names.remove(name).ok_or(io::ErrorKind::NotFound)?;
         state.changes.push(Change::Remove(name.to_owned()));
@@ -294,6 +322,7 @@ impl LogDisk for SimDisk {
     }
 
     fn sync_dir(&self) -> io::Result<()> {
+        self.about_to_change();
         self.lock().changes.push(Change::SyncNames);
         Ok(())
     }
@@ -320,6 +349,7 @@ impl LogFile for SimFile {
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.disk.about_to_change();
         let mut state = self.disk.lock();
         let file = &mut state.files[self.file];
         file[offset as usize..][..bytes.len()].copy_from_slice(bytes);
@@ -328,6 +358,7 @@ impl LogFile for SimFile {
     }
 
     fn sync(&self) -> io::Result<()> {
+        self.disk.about_to_change();
         let mut state = self.disk.lock();
         // What it covers is what was written before it began.
         let covered = state.changes.len();

@@ -44,6 +44,8 @@ mod whole;
 mod written;
 
 #[cfg(test)]
+mod power;
+#[cfg(test)]
 mod tests;
 
 pub use names::{Made, MoveFlags};

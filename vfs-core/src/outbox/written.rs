@@ -500,16 +500,19 @@ impl Outbox {
         }
     }
 
-    /// A program closed the file: what it wrote is durable when this returns. An error that its
+    /// A program closed the file: what it wrote, and everything accepted before, is durable when
+    /// this returns. An error that its
     /// owner met with earlier bytes is told; they are kept all the same.
     pub(crate) fn flush(&self, written: &Written) -> FsResult<()> {
         let earlier = self.late_error(written);
-        let lsn = self.commit(written)?;
-        if self.journal.durable() >= lsn {
+        self.commit(written)?;
+        // Not only its own record: a rename of the file, too, is durable after an `fsync` of it.
+        let last = self.state().last;
+        if self.journal.durable() >= last {
             // It may have waited for this close alone.
             self.tick();
         }
-        self.sync_upto(lsn)?;
+        self.sync_upto(last)?;
         earlier
     }
 

@@ -453,6 +453,14 @@ impl Draft {
         (state.unsynced.iter().collect(), !state.named)
     }
 
+    /// Its file as a crash of the machine may find it; `None`: it has none.
+    #[cfg(test)]
+    pub(super) fn on_disk(&self) -> Option<super::OnDisk> {
+        let bytes = std::fs::read(self.store.path(self.id)).ok()?;
+        let (volatile, is_unnamed) = self.volatile();
+        Some(super::OnDisk { draft: self.id, bytes, volatile, is_unnamed })
+    }
+
     fn read_state(&self) -> RwLockReadGuard<'_, State> {
         self.state.read().unwrap_or_else(PoisonError::into_inner)
     }

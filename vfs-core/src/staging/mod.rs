@@ -90,6 +90,18 @@ pub enum Piece {
     Zero(u64),
 }
 
+/// The file of a draft, and what of it a power failure may take.
+#[cfg(test)]
+#[derive(Clone, Debug)]
+pub(crate) struct OnDisk {
+    pub draft: DraftId,
+    pub bytes: Vec<u8>,
+    /// What the disk may not have.
+    pub volatile: Vec<Range<u64>>,
+    /// Nor the name.
+    pub is_unnamed: bool,
+}
+
 impl Extent {
     /// Where it ends in the file.
     fn end(&self) -> u64 {

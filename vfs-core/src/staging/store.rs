@@ -162,6 +162,13 @@ impl Staging {
         self.store.used_bytes.load(Ordering::Relaxed)
     }
 
+    /// Every draft's file as a crash of the machine may find it.
+    #[cfg(test)]
+    pub(crate) fn on_disk(&self) -> Vec<super::OnDisk> {
+        let drafts: Vec<_> = lock(&self.drafts).values().filter_map(Weak::upgrade).collect();
+        drafts.iter().filter_map(|draft| draft.on_disk()).collect()
+    }
+
     /// Makes every commit until now durable in the drafts' own files: no fill given until now
     /// needs to be kept any more.
     pub fn sync(&self) -> FsResult<()> {
