@@ -312,6 +312,10 @@ impl Outbox {
 
     /// Writes; returns how many bytes, which is all.
     pub(crate) fn write(&self, to: &Written, at: Offset, bytes: &[u8]) -> FsResult<usize> {
+        if bytes.is_empty() {
+            // Not even the time changes.
+            return Ok(0);
+        }
         self.change(to, |draft| {
             let offset = match at {
                 Offset::At(offset) => offset,

@@ -205,9 +205,10 @@ impl Draft {
             return Err(FsError::new(Kind::FileTooLarge, "stage a change of size"));
         }
         let mut state = self.write_state();
+        // The same size, too, is a change: of the time.
+        state.dirty = true;
         if size != state.map.size {
             let dropped = state.map.set_size(size);
-            state.dirty = true;
             self.free_uncommitted(&mut state, dropped);
         }
         Ok(())

@@ -418,7 +418,7 @@ pub(super) fn run(history: &[Step]) -> Checked {
 
 #[test]
 fn the_drive_the_owners_folder_and_a_model_are_one() {
-    explore("pure", 150, steps::pure, run);
+    explore("pure", 200, steps::pure, run);
 }
 
 #[test]
@@ -442,6 +442,18 @@ fn what_was_delivered_is_shown_from_here_until_all_rows_came() {
         Step::Rows(1),
         Step::Tend,
         Step::RestartWriter,
+    ];
+    holds(run, &history);
+}
+
+#[test]
+fn a_write_of_nothing_changes_no_time_and_the_same_size_does() {
+    let history = [
+        Step::Make(vec!["a"], b'1', 10),
+        Step::Open(2, vec!["a"]),
+        Step::Put(2, 0, b'2', 0),
+        Step::Quiet,
+        Step::Resize(vec!["a"], 10),
     ];
     holds(run, &history);
 }
