@@ -122,7 +122,7 @@ impl Draft {
             self.store.account(state.used_bytes, used);
             state.used_bytes = used;
         }
-        state.map = Map::of(snapshot);
+        state.map = Map::after(&state.map, snapshot);
         state.committed_end = state.end;
         state.held.push(snapshot.clone());
         state.dirty = false;

@@ -49,6 +49,19 @@ impl Map {
         Self { size: snapshot.size, kept: snapshot.kept_bytes, extents }
     }
 
+    /// The state that a snapshot is of, which was made of this one. What the snapshot leaves to
+    /// its base was written before, where it was: that need not be fetched.
+    pub(super) fn after(before: &Self, snapshot: &Snapshot) -> Self {
+        let mut map = Self { size: snapshot.size, kept: snapshot.kept_bytes, ..before.clone() };
+        map.drop_range(snapshot.kept_bytes..u64::MAX);
+        map.extents.values_mut().for_each(|stored| stored.clean = true);
+        for (at, stored) in Self::of(snapshot).extents {
+            map.drop_range(at..at + stored.len);
+            map.extents.insert(at, stored);
+        }
+        map
+    }
+
     /// The extents that meet a range, whole.
     pub(super) fn meeting(&self, range: Range<u64>) -> impl Iterator<Item = (u64, Stored)> + '_ {
         let before = self.extents.range(..range.start).next_back();

@@ -457,3 +457,18 @@ fn a_write_of_nothing_changes_no_time_and_the_same_size_does() {
     ];
     holds(run, &history);
 }
+
+/// The second version was delivered, too, but the answer was lost: nobody but this device has
+/// what it was written over.
+#[test]
+fn what_was_written_here_twice_is_read_here_after_a_restart() {
+    let history = [
+        Step::Make(vec!["a"], b'1', 16),
+        Step::Deliver(Lane::Small, 1, Ending::Well),
+        Step::Write(vec!["a"], Where::Offset(0), b'2', 5),
+        Step::Deliver(Lane::Small, 1, Ending::Half(0)),
+        Step::RestartWriter,
+        Step::Rows(1 << 20),
+    ];
+    holds(run, &history);
+}
