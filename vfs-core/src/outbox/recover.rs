@@ -118,6 +118,8 @@ impl Outbox {
         report.orphan_bytes = self.staging.remove_all_but(&needed)?;
         let mut all: Vec<_> = state.ops.values().map(|op| op.record.location).collect();
         all.extend(state.retiring.values().map(|done| done.record.location));
+        // What was shown while records were read may have been forgotten since.
+        all.extend(state.locations.keys());
         all.sort();
         all.dedup();
         for location in all {

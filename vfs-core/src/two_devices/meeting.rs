@@ -8,14 +8,18 @@ use super::pure::{World, in_drive, told};
 use super::steps::{At, SLOTS, Step, Theirs, Where};
 use super::tree::{self, Tree, What};
 use super::writer::WRITE;
-use super::{Checked, explore, steps};
+use super::{Checked, explore, holds, steps};
 use crate::drive::{HandleId, InodeNo};
 use std::collections::BTreeSet;
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 type Bytes = Vec<u8>;
+
+/// Conflicts in all histories: without any they would show nothing.
+static MET: AtomicUsize = AtomicUsize::new(0);
 
 /// All versions.
 #[derive(Default)]
@@ -288,6 +292,7 @@ impl Run {
         if !lost.is_empty() {
             return Err(format!("lost: {}; there is {there:?}", lost.join("; ")));
         }
+        MET.fetch_add(self.world.writer.outbox().conflicts().len(), Ordering::Relaxed);
         told("the drive and the owner's folder", &self.world.writer.tree()?, &there)
     }
 }
@@ -302,5 +307,21 @@ fn run(history: &[Step]) -> Checked {
 
 #[test]
 fn no_bytes_are_lost_whatever_meets() {
-    explore("meeting", 100, steps::meeting, run);
+    explore("meeting", 40, steps::meeting, run);
+    let met = MET.load(Ordering::Relaxed);
+    assert!(met > 0 || std::env::var_os("SD_TEST_SEED").is_some(), "nothing ever met");
+    println!("{met} conflicts");
+}
+
+#[test]
+fn a_conflict_that_was_seen_is_not_shown_again_after_a_restart() {
+    let history = [
+        Step::Make(vec!["b"], b'A', 9),
+        Step::Quiet,
+        Step::Write(vec!["b"], Where::Anew, b'8', 7),
+        Step::Theirs(Theirs::Save(vec!["b"], b'9', 70_000)),
+        Step::Quiet,
+        Step::RestartWriter,
+    ];
+    holds(run, &history);
 }

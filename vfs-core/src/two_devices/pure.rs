@@ -48,6 +48,7 @@ impl World {
         match step {
             Step::Deliver(lane, max_ops, ending) if wire.is_online() => {
                 deliver(writer, owner, *lane, *max_ops, *ending)?;
+                owner.hash();
             }
             Step::Rows(max_bytes) if wire.is_online() => {
                 replicate(writer, owner, *max_bytes)?;
@@ -418,7 +419,7 @@ pub(super) fn run(history: &[Step]) -> Checked {
 
 #[test]
 fn the_drive_the_owners_folder_and_a_model_are_one() {
-    explore("pure", 200, steps::pure, run);
+    explore("pure", 100, steps::pure, run);
 }
 
 #[test]

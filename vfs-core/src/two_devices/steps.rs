@@ -185,6 +185,15 @@ impl Draw {
         }
     }
 
+    /// Both write to one file that both have seen.
+    fn clash(&mut self) -> Vec<Step> {
+        let at = vec![self.any(&FILES)];
+        let mine = Step::Write(at.clone(), self.whence(), self.tag(), self.len());
+        let theirs = Step::Theirs(Theirs::Save(at.clone(), self.tag(), self.len()));
+        let made = Step::Make(at, self.tag(), self.len());
+        vec![made, Step::Quiet, mine, theirs]
+    }
+
     fn theirs(&mut self) -> Theirs {
         match self.0.random_range(0..12) {
             0..3 => Theirs::Save(self.file(), self.tag(), self.len()),
@@ -217,10 +226,14 @@ pub(super) fn pure(seed: u64, steps: usize) -> Vec<Step> {
 /// The owner's programs change things too.
 pub(super) fn meeting(seed: u64, steps: usize) -> Vec<Step> {
     let mut draw = begin(seed);
-    let mut step = |_| match draw.0.random_range(0..10) {
-        0..4 => draw.write(),
-        4..6 => Step::Theirs(draw.theirs()),
-        _ => draw.between(),
-    };
-    (0..steps).map(&mut step).collect()
+    let mut history = Vec::new();
+    while history.len() < steps {
+        match draw.0.random_range(0..10) {
+            0..3 => history.push(draw.write()),
+            3 => history.extend(draw.clash()),
+            4..6 => history.push(Step::Theirs(draw.theirs())),
+            _ => history.push(draw.between()),
+        }
+    }
+    history
 }
