@@ -48,7 +48,6 @@ impl World {
         match step {
             Step::Deliver(lane, max_ops, ending) if wire.is_online() => {
                 deliver(writer, owner, *lane, *max_ops, *ending)?;
-                owner.hash();
             }
             Step::Rows(max_bytes) if wire.is_online() => {
                 replicate(writer, owner, *max_bytes)?;
@@ -140,7 +139,7 @@ impl Run {
         match step {
             Step::Quiet => return self.quiet(),
             Step::RestartWriter => self.restart_writer()?,
-            _ if self.world.between(step)? => {}
+            _ if self.world.between(step)? => self.world.owner.hash(),
             _ => self.write(step)?,
         }
         self.look(false)
