@@ -141,7 +141,8 @@ fn operations() -> Vec<Op> {
         },
         Change::Xattr { file, name: b"user.x"[..].into(), value: Some(b"y"[..].into()) },
     ];
-    let op = |(n, change)| Op { no: n as u64 + 1, location: LocationId([1; 16]), change };
+    let op =
+        |(n, change)| Op { no: n as u64 + 1, location: LocationId([1; 16]), log_id: 1, change };
     changes.into_iter().enumerate().map(op).collect()
 }
 
@@ -304,7 +305,7 @@ fn with_extents(count: usize, bytes: &[u8]) -> Vec<u8> {
         let content = NewContent { extents, inline: None, ..content() };
         let base = Base::After(1);
         let change = Change::Write { file: FileId(5), base, content, path: vec![] };
-        let op = Op { no: 1, location: LocationId([1; 16]), change };
+        let op = Op { no: 1, location: LocationId([1; 16]), log_id: 1, change };
         postcard::to_stdvec(&Operations::Whole { settled_below: 0, ops: vec![op] }).unwrap()
     };
     let (none, one) = (write(vec![]), write(vec![1..2]));

@@ -68,7 +68,7 @@ fn planted(location: LocationId) -> Operations {
         perm: 0o755,
         mtime: Time::default(),
     };
-    Operations::Whole { settled_below: 1, ops: vec![Op { no: 1, location, change }] }
+    Operations::Whole { settled_below: 1, ops: vec![Op { no: 1, location, log_id: 1, change }] }
 }
 
 fn every_request(owner: &Device, source: &std::path::Path, me: &SecretKey) -> Vec<Vec<u8>> {

@@ -79,7 +79,7 @@ fn measure(
         .map(|n| {
             let no = *next + n;
             let id = OpId { writer: writer.id, epoch: 1, no };
-            (id, Op { no, location: LOCATION, change: change(n) }, None)
+            (id, Op { no, location: LOCATION, log_id: 0, change: change(n) }, None)
         })
         .collect();
     *next += FILES;

@@ -195,6 +195,8 @@ pub struct Op {
     pub no: u64,
     /// In which location.
     pub location: LocationId,
+    /// The location's log as its writer knew it: file ids mean nothing in another.
+    pub log_id: u64,
     /// What is asked for.
     pub change: Change,
 }

@@ -58,7 +58,7 @@ impl Out {
     pub fn put(&self, change: Change, lane: Lane, bytes: Bytes) -> u64 {
         let mut letters = lock(&self.letters);
         let no = letters.len() as u64 + 1;
-        let op = Op { no, location: self.location, change };
+        let op = Op { no, location: self.location, log_id: 1, change };
         let (is_sent, times_sent, outcomes, bytes_read) = (false, 0, vec![], 0);
         let owner = self.owner;
         let letter = Letter { op, owner, lane, bytes, is_sent, times_sent, outcomes, bytes_read };

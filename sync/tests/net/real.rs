@@ -340,7 +340,12 @@ async fn owner_and_stream(
 fn create(no: u64, location: &Location, name: &str) -> Op {
     let bytes = Bytes::from_static(b"bytes");
     let content = crate::books::content(&bytes, Some(bytes.clone()));
-    Op { no, location: location.id, change: crate::books::create(FileId::ROOT, name, content) }
+    Op {
+        no,
+        location: location.id,
+        log_id: 1,
+        change: crate::books::create(FileId::ROOT, name, content),
+    }
 }
 
 async fn deliver((send, recv): &mut (SendStream, RecvStream), ops: Vec<Op>) -> Vec<Outcome> {
@@ -403,6 +408,7 @@ async fn refused(owner: &Device, location: &Location, connection: &iroh::endpoin
     let mkdir = Op {
         no: 2,
         location: location.id,
+        log_id: 1,
         change: Change::Create {
             at: crate::books::place(FileId::ROOT, "dir"),
             file: crate::books::drawn(),

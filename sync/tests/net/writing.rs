@@ -206,7 +206,7 @@ pub async fn begin(connection: &Connection, session: u64) -> (SendStream, RecvSt
 fn op(no: u64, name: &str) -> Op {
     let bytes = Bytes::from_static(b"bytes");
     let change = create(FileId::ROOT, name, content(&bytes, Some(bytes.clone())));
-    Op { no, location: LocationId([1; 16]), change }
+    Op { no, location: LocationId([1; 16]), log_id: 1, change }
 }
 
 async fn owner_of(into: &Arc<In>) -> Device {

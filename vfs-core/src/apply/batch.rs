@@ -105,6 +105,15 @@ pub(super) struct Done {
     pub hidden: Vec<Name>,
 }
 
+/// Why an operation was not carried out whose file ids are of a log that was lost.
+const LISTED_ANEW: &str =
+    "its device had to list its files anew and cannot tell which one is meant";
+
+/// Whether nothing but the id says which file is meant: no name that it has, no version.
+fn says_file_by_id_alone(change: &Change) -> bool {
+    matches!(change, Change::SetAttr { .. } | Change::Xattr { .. } | Change::Link { .. })
+}
+
 impl Done {
     /// Nothing was changed.
     pub fn nothing(file: Option<FileId>) -> Self {
@@ -427,6 +436,11 @@ impl<'a> Batch<'a> {
 
     fn carry_out(&mut self, site: &Site<'a>, item: &Item) -> Result<Done, Fail> {
         let file = |named: FileId| site.means(named);
+        if says_file_by_id_alone(&item.op.change)
+            && item.op.log_id != self.applier.index.log_id(site.no())
+        {
+            return Ok(Done::stands(item.op.change.file(), LISTED_ANEW));
+        }
         match &item.op.change {
             Change::Create { at, file, what, perm, mtime } => {
                 let new = Making { file: Some(*file), what, perm: *perm, mtime: *mtime };

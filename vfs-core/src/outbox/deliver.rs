@@ -306,7 +306,7 @@ impl Picked {
         let record = &op.record;
         let (location, change) = (record.location, record.change.clone());
         Self {
-            op: Op { no: record.no, location, change },
+            op: Op { no: record.no, location, log_id: record.log_id, change },
             bytes: op.bytes.clone(),
             snapshot: record.snapshot.clone(),
             digest: op.digest,

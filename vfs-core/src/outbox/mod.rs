@@ -204,6 +204,7 @@ impl Outbox {
             no: state.next_no,
             owner: location.owner,
             location: location.id,
+            log_id: self.index.log_id(location.no),
             change,
             is_directory,
             generation: match &shown {

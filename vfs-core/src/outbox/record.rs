@@ -38,6 +38,8 @@ pub(super) struct OpRecord {
     pub no: u64,
     pub owner: DeviceId,
     pub location: LocationId,
+    /// Whose file ids these are.
+    pub log_id: u64,
     /// Without what `snapshot` says: extents, digest, bytes.
     pub change: Change,
     /// Of what is moved or removed.

@@ -211,10 +211,19 @@ fn with_a_lost_index_nothing_is_lost_and_no_other_file_is_meant() {
         assert_eq!(world.read("a"), "writer's", "{step}");
         assert_eq!((world.read("b"), world.read("c")), ("other".into(), "third".into()));
     }
-    let world = World::with(&[("a", "base"), ("dir/", "")]);
+    let mut world = World::with(&[("a", "base"), ("dir/", "")]);
     let (unlink, rename) = (world.unlink("a"), world.rename("a", "b"));
     let rmdir = Change::Rmdir { file: world.id("dir"), at: world.split("dir") };
+    let (file, base) = (world.id("a"), Some(world.seen("a")));
+    let (uid, gid, atime, mtime) = (None, None, None, None);
+    let set = Change::SetAttr { file, base, perm: Some(0o600), uid, gid, atime, mtime };
+    let link = Change::Link { file, at: world.split("link") };
+    let by_id = [set, link].map(|change| world.op(change));
     let mut world = world.restart(true);
+    for (id, op) in &by_id {
+        let Outcome::Applied(applied) = world.deliver(*id, op) else { panic!("{op:?}") };
+        assert_stands(&applied);
+    }
     assert_stands(&world.applied(rename));
     assert_stands(&world.applied(rmdir));
     assert_eq!(world.tree(), ["a", "dir/"]);

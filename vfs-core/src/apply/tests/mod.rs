@@ -249,7 +249,8 @@ impl World {
         let no = self.next_op;
         self.next_op += 1;
         let id = OpId { writer: LAPTOP, epoch: EPOCH, no };
-        (id, Op { no, location: LOCATION, change })
+        let log_id = self.index.log_id(self.no);
+        (id, Op { no, location: LOCATION, log_id, change })
     }
 
     fn deliver(&self, id: OpId, op: &Op) -> Outcome {
