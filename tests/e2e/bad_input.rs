@@ -202,6 +202,9 @@ fn a_full_and_a_read_only_data_disk() {
     if !added.status.success() {
         device.sd(&["location", "add", text(&folder), "--name", "files"]).ok();
     }
+    // What could not be noted is, as soon as there is room, with nothing started anew.
+    device.wait_indexed("files");
+    assert_eq!(device.location_row("small", "files").expect("a row")["files"], 20_000);
     device.stop();
 
     proc::run_args("mount", &["-o", "remount,ro", text(&data)], Duration::from_secs(9)).ok();

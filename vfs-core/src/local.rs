@@ -421,3 +421,16 @@ pub fn time_of(t: &StatxTimestamp) -> Time {
 
 #[cfg(test)]
 mod tests;
+
+/// What must stay free on the disk of a store that refuses everything after an error of its disk
+/// until it is opened anew, as redb does: a full disk is not to be met inside of it.
+const STORES_RESERVE_BYTES: u64 = 4 << 20;
+
+/// Whether a store may be written to: a full disk is told before it costs anything.
+pub fn check_room(path: &Path) -> std::io::Result<()> {
+    let disk = rustix::fs::statvfs(path)?;
+    match disk.f_bavail.saturating_mul(disk.f_frsize) < STORES_RESERVE_BYTES {
+        true => Err(Errno::NOSPC.into()),
+        false => Ok(()),
+    }
+}

@@ -5,6 +5,7 @@
 
 use super::ApplyError;
 use crate::error::{FsError, FsResult, Kind};
+use crate::local::check_room;
 use crate::model::{DeviceId, FileId, LocationId, Name, Stamp, Time};
 use crate::ops::{Applied, OpId};
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
@@ -108,6 +109,7 @@ impl Entry {
 /// The open file.
 pub(super) struct Ledger {
     db: Database,
+    path: PathBuf,
 }
 
 impl Ledger {
@@ -132,7 +134,7 @@ impl Ledger {
         let db = redb::Builder::new().set_cache_size(CACHE_BYTES).create(path);
         let db = db.map_err(|e| Unopened::from_redb(e.into()))?;
         let format = prepare(&db).map_err(Unopened::from_redb)?;
-        if format > FORMAT { Err(Unopened::Newer) } else { Ok(Self { db }) }
+        if format > FORMAT { Err(Unopened::Newer) } else { Ok(Self { db, path: path.to_owned() }) }
     }
 
     /// What was answered to an operation.
@@ -171,6 +173,7 @@ impl Ledger {
             return Ok(());
         }
         let write = || -> Result<(), redb::Error> {
+            check_room(&self.path)?;
             let mut transaction = self.db.begin_write()?;
             transaction.set_quick_repair(true);
             {
@@ -206,6 +209,7 @@ impl Ledger {
             after..first(u64::MAX, u64::MAX),
         ];
         let write = || -> Result<(), redb::Error> {
+            check_room(&self.path)?;
             let mut transaction = self.db.begin_write()?;
             // With the next durable one: nothing relies on it.
             transaction.set_durability(redb::Durability::None)?;

@@ -5,6 +5,7 @@
 //! open after a crash does not walk the file.
 
 use super::store::{Batch, Durability, Snapshot, Store, StoreError, Table, Visit, mark_damaged};
+use crate::local::check_room;
 use redb::{Database, ReadTransaction, ReadableDatabase, TableDefinition};
 use std::path::{Path, PathBuf};
 
@@ -59,6 +60,7 @@ impl RedbStore {
     }
 
     fn write(&self, batch: &Batch, durability: Durability) -> Result<(), redb::Error> {
+        check_room(&self.path)?;
         let mut transaction = self.db.begin_write()?;
         match durability {
             Durability::Relaxed => transaction.set_durability(redb::Durability::None)?,
