@@ -18,7 +18,7 @@ use crate::model::{Attr, ContentId, DeviceId, Entry, FileId, LocationId, Seq, Ti
 use crate::outbox::OutboxConfig;
 use crate::source::{BoxFuture, ContentSource, FetchError, Fetched, Version};
 use std::collections::HashMap;
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
