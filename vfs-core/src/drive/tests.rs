@@ -34,6 +34,8 @@ const MTIME: Time = Time { secs: 1_700_000_000, nanos: 123_456_789 };
 struct Peer {
     online: AtomicBool,
     files: Mutex<HashMap<FileId, Vec<u8>>>,
+    /// The stamps that it has these under now; any other one is stale.
+    stamps: Mutex<HashMap<FileId, crate::model::Stamp>>,
 }
 
 impl ContentSource for Peer {
@@ -53,6 +55,10 @@ impl ContentSource for Peer {
             }
             let files = self.files.lock().unwrap();
             let bytes = files.get(&version.file).ok_or(FetchError::Stale)?;
+            let stamps = self.stamps.lock().unwrap();
+            if stamps.get(&version.file).is_some_and(|now| *now != version.stamp) {
+                return Err(FetchError::Stale);
+            }
             let proof = match version.content {
                 Some(_) => Manifest::of_bytes(bytes).1.proof(range.clone()).unwrap_or_default(),
                 None => Vec::new(),

@@ -23,6 +23,7 @@ use bytes::{Bytes, BytesMut};
 use dashmap::mapref::entry::Entry as Slot;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// A file that is open, or being written.
 #[derive(Default)]
@@ -155,9 +156,7 @@ impl Written {
         if let Some(reader) = &under.reader {
             return Ok(Arc::clone(reader));
         }
-        let content = outbox.content.get();
-        let content = content.ok_or_else(|| FsError::new(Kind::Io, "read before it is ready"))?;
-        let reader = Arc::new(content.open(self.location, &under.entry)?);
+        let reader = Arc::new(outbox.open_version(self.location, &under.entry)?);
         Ok(Arc::clone(under.reader.insert(reader)))
     }
 
@@ -202,7 +201,17 @@ impl Written {
     }
 
     pub(super) async fn read_base(&self, outbox: &Outbox, range: Range<u64>) -> FsResult<Bytes> {
-        let bytes = self.reader(outbox)?.read(range.start, length(&range)).await?;
+        let read = self.reader(outbox)?.read(range.start, length(&range)).await;
+        let bytes = match read {
+            Err(error) if error.kind() == Kind::Stale => {
+                let under = self.under();
+                let times = [under.attr.mtime, self.shown.live.mtime()];
+                let row = outbox.restamped(self.location, &under, times).await.ok_or(error)?;
+                self.rest_on((*row).clone());
+                self.reader(outbox)?.read(range.start, length(&range)).await?
+            }
+            read => read?,
+        };
         Ok(padded(bytes, &range))
     }
 }
@@ -243,7 +252,42 @@ pub enum Offset {
     End,
 }
 
+/// How far rows may be behind what their owner answers.
+const ROWS_BEHIND: Duration = Duration::from_secs(2);
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
+
 impl Outbox {
+    /// Reads a version's bytes, wherever they are.
+    pub(crate) fn open_version(&self, location: LocationNo, version: &Entry) -> FsResult<Reader> {
+        let content = self.content.get();
+        let content = content.ok_or_else(|| FsError::new(Kind::Io, "read before it is ready"))?;
+        content.open(location, version)
+    }
+
+    /// The row of the same bytes under another stamp, as after a chmod, another link, or when one
+    /// of these times was set. Their owner no longer gives them under the old stamp, and its rows
+    /// come a moment later than it says so. `None`: other bytes, or no such row.
+    pub(crate) async fn restamped(
+        &self,
+        location: LocationNo,
+        old: &Entry,
+        times: [Time; 2],
+    ) -> Option<Arc<Entry>> {
+        let deadline = Instant::now() + ROWS_BEHIND;
+        loop {
+            let row = self.index.view().ok()?.node(location, old.file_id).ok()??.entry;
+            if row.stamp() != old.stamp() {
+                let is_same = (row.disk_ino, row.attr.size) == (old.disk_ino, old.attr.size)
+                    && times.contains(&row.attr.mtime);
+                return is_same.then(|| Arc::new(row));
+            }
+            if Instant::now() > deadline {
+                return None;
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+    }
+
     /// A handle of a file was opened.
     pub(crate) fn opened(&self, location: LocationNo, file: FileId, may_write: bool) {
         let mut open = self.files.entry((location, file)).or_default();

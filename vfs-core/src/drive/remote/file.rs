@@ -14,7 +14,7 @@ use crate::model::{Entry, FileType};
 use crate::outbox::{Offset, Outbox, Written};
 use bytes::Bytes;
 use dashmap::mapref::entry::Entry as Slot;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// An open file of another device, at the version that it was opened with.
 pub(in crate::drive) struct RemoteFile {
@@ -25,7 +25,7 @@ pub(in crate::drive) struct RemoteFile {
     /// The owner's version, which is read where nothing was written.
     row: Arc<Entry>,
     /// `None` for a file that its owner does not have yet.
-    reader: Option<Reader>,
+    reader: Mutex<Option<Arc<Reader>>>,
     written: OnceLock<Arc<Written>>,
     /// A kernel may read the cache's file by itself.
     is_backed: bool,
@@ -119,6 +119,7 @@ impl Remote {
         self.outbox.opened(ino.location, ino.file, flags.may_change());
         let written = written.map_or_else(OnceLock::new, OnceLock::from);
         let io = backing.map_or(Io::Calls { keep_cache: true }, Io::Backing);
+        let reader = Mutex::new(reader.map(Arc::new));
         Ok((RemoteFile { ino, flags, entry, row, reader, written, is_backed }, io))
     }
 
@@ -205,7 +206,7 @@ impl RemoteFile {
     }
 
     pub fn try_read(&self, outbox: &Outbox, offset: u64, len: usize) -> Option<FsResult<Bytes>> {
-        match (self.written(outbox), &self.reader) {
+        match (self.written(outbox), self.reader()) {
             (Some(written), _) => written.try_read(outbox, offset, len),
             (None, Some(reader)) => reader.try_read(offset, len),
             (None, None) => Some(Ok(Bytes::new())),
@@ -213,11 +214,30 @@ impl RemoteFile {
     }
 
     pub async fn read(&self, outbox: &Outbox, offset: u64, len: usize) -> FsResult<Bytes> {
-        match (self.written(outbox), &self.reader) {
-            (Some(written), _) => written.read(outbox, offset, len).await,
-            (None, Some(reader)) => reader.read(offset, len).await,
-            (None, None) => Ok(Bytes::new()),
+        if let Some(written) = self.written(outbox) {
+            return written.read(outbox, offset, len).await;
         }
+        let Some(reader) = self.reader() else { return Ok(Bytes::new()) };
+        match reader.read(offset, len).await {
+            Err(error) if error.kind() == Kind::Stale => match self.renew(outbox).await {
+                Some(reader) => reader.read(offset, len).await,
+                None => Err(error),
+            },
+            read => read,
+        }
+    }
+
+    fn reader(&self) -> Option<Arc<Reader>> {
+        self.reader.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Goes on with the same bytes under the stamp that they have at their owner now.
+    async fn renew(&self, outbox: &Outbox) -> Option<Arc<Reader>> {
+        let times = [self.row.attr.mtime, self.entry.attr.mtime];
+        let row = outbox.restamped(self.ino.location, &self.row, times).await?;
+        let reader = Arc::new(outbox.open_version(self.ino.location, &row).ok()?);
+        *self.reader.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&reader));
+        Some(reader)
     }
 
     pub fn write(&self, outbox: &Outbox, offset: u64, bytes: &[u8]) -> FsResult<usize> {

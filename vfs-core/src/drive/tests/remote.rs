@@ -297,3 +297,34 @@ fn changes_name_what_a_kernel_holds() {
     assert_eq!(of(20), [Invalidation::Attributes(file)]);
     assert_eq!(of(999), []);
 }
+
+#[test]
+fn a_file_whose_attributes_changed_is_read_under_the_stamp_that_its_owner_tells_next() {
+    let bench = Bench::new();
+    let entry = Entry { content: None, ..bench.peer_file(2, b"bytes") };
+    bench.replicate(vec![(1, "file", entry.clone())]);
+    let handle = bench.drive.open(bench.ino(&["there", "theirs", "file"]), OpenFlags::READ);
+    let handle = handle.unwrap().handle;
+    let mut later = Entry { generation: 2, ..entry };
+    later.attr.ctime.secs += 1;
+    bench.peer.stamps.lock().unwrap().insert(FileId(2), later.stamp());
+    std::thread::scope(|scope| {
+        let read = scope.spawn(|| bench.read(handle, 0, 5));
+        // Its owner has it under another stamp before this device knows.
+        bench.replicate(vec![(1, "file", later.clone())]);
+        assert_eq!(read.join().unwrap().unwrap(), b"bytes");
+    });
+}
+
+#[test]
+fn a_handle_of_bytes_that_its_owner_has_no_more_gets_no_others() {
+    let bench = Bench::new();
+    let entry = Entry { content: None, ..bench.peer_file(2, b"bytes") };
+    bench.replicate(vec![(1, "file", entry.clone())]);
+    let handle = bench.drive.open(bench.ino(&["there", "theirs", "file"]), OpenFlags::READ);
+    let mut later = Entry { generation: 2, ..entry };
+    later.attr.mtime.secs += 1;
+    bench.peer.stamps.lock().unwrap().insert(FileId(2), later.stamp());
+    bench.replicate(vec![(1, "file", later)]);
+    assert_eq!(kind(bench.read(handle.unwrap().handle, 0, 5)), Kind::Stale);
+}
