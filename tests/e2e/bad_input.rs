@@ -174,7 +174,7 @@ fn a_full_and_a_read_only_data_disk() {
     (0..20_000).for_each(|n| fs::write(folder.join(format!("file-{n}")), format!("{n}")).unwrap());
     let mut device = lab.stopped_device("small");
     let data = lab.folder("small/data");
-    let size = "size=32m,mode=700";
+    let size = "size=96m,mode=700";
     proc::run_args(
         "mount",
         &["-t", "tmpfs", "-o", size, "none", text(&data)],

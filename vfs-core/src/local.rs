@@ -424,7 +424,8 @@ mod tests;
 
 /// What must stay free on the disk of a store that refuses everything after an error of its disk
 /// until it is opened anew, as redb does: a full disk is not to be met inside of it.
-const STORES_RESERVE_BYTES: u64 = 4 << 20;
+/// Its buffer of relaxed commits, up to 16 MiB, goes to the disk with a later one.
+const STORES_RESERVE_BYTES: u64 = 32 << 20;
 
 /// Whether a store may be written to: a full disk is told before it costs anything.
 pub fn check_room(path: &Path) -> std::io::Result<()> {

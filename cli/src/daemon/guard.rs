@@ -87,9 +87,11 @@ pub fn run() -> Outcome<()> {
     let left = runtime.block_on(daemons_end()).map_err(|e| Failure::io("cannot guard", e))?;
     // A thread of it still reads.
     runtime.shutdown_background();
-    for minor in left {
+    // What was unmounted by others may be somebody else's number by now.
+    let ours = mount_fuse::mounts().into_iter().filter(|m| left.contains(&m.device.minor));
+    for mount in ours {
         // There is nobody to tell.
-        let _ = mount_fuse::abort(DeviceNo { major: 0, minor });
+        let _ = mount_fuse::abort(mount.device);
     }
     Ok(())
 }
@@ -98,6 +100,9 @@ pub fn run() -> Outcome<()> {
 async fn daemons_end() -> io::Result<Vec<u32>> {
     rustix::process::set_parent_process_death_signal(Some(Signal::USR1))?;
     let mut ended = signal(SignalKind::user_defined1())?;
+    // What ends a whole group of processes in order ends the daemon first, and that this.
+    let _ignored =
+        [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()].map(signal);
     let mut lines = BufReader::new(tokio::io::stdin()).lines();
     let mut mounts = Vec::new();
     let mut has_ended = false;

@@ -2,15 +2,17 @@
 
 use super::queue::{OpBytes, Progress, Queued, Renamed, Retiring, makes_version, written_bytes};
 use super::record::{Record, content_mut, word};
-use super::{ConflictRecord, Lane, Outbox, State};
+use super::{ConflictRecord, Lane, Outbox, State, Written};
 use crate::error::{FsError, FsResult, Kind};
 use crate::failpoint::fail_point;
+use crate::journal::Lsn;
 use crate::model::{Attr, ContentId, DeviceId, Entry, FileId, FileType, LocationNo, Stamp, Time};
 use crate::ops::{Applied, Base, Change, Conflict, NewContent, Obstacle, Op, Outcome, Refusal};
-use crate::staging::Snapshot;
+use crate::staging::{Draft, Snapshot};
 use bytes::{Bytes, BytesMut};
 use std::borrow::Cow;
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How long an operation waits after its owner could not carry it out: doubled each time.
@@ -25,6 +27,9 @@ struct Picked {
     digest: Option<([u8; 32], Option<ContentId>)>,
     lane: Lane,
 }
+
+/// Of an answer that could not be noted.
+pub(super) const NEVER: Lsn = Lsn(u64::MAX);
 
 impl Outbox {
     /// Every operation for this owner with a smaller number is settled and noted as such.
@@ -185,8 +190,7 @@ impl Outbox {
             Err(error) => {
                 tracing::warn!(no, %error, "an answer could not be noted");
                 let owner = state.ops.get(&no).map(|op| op.record.owner);
-                let never = crate::journal::Lsn(u64::MAX);
-                state.noted.extend(owner.map(|owner| (no, (owner, never))));
+                state.noted.extend(owner.map(|owner| (no, (owner, NEVER))));
             }
         }
         self.settled(state, no, outcome, at);
@@ -219,15 +223,19 @@ impl Outbox {
         let version = applied.version.map(|stamp| Base::Seen { stamp, content });
         let version = version.or(before).filter(|_| makes_version(&op.record.change));
         let no_of = state.locations.get(&location).copied();
+        let op_draft = op.bytes.as_ref().map(|bytes| Arc::clone(&bytes.draft));
         let elsewhere = applied.file.filter(|new| *new != file);
         if let Some(version) = &version {
-            state.rebase(no, version);
+            state.rebase(no, (location, file), version);
             if state.versions.get(&(location, file)).is_none_or(|(n, _)| *n < no) {
                 state.versions.insert((location, file), (no, version.clone()));
             }
         }
         if let (Some(version), Some(no_of)) = (&version, no_of) {
             self.learned(no_of, file, no, version, elsewhere);
+            if matches!(applied.conflict, Some(Conflict::KeptAs(_))) {
+                self.step_aside(no_of, file, op_draft.as_ref());
+            }
         }
         let Some(op) = state.remove(no) else { return };
         if let (Some(bytes), Some(snapshot)) = (&op.bytes, &op.record.snapshot) {
@@ -270,6 +278,15 @@ impl Outbox {
                 written.rest_on(version_row(file, written.generation(), stamp, *content));
             }
         }
+    }
+
+    /// Who has the file open goes on in the copy that its owner made of these bytes; whoever
+    /// opens it from now on gets the owner's.
+    fn step_aside(&self, location: LocationNo, file: FileId, draft: Option<&Arc<Draft>>) {
+        let Some(mut open) = self.files.get_mut(&(location, file)) else { return };
+        let is_it = |w: &mut Arc<Written>| draft.is_some_and(|draft| Arc::ptr_eq(&w.draft, draft));
+        let aside = open.written.take_if(is_it);
+        open.older.extend(aside);
     }
 
     /// Keeps for people that two changes met.

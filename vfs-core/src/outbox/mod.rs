@@ -221,7 +221,6 @@ impl Outbox {
         state.next_no += 1;
         state.locations.insert(location.id, location.no);
         let no = record.no;
-        self.advance_base(state, location.no, &record);
         self.show(location.no, &record, shown.as_ref());
         let progress = match is_held {
             true => Progress::Held(Instant::now() + self.config.hold_back),
@@ -278,17 +277,7 @@ impl Outbox {
     }
 
     fn show(&self, location: LocationNo, record: &OpRecord, bytes: Option<&OpBytes>) {
-        self.overlay().apply(
-            location,
-            overlay::Shown {
-                no: record.no,
-                at: record.at,
-                change: &record.change,
-                bytes: bytes.map(|b| b.shown.clone()),
-                is_directory: record.is_directory,
-                generation: record.generation,
-            },
-        );
+        self.overlay().apply(location, shown(record, bytes));
     }
 
     /// A location of another device that may be written to.
@@ -312,5 +301,17 @@ impl Outbox {
     /// Those for whom something is pending.
     pub fn owners(&self) -> Vec<DeviceId> {
         self.state().owed.keys().copied().collect()
+    }
+}
+
+/// What a record and its bytes look like.
+fn shown<'a>(record: &'a OpRecord, bytes: Option<&OpBytes>) -> overlay::Shown<'a> {
+    overlay::Shown {
+        no: record.no,
+        at: record.at,
+        change: &record.change,
+        bytes: bytes.map(|b| b.shown.clone()),
+        is_directory: record.is_directory,
+        generation: record.generation,
     }
 }

@@ -122,6 +122,12 @@ impl Order {
         self.ops.get(&no).into_iter().flat_map(|links| links.waits_for.iter().copied())
     }
 
+    /// The unsettled operations after this one that change a file.
+    pub fn changes_after(&self, no: u64, location: LocationId, file: FileId) -> Vec<u64> {
+        let users = self.objects.get(&Object::File(location, file));
+        users.map_or_else(Vec::new, |users| users.changed.range(no + 1..).copied().collect())
+    }
+
     /// The last unsettled operation that changed a file.
     pub fn last_change(&self, location: LocationId, file: FileId) -> Option<u64> {
         self.objects.get(&Object::File(location, file))?.changed.last().copied()

@@ -304,9 +304,10 @@ impl State {
     }
 
     /// The version that an operation left is known: those that build on it say so.
-    pub fn rebase(&mut self, no: u64, seen: &Base) {
+    pub fn rebase(&mut self, no: u64, (location, file): (LocationId, FileId), seen: &Base) {
         let after = Base::After(no);
-        for later in self.order.needed_by(no) {
+        // Not only those that wait for it: one that sets a time may stand between.
+        for later in self.order.changes_after(no, location, file) {
             let Some(op) = self.ops.get_mut(&later) else { continue };
             for base in bases_mut(&mut op.record.change) {
                 if *base == after {

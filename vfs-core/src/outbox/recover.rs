@@ -106,7 +106,7 @@ impl Outbox {
             }
         }
         // A number that was lost may have been sent: under another epoch it is nobody's.
-        if state.epoch == 0 || !recovered.damage.is_empty() {
+        if state.epoch == 0 || !recovered.damage.is_empty() || !report.lost.is_empty() {
             state.epoch = random().max(1);
             let begin = Record::Begin { epoch: state.epoch, next_no: state.next_no };
             let lsn = self.note(&mut state, &begin)?;

@@ -2,6 +2,7 @@
 //! that stay open long, and lets go of what the index shows by now.
 
 use super::adopt::Whole;
+use super::deliver::NEVER;
 use super::queue::{Progress, Retiring};
 use super::record::{OpRecord, Record};
 use super::{Outbox, State};
@@ -24,6 +25,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 const COVERED_FOR: Duration = Duration::from_millis(300);
 /// An owner whose log began anew has told everything by then.
 const OTHER_LOG_AFTER: Duration = Duration::from_secs(30);
+/// How often a journal is written anew whose disk failed.
+const WRITE_ANEW_EVERY: Duration = Duration::from_secs(1);
 /// A journal this long is worth a checkpoint.
 const CHECKPOINT_BYTES: u64 = 16 << 20;
 
@@ -167,7 +170,17 @@ impl Outbox {
         }
         if let Err(error) = self.sync_upto(last) {
             tracing::error!(%error, "accepted writes could not be made durable");
+            self.write_anew();
+        }
+    }
+
+    /// What a disk that failed to sync has kept is not known: everything that is needed is
+    /// written anew, again and again until that is durable.
+    fn write_anew(&self) {
+        if let Err(error) = self.checkpoint() {
+            tracing::error!(%error, "nor could they be written anew");
             self.state().unsynced = true;
+            std::thread::sleep(WRITE_ANEW_EVERY);
         }
     }
 
@@ -191,7 +204,14 @@ impl Outbox {
     /// Lets go of what the index shows.
     fn retire_all(&self, now: Instant) {
         let (mut due, mut wholes) = (Vec::new(), Vec::new());
-        for (no, done) in &mut self.state().retiring {
+        let mut state = self.state();
+        self.note_again(&mut state);
+        let State { retiring, noted, .. } = &mut *state;
+        for (no, done) in retiring {
+            // After a restart its bytes would be asked for again.
+            if noted.get(no).is_some_and(|(_, lsn)| *lsn == NEVER) {
+                continue;
+            }
             let place = self.index.location_by_id(done.record.location);
             let is_there = place.is_none_or(|l| self.has_reached(l.no, done, now));
             if is_there && now >= *done.reached.get_or_insert(now) + COVERED_FOR {
@@ -202,11 +222,27 @@ impl Outbox {
                 wholes.extend(Whole::of(*location, applied, bytes, snapshot.as_ref(), *whole));
             }
         }
+        drop(state);
         // Only this thread retires, so the drafts are there until it does.
         wholes.iter().for_each(|whole| self.adopt(whole));
         let mut state = self.state();
         for no in due {
             self.retire(&mut state, no);
+        }
+    }
+
+    /// Answers for which there was no space may have it now.
+    fn note_again(&self, state: &mut State) {
+        let unnoted = state.noted.iter().filter(|(_, (_, lsn))| *lsn == NEVER);
+        let unnoted: Vec<u64> = unnoted.map(|(no, _)| *no).collect();
+        for no in unnoted {
+            let Some(done) = state.retiring.get(&no) else { continue };
+            let (owner, at) = (done.record.owner, done.record.at);
+            let outcome = Cow::Owned(crate::ops::Outcome::Applied(done.applied.clone()));
+            let Ok(lsn) = self.note_reserved(state, &Record::Settled { no, at, outcome }) else {
+                return;
+            };
+            state.noted.insert(no, (owner, lsn));
         }
     }
 
@@ -286,34 +322,26 @@ impl Outbox {
         }
     }
 
-    /// Shows all that waits for a location, from nothing.
+    /// Shows all that waits for a location anew, at once: nobody is to miss a name meanwhile.
     pub(super) fn show_again(&self, state: &mut State, id: crate::model::LocationId) {
-        if let Some(before) = state.locations.remove(&id) {
-            self.overlay().clear(before);
-        }
-        let Some(location) = self.index.location_by_id(id) else { return };
-        state.locations.insert(id, location.no);
+        let now = self.index.location_by_id(id).map(|location| location.no);
+        let before = state.locations.remove(&id).filter(|before| now != Some(*before));
+        before.into_iter().for_each(|before| self.overlay().clear(before));
+        let Some(no) = now else { return };
+        state.locations.insert(id, no);
         let done = state.retiring.values().map(|done| (&done.record, done.bytes.as_ref()));
         let waiting = state.ops.values().map(|op| (&op.record, op.bytes.as_ref()));
         let mut all: Vec<_> =
             done.chain(waiting).filter(|(record, _)| record.location == id).collect();
         all.sort_by_key(|(record, _)| record.no);
-        for (record, bytes) in all {
-            self.show(location.no, record, bytes);
-        }
+        let all = all.into_iter().map(|(record, bytes)| super::shown(record, bytes));
+        self.overlay().replace(no, all);
         self.publish(vec![Shown::Locations]);
     }
 
     fn checkpoint_if_due(&self) {
         let live = self.journal.live_bytes();
-        let is_due = {
-            let mut state = self.state();
-            let is_due = live > CHECKPOINT_BYTES.max(4 * state.checkpoint_bytes);
-            if is_due {
-                state.checkpoint_bytes = live;
-            }
-            is_due
-        };
+        let is_due = live > CHECKPOINT_BYTES.max(4 * self.state().checkpoint_bytes);
         if is_due && let Err(error) = self.checkpoint() {
             tracing::warn!(%error, "the journal could not be shortened");
         }

@@ -9,7 +9,7 @@
 
 use super::queue::{OpBytes, Progress, Queued};
 use super::record::{OpRecord, Record, content};
-use super::written::Written;
+use super::written::{Writing, Written};
 use super::{NewBytes, NewOp, Outbox, State};
 use crate::error::{FsError, FsResult, Kind};
 use crate::model::Location;
@@ -47,7 +47,27 @@ impl Outbox {
         let Some((location, written)) = self.of_op(no)? else { return Ok(()) };
         self.fill_from_base(&written)?;
         let mut writing = written.lock();
+        // What an earlier operation brought to its owner is in a base that it may have no more.
+        written.draft.differ_everywhere();
         let committed = written.draft.commit(INLINE_MAX_BYTES)?;
+        let snapshot = committed.snapshot.clone();
+        let replaced = self.replace_by_whole(no, location, &written, &mut writing, committed);
+        if !matches!(replaced, Ok(true)) {
+            // The next close or fsync commits it.
+            written.draft.take_back(&snapshot);
+        }
+        replaced.map(|_| self.tick())
+    }
+
+    /// Whether the operation still waited for it.
+    fn replace_by_whole(
+        &self,
+        no: u64,
+        location: Arc<Location>,
+        written: &Written,
+        writing: &mut Writing,
+        committed: Committed,
+    ) -> FsResult<bool> {
         let Committed { snapshot, fill } = committed;
         let content = content(Some(&snapshot), written.live().mtime());
         if !content.is_whole() {
@@ -55,10 +75,10 @@ impl Outbox {
         }
         let mut state = self.state();
         let Some(op) = state.ops.get(&no).filter(|op| op.progress == Progress::Blocked) else {
-            return Ok(());
+            return Ok(false);
         };
         let Change::Write { file, base, path, .. } = op.record.change.clone() else {
-            return Ok(());
+            return Ok(false);
         };
         let change = Change::Write { file, base, content, path: path.clone() };
         let bytes = NewBytes { bytes: written.bytes(), snapshot: Some(snapshot), fill };
@@ -77,11 +97,12 @@ impl Outbox {
         writing.op = Some(new);
         for old in replaced {
             state.stand_ins.insert(old, new);
-            self.drop_op(&mut state, old)?;
+            if let Err(error) = self.drop_op(&mut state, old) {
+                // Delivered again, it is refused again.
+                tracing::warn!(old, %error, "an operation that was replaced could not be dropped");
+            }
         }
-        drop(state);
-        self.tick();
-        Ok(())
+        Ok(true)
     }
 
     /// The bytes of an operation, whether or not a program has them open.

@@ -9,7 +9,7 @@
 //! `Written` over the newer version. Who has the older one open may go on
 //! writing; the owner keeps both.
 
-use super::queue::{OpBytes, Progress, makes_version};
+use super::queue::{OpBytes, Progress};
 use super::record::{content, content_mut};
 use super::{NewBytes, NewOp, Outbox, State};
 use crate::content::Reader;
@@ -492,6 +492,10 @@ impl Outbox {
         )?;
         of.build_on(no);
         writing.op = Some(no);
+        if file != of.file {
+            // They are of the copy that its owner made of them, and shown there.
+            self.overlay().hide_uncommitted(of.location, of.file);
+        }
         Ok(self.lsn_of(state, Some(no)))
     }
 
@@ -562,28 +566,6 @@ impl Outbox {
         }
         self.sync_upto(last)?;
         earlier
-    }
-
-    /// The operation changed the version of a file: who writes it builds on that.
-    pub(super) fn advance_base(
-        &self,
-        state: &State,
-        location: LocationNo,
-        record: &super::OpRecord,
-    ) {
-        let file = record.change.file();
-        if !makes_version(&record.change) {
-            return;
-        }
-        let Some(open) = self.files.get(&(location, file)) else { return };
-        let Some(written) = &open.written else { return };
-        let sees = state.base(record.location, file).or_else(|| self.row_base(location, file));
-        let mut basis = lock(&written.basis);
-        // One that is based on an older version than the operation stays so: its bytes must not
-        // pass for a change of the newer one.
-        if sees.is_some_and(|sees| sees == basis.base) {
-            basis.base = Base::After(record.no);
-        }
     }
 
     /// The version of a file as its owner's row has it.

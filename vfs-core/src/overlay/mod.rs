@@ -210,6 +210,23 @@ impl Overlay {
         }
     }
 
+    /// Shows these operations of a location, in the order of their numbers, and no other ones.
+    /// Bytes that no operation carries yet stay, as do the numbers that are kept.
+    pub fn replace<'a>(&mut self, location: LocationNo, all: impl Iterator<Item = Shown<'a>>) {
+        let Local { files, kept, .. } = self.locations.remove(&location).unwrap_or_default();
+        let mut local = Local { kept, ..Local::default() };
+        all.for_each(|shown| local.apply(shown));
+        for (file, patch) in files {
+            let uncommitted = patch.bytes.0.into_iter().find(|(by, _)| *by == UNCOMMITTED);
+            if let Some((_, bytes)) = uncommitted {
+                local.files.entry(file).or_default().bytes.set(UNCOMMITTED, bytes);
+            }
+        }
+        if !local.is_empty() {
+            self.locations.insert(location, local);
+        }
+    }
+
     /// Forgets what is shown of a location.
     pub fn clear(&mut self, location: LocationNo) {
         self.locations.remove(&location);

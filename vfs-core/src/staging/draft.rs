@@ -280,6 +280,13 @@ impl Draft {
         Ok(Committed { snapshot, fill })
     }
 
+    /// The next commit lists everything that was written, whatever was delivered of it.
+    pub fn differ_everywhere(&self) {
+        let mut state = self.write_state();
+        state.map.extents_are_dirty();
+        state.dirty = true;
+    }
+
     /// The caller could not keep what a commit gave: nothing was committed, and it is all to be
     /// committed again.
     pub fn take_back(&self, snapshot: &Snapshot) {

@@ -183,6 +183,11 @@ impl Map {
         dirty
     }
 
+    /// No base is known to have any of it.
+    pub(super) fn extents_are_dirty(&mut self) {
+        self.extents.values_mut().for_each(|stored| stored.clean = false);
+    }
+
     /// All stored ranges.
     pub(super) fn stored(&self) -> impl Iterator<Item = Range<u64>> + '_ {
         self.extents.values().map(|stored| stored.stored_at..stored.stored_at + stored.len)
