@@ -1,9 +1,9 @@
 //! The kernel's requests as calls of the drive: translate, call once, reply.
 //!
-//! No request waits for a network here. The only operation of the drive that
-//! may is `read`; it is first tried at once ([`Drive::try_read`]) and then goes
-//! on as a task of the runtime, which replies itself, so that the few threads
-//! that serve the kernel stay free for everything else.
+//! No request waits for a network here. The only operations of the drive that
+//! may are `read`, which is first tried at once ([`Drive::try_read`]), and locks;
+//! they go on as tasks of the runtime, which reply themselves, so that the few
+//! threads that serve the kernel stay free for everything else.
 //!
 //! **Interruption.** `fuser` 0.18 does not pass `INTERRUPT` on, so a request
 //! that has reached the daemon is over only when it is answered. Programs that
@@ -11,7 +11,8 @@
 //! through the page cache (never `FOPEN_DIRECT_IO`): the program then does not
 //! wait for the request but, killably, for the page that the request fills.
 //! A program that opened a file with `O_DIRECT` itself waits for the drive's
-//! own deadline. Everything else is answered without waiting.
+//! own deadline. Programs that wait for a lock are looked after by [`locking`].
+//! Everything else is answered without waiting.
 //!
 //! **Panics.** A bug that panics in one request is traced and answered with
 //! `EIO`; the thread goes on with the next one. A panic in a read's task is
@@ -20,12 +21,13 @@
 use crate::convert;
 use crate::io_mode::{IoMode, IoModes};
 use crate::listings::Listings;
+use crate::locking;
 use crate::negotiate::Negotiated;
 use fuser::{
     AccessFlags, BackingId, BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem,
     FopenFlags, Generation, INodeNo, KernelConfig, LockOwner, ReplyAttr, ReplyCreate, ReplyData,
-    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs,
-    ReplyWrite, ReplyXattr, Request, WriteFlags,
+    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLock, ReplyLseek, ReplyOpen,
+    ReplyStatfs, ReplyWrite, ReplyXattr, Request, WriteFlags,
 };
 use std::ffi::OsStr;
 use std::io;
@@ -40,6 +42,7 @@ use vfs_core::drive::{
     Caller, Detail, DirItem, Drive, Found, HandleId, InodeNo, Io, OpenFlags, Opened, SetAttr,
 };
 use vfs_core::error::{FsError, FsResult, Kind};
+use vfs_core::locks::Holder;
 
 /// A directory whose missing names may be remembered at least this long has its changes
 /// announced, so its listing may be remembered too. This device's own directories change
@@ -200,8 +203,8 @@ fn is_staged(opened: &Opened, flags: OpenFlags) -> bool {
     flags.may_change() && matches!(opened.io, Io::Calls { .. })
 }
 
-/// FLUSH, a request at each `close`, is for those who have something to report then: not for
-/// readers, and not where the kernel writes by itself.
+/// FLUSH, a request at each `close`, is for those who have something to report then, or record
+/// locks to give back: readers are spared it, and give theirs back with the open file.
 fn cached_flags(opened: &Opened, flags: OpenFlags) -> FopenFlags {
     let mut fopen = FopenFlags::empty();
     fopen.set(FopenFlags::FOPEN_KEEP_CACHE, matches!(opened.io, Io::Calls { keep_cache: true }));
@@ -210,9 +213,12 @@ fn cached_flags(opened: &Opened, flags: OpenFlags) -> FopenFlags {
 }
 
 /// Never with `FOPEN_KEEP_CACHE`, which the kernel answers with `EIO`. What the kernel wrote by
-/// itself has nothing to report at `close`, unless the disk's file system may have.
-fn passthrough_flags(opened: &Opened) -> FopenFlags {
-    match opened.is_flushed {
+/// itself has nothing to report at `close`, unless the disk's file system may have; but FLUSH is
+/// all that tells of the end of a process's record locks, which the kernel does not note where
+/// the daemon keeps them. Who reads and writes, as databases do, may have set such; those that
+/// only write, as most that make files, are spared the round trip.
+fn passthrough_flags(opened: &Opened, flags: OpenFlags) -> FopenFlags {
+    match opened.is_flushed || (flags.read && flags.write) {
         true => FopenFlags::empty(),
         false => FopenFlags::FOPEN_NOFLUSH,
     }
@@ -415,7 +421,7 @@ impl Filesystem for Adapter {
                 reply.error(Errno::ESTALE);
             }
             IoMode::Passthrough(id) => {
-                reply.opened_passthrough(fh, passthrough_flags(&opened), &id)
+                reply.opened_passthrough(fh, passthrough_flags(&opened, flags), &id)
             }
             IoMode::Cached => reply.opened(fh, cached_flags(&opened, flags)),
         }
@@ -450,7 +456,7 @@ impl Filesystem for Adapter {
                 reply.error(Errno::ESTALE);
             }
             IoMode::Passthrough(id) => {
-                let flags = passthrough_flags(&opened);
+                let flags = passthrough_flags(&opened, flags);
                 reply.created_passthrough(&valid, &attr, generation, fh, flags, &id);
             }
             IoMode::Cached => {
@@ -511,9 +517,86 @@ impl Filesystem for Adapter {
         }
     }
 
-    fn flush(&self, _: &Request, _: INodeNo, fh: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+    /// Also the end of a process's record locks, whatever the bytes come to.
+    fn flush(&self, _: &Request, _: INodeNo, fh: FileHandle, owner: LockOwner, reply: ReplyEmpty) {
         let fh = handle(fh);
-        self.aside(fh, reply, move |drive| run("flush", || drive.flush(fh)));
+        if !self.drive.may_be_locked(fh) {
+            return self.aside(fh, reply, move |drive| run("flush", || drive.flush(fh)));
+        }
+        let drive = Arc::clone(&self.drive);
+        self.runtime.spawn(async move {
+            // First the bytes: who is given the lock next may look for them.
+            let flushing = Arc::clone(&drive);
+            let flushing = tokio::task::spawn_blocking(move || run("flush", || flushing.flush(fh)));
+            let flushed = flushing.await.unwrap_or(Err(Errno::EIO));
+            drive.unlock_closed(fh, Holder(owner.0)).await;
+            reply_empty(reply, flushed);
+        });
+    }
+
+    fn getlk(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        fh: FileHandle,
+        owner: LockOwner,
+        start: u64,
+        end: u64,
+        typ: i32,
+        pid: u32,
+        reply: ReplyLock,
+    ) {
+        let asked = run("getlk", || {
+            let mode = locking::mode(typ)?.ok_or_else(|| invalid("look for no lock"))?;
+            let range = (start, end);
+            Ok((locking::lock_of(handle(fh), owner, range, None, pid)?, mode))
+        });
+        let (lock, mode) = match asked {
+            Ok(asked) => asked,
+            Err(errno) => return reply.error(errno),
+        };
+        let drive = Arc::clone(&self.drive);
+        self.runtime.spawn(async move {
+            match drive.test_lock(lock, mode).await {
+                Ok(Some(held)) => {
+                    let typ = locking::l_type(Some(held.mode));
+                    reply.locked(held.span.first(), held.span.last(), typ, held.pid);
+                }
+                Ok(None) => reply.locked(start, end, locking::l_type(None), 0),
+                Err(error) => reply.error(convert::errno("getlk", &error)),
+            }
+        });
+    }
+
+    fn setlk(
+        &self,
+        request: &Request,
+        _: INodeNo,
+        fh: FileHandle,
+        owner: LockOwner,
+        start: u64,
+        end: u64,
+        typ: i32,
+        pid: u32,
+        sleep: bool,
+        reply: ReplyEmpty,
+    ) {
+        let lock = run("setlk", || {
+            let mode = locking::mode(typ)?;
+            locking::lock_of(handle(fh), owner, (start, end), mode, pid)
+        });
+        let lock = match lock {
+            Ok(lock) => lock,
+            Err(errno) => return reply.error(errno),
+        };
+        let (drive, thread) = (Arc::clone(&self.drive), request.pid());
+        self.runtime.spawn(async move {
+            let locked = match sleep {
+                true => drive.lock_waiting(lock, || locking::is_signalled(thread)).await,
+                false => drive.lock(lock).await,
+            };
+            reply_empty(reply, locked.map_err(|error| convert::errno("setlk", &error)));
+        });
     }
 
     fn release(
@@ -526,12 +609,20 @@ impl Filesystem for Adapter {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
-        self.modes.close(node.0, handle(fh));
+        let fh = handle(fh);
+        self.modes.close(node.0, fh);
         let released = run("release", || {
-            self.drive.release(handle(fh));
+            self.drive.release(fh);
             Ok(())
         });
-        reply_empty(reply, released);
+        if !self.drive.has_locked(fh) {
+            return reply_empty(reply, released);
+        }
+        let drive = Arc::clone(&self.drive);
+        self.runtime.spawn(async move {
+            drive.unlock_released(fh).await;
+            reply_empty(reply, released);
+        });
     }
 
     fn fsync(&self, _: &Request, _: INodeNo, fh: FileHandle, data_only: bool, reply: ReplyEmpty) {
@@ -745,6 +836,14 @@ impl Filesystem for Adapter {
     }
 }
 
+/// The kernel has let go of the mount, and gives no lock back any more.
+impl Drop for Adapter {
+    fn drop(&mut self) {
+        let drive = Arc::clone(&self.drive);
+        self.runtime.spawn(async move { drive.unlock_all().await });
+    }
+}
+
 fn stop_if(full: bool) -> ControlFlow<()> {
     match full {
         true => ControlFlow::Break(()),
@@ -762,7 +861,11 @@ mod tests {
             let io = Io::Calls { keep_cache: false };
             Opened { handle: HandleId(1), generation: 0, is_flushed, io }
         };
-        assert_eq!(passthrough_flags(&opened(true)), FopenFlags::empty());
-        assert_eq!(passthrough_flags(&opened(false)), FopenFlags::FOPEN_NOFLUSH);
+        let both = OpenFlags { write: true, ..OpenFlags::READ };
+        let writes = OpenFlags { read: false, ..both };
+        assert_eq!(passthrough_flags(&opened(true), OpenFlags::READ), FopenFlags::empty());
+        assert_eq!(passthrough_flags(&opened(false), OpenFlags::READ), FopenFlags::FOPEN_NOFLUSH);
+        assert_eq!(passthrough_flags(&opened(false), writes), FopenFlags::FOPEN_NOFLUSH);
+        assert_eq!(passthrough_flags(&opened(false), both), FopenFlags::empty());
     }
 }

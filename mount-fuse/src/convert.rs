@@ -56,6 +56,7 @@ fn errno_of(kind: Kind) -> Errno {
         Kind::NotImplemented => Errno::EOPNOTSUPP,
         Kind::Interrupted => Errno::EINTR,
         Kind::WouldBlock => Errno::EAGAIN,
+        Kind::NoLocks => Errno::ENOLCK,
         Kind::OutOfMemory => Errno::ENOMEM,
         Kind::Overflow => Errno::EOVERFLOW,
     }

@@ -12,6 +12,7 @@
 //! | `mounts` | what is mounted where and who uses it, from `/proc` |
 //! | `negotiate` | what this mount and this kernel agreed on |
 //! | `adapter` | each request as one call of the drive |
+//! | `locking` | waiting for locks, and the signals that end it |
 //! | `io_mode` | passthrough or cached, per open inode |
 //! | `listings` | which directories' listings the kernel may go on using |
 //! | `convert` | attributes, times, errors and flags |
@@ -26,6 +27,7 @@ mod error;
 mod invalidate;
 mod io_mode;
 mod listings;
+mod locking;
 mod mounts;
 mod negotiate;
 mod notify;

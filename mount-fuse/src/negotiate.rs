@@ -128,9 +128,7 @@ impl Negotiated {
 }
 
 /// Not among them, on purpose: `WRITEBACK_CACHE`, which excludes passthrough and would hold
-/// writes back from the drive; `POSIX_LOCKS` and `FLOCK_LOCKS`, so that locks work among the
-/// programs of this machine without the daemon; `DONT_MASK`, so that the kernel applies the
-/// umask.
+/// writes back from the drive; `DONT_MASK`, so that the kernel applies the umask.
 fn wanted_always() -> InitFlags {
     // Listings with attributes when somebody asks for attributes: `ls -l` in one round trip per
     // hundred entries.
@@ -143,6 +141,10 @@ fn wanted_always() -> InitFlags {
         | InitFlags::FUSE_ATOMIC_O_TRUNC
         // Pages of a file that changed on disk go when its new mtime is seen.
         | InitFlags::FUSE_AUTO_INVAL_DATA
+        // Locks are the drive's: they hold also against programs beside this mount, and on
+        // other devices.
+        | InitFlags::FUSE_POSIX_LOCKS
+        | InitFlags::FUSE_FLOCK_LOCKS
         // Without it, every write asks for the extended attribute `security.capability` first.
         | InitFlags::FUSE_HANDLE_KILLPRIV_V2
 }

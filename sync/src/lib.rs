@@ -21,6 +21,7 @@ pub mod deliver;
 pub mod error;
 mod fetch;
 mod identity;
+mod locks;
 mod members;
 pub mod node;
 pub mod pair;

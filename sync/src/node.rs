@@ -14,7 +14,7 @@ use crate::deliver::Outgoing;
 use crate::error::SyncError;
 use crate::presence::{self, Peer};
 use crate::wire::{ALPN_MEMBER, ALPN_PAIR, MAX_ADDRESSES};
-use crate::{fetch, members, pair};
+use crate::{fetch, locks, members, pair};
 use iroh::endpoint::{BindOpts, Incoming, QuicTransportConfig, presets};
 use iroh::{Endpoint, RelayMap, RelayMode, RelayUrl, SecretKey};
 use iroh_mdns_address_lookup::MdnsAddressLookup;
@@ -28,6 +28,8 @@ use tokio::time::timeout;
 use vfs_core::content::serve::OwnFiles;
 use vfs_core::index::Index;
 use vfs_core::library::{Library, LibraryInfo, State};
+use vfs_core::locks::Coordinator;
+use vfs_core::locks::peers::PeerLocks;
 use vfs_core::model::{DeviceId, LocationId, Seq};
 use vfs_core::source::ContentSource;
 
@@ -164,6 +166,8 @@ pub(crate) struct Shared {
     pub(crate) library: Arc<Library>,
     pub(crate) index: Index,
     pub(crate) own: Arc<OwnFiles>,
+    /// What other devices hold of this device's files.
+    pub(crate) locks: Arc<PeerLocks>,
     pub(crate) outbox: Option<Arc<dyn Outgoing>>,
     pub(crate) applier: Option<Arc<dyn Applies>>,
     pub(crate) invitations: pair::Invitations,
@@ -252,6 +256,7 @@ impl Node {
             relay,
             library,
             index,
+            locks: Arc::new(PeerLocks::new(own.clone())),
             own,
             outbox,
             applier,
@@ -277,6 +282,11 @@ impl Node {
     /// Bytes of other devices' files.
     pub fn source(self: &Arc<Self>) -> Arc<dyn ContentSource> {
         Arc::new(fetch::Source(self.shared.clone()))
+    }
+
+    /// The owners of other devices' files, to be asked for locks.
+    pub fn coordinator(self: &Arc<Self>) -> Arc<dyn Coordinator> {
+        Arc::new(locks::Owners(self.shared.clone()))
     }
 
     /// Makes a single-use ticket.
@@ -411,6 +421,7 @@ async fn run(shared: Arc<Shared>) {
     let mut tasks = JoinSet::new();
     tasks.spawn(accept(shared.clone()));
     tasks.spawn(members::keep(shared.clone()));
+    tasks.spawn(locks::keep(shared.clone()));
     tasks.spawn(watch_index(shared));
     tasks.join_all().await;
 }

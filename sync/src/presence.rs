@@ -107,6 +107,8 @@ pub(crate) struct Link {
     pub(crate) deliveries: Semaphore,
     /// The one operation of it that may be longer than a frame.
     pub(crate) long_op: Arc<Semaphore>,
+    /// Its requests for locks are answered one after the other.
+    pub(crate) locking: AsyncMutex<()>,
     /// Room for what the peer sends, beside answers to fetches, and operations.
     pub(crate) inbound: Semaphore,
     /// Room for rows on their way to it.
@@ -130,6 +132,7 @@ impl Link {
             pulls: Arc::new(Semaphore::new(MAX_STAGED)),
             deliveries: Semaphore::new(MAX_DELIVERIES),
             long_op: Arc::new(Semaphore::new(1)),
+            locking: AsyncMutex::default(),
             inbound: Semaphore::new(MAX_BATCHES),
             outbound: Semaphore::new(MAX_BATCHES),
         })

@@ -10,7 +10,7 @@ use crate::wire::{
     self, Fetch, LocationList, MAX_PROOF, MemberList, NEWEST, OLDEST, Refusal, Request, Response,
     WireError,
 };
-use crate::{accept, deliver, members, replicate};
+use crate::{accept, deliver, locks, members, replicate};
 use bytes::Bytes;
 use iroh::endpoint::{RecvStream, SendStream};
 use std::ops::Range;
@@ -101,6 +101,10 @@ async fn answer(
         Request::Staged(staged) => {
             ignore_rest(recv);
             deliver::serve_staged(shared, peer, link, staged, send).await
+        }
+        Request::Lock(request) => {
+            ignore_rest(recv);
+            locks::serve(shared, peer, link, request, send).await
         }
         // Said already, when the connection began.
         Request::Hello(_) => reply(send, &Response::Refused(Refusal::Malformed)).await,

@@ -15,6 +15,7 @@ use std::ops::Range;
 use tokio::sync::{Semaphore, SemaphorePermit};
 use vfs_core::index::LogRow;
 use vfs_core::library::{LibraryInfo, Member, Stamp as ClockStamp};
+use vfs_core::locks::{LockAnswer, LockRequest};
 use vfs_core::model::{DeviceId, LocationId, Seq};
 use vfs_core::ops::{Op, Outcome, bounded};
 use vfs_core::source::Version;
@@ -31,6 +32,9 @@ pub const OLDEST: u16 = 1;
 
 /// The version from which on operations are delivered.
 pub const DELIVERS: u16 = 2;
+
+/// The version from which on locks are coordinated.
+pub const LOCKS: u16 = 2;
 
 /// The longest request, in bytes.
 pub const MAX_REQUEST: usize = 4 << 10;
@@ -103,6 +107,8 @@ pub enum Request {
     /// Bytes of an operation that was delivered to the asking device. Answer: `Staged`, then
     /// the bytes.
     Staged(Staged),
+    /// A lock of a file of the asked device. Answer: `Lock`.
+    Lock(LockRequest),
 }
 
 /// Who speaks, and what.
@@ -236,6 +242,8 @@ pub enum Response {
     Outcomes(#[serde(deserialize_with = "bounded::<_, _, MAX_OPS>")] Vec<(u64, Outcome)>),
     /// To `Staged`: the bytes of the ranges follow, one after the other.
     Staged,
+    /// To `Lock`: what became of it.
+    Lock(LockAnswer),
 }
 
 /// Why not.

@@ -6,6 +6,7 @@ use std::cell::Cell;
 use sync::wire::*;
 use vfs_core::index::LogRow;
 use vfs_core::library::{LibraryInfo, Stamp as ClockStamp};
+use vfs_core::locks::{Action, Holder, LockAnswer, LockRequest, Mode, Span};
 use vfs_core::model::{
     Attr, ContentId, DeviceId, Entry, FileId, FileType, LocationId, Name, Seq, Stamp, Time,
 };
@@ -197,6 +198,15 @@ fn samples() -> Vec<Vec<u8>> {
     let later = Outcome::Later(Obstacle::Failed("why".into()));
     let outcomes = Response::Outcomes(vec![(7, Outcome::Applied(applied)), (8, later)]);
     let operations = Operations::Whole { settled_below: 3, ops: operations() };
+    let (span, mode) = (Span::new(5, 9).unwrap(), Mode::Exclusive);
+    let lock = LockRequest {
+        location: LocationId([1; 16]),
+        file: FileId(2),
+        holder: Holder(3),
+        span,
+        action: Action::Set(mode),
+    };
+    let taken = LockAnswer::Taken { span, mode };
     let part = Operations::Part { bytes: vec![1; 100].into(), rest: 5 };
     vec![
         bytes(encode_request(1, &Request::Hello(hello.clone())), 6),
@@ -219,6 +229,8 @@ fn samples() -> Vec<Vec<u8>> {
         bytes(encode_frame(&outcomes), 4),
         bytes(encode_request(2, &Request::Deliver(deliver)), 6),
         bytes(encode_request(2, &Request::Staged(staged)), 6),
+        bytes(encode_request(2, &Request::Lock(lock)), 6),
+        bytes(encode_frame(&Response::Lock(taken)), 4),
     ]
 }
 
@@ -275,6 +287,8 @@ fn every_message_is_read_as_it_was_written() {
     assert!(ops.iter().all(Op::is_valid));
     assert!(matches!(decode(&all[14]), Ok(Response::Outcomes(o)) if o.len() == 2));
     assert!(matches!(decode(&all[16]), Ok(Request::Staged(s)) if s.ranges.len() == 2));
+    assert!(matches!(decode(&all[17]), Ok(Request::Lock(l)) if l.holder == Holder(3)));
+    assert!(matches!(decode(&all[18]), Ok(Response::Lock(LockAnswer::Taken { .. }))));
 }
 
 #[test]

@@ -8,6 +8,7 @@ mod gone_owner;
 mod kills;
 mod liar;
 mod live;
+mod locks;
 mod mend;
 mod names;
 mod own_files;

@@ -11,6 +11,7 @@ pub mod device;
 pub mod disk;
 pub mod files;
 pub mod lab;
+pub mod locker;
 pub mod machine;
 pub mod peer;
 pub mod proc;

@@ -74,6 +74,8 @@ pub enum Kind {
     Interrupted,
     /// `EAGAIN`
     WouldBlock,
+    /// `ENOLCK`: as many locks as there may be.
+    NoLocks,
     /// `ENOMEM`
     OutOfMemory,
     /// `EOVERFLOW`
@@ -178,6 +180,7 @@ impl Kind {
             Errno::NOSYS => Self::NotImplemented,
             Errno::INTR => Self::Interrupted,
             Errno::AGAIN => Self::WouldBlock,
+            Errno::NOLCK => Self::NoLocks,
             Errno::NOMEM => Self::OutOfMemory,
             Errno::OVERFLOW => Self::Overflow,
             _ => Self::Io,

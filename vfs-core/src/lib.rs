@@ -17,6 +17,7 @@
 //! | [`changes`] | one ordered feed of what changed, for mounts and replication |
 //! | [`overlay`] | what is shown already, though its owner has not said so yet |
 //! | [`source`] | what this crate needs from a network: bytes of a version |
+//! | [`locks`] | `flock` and record locks, of this device's programs and of other devices' |
 //! | [`drive`] | the operations of a file system, for every kind of mount |
 //!
 //! Nothing here names `fuser`, `iroh` or `clap`: adapters translate.
@@ -33,6 +34,7 @@ pub mod indexer;
 pub mod journal;
 pub mod library;
 pub mod local;
+pub mod locks;
 pub mod model;
 pub mod ops;
 pub mod outbox;

@@ -153,6 +153,7 @@ impl Daemon {
             Arc::clone(&self.content),
             Arc::clone(&self.library),
             Arc::clone(&self.outbox),
+            Arc::clone(&self.locks),
             config,
         )
     }

@@ -22,6 +22,7 @@ use vfs_core::content::{Cache, Content, ContentConfig, Manifests, OwnFiles};
 use vfs_core::index::{Index, IndexError, NewLocation, StoreError, open_store};
 use vfs_core::indexer::{Indexer, IndexerConfig};
 use vfs_core::library::{Library, LibraryError, OwnLocation};
+use vfs_core::locks::Locks;
 use vfs_core::model::{DeviceId, Location, LocationNo, Time};
 use vfs_core::outbox::{Outbox, OutboxConfig, OutboxError, Report};
 
@@ -43,6 +44,8 @@ pub struct Daemon {
     /// What was found when it was opened.
     pub outbox_report: Report,
     pub applying: Arc<Applying>,
+    /// What programs locked through any mount.
+    pub locks: Arc<Locks>,
     pub mounts: Mounts,
     pub guard: Guard,
     pub runtime: tokio::runtime::Handle,
@@ -93,6 +96,9 @@ impl Daemon {
         );
         // Without a mount as well: what is delivered or exported may need the bytes beneath.
         outbox.attach(&content);
+        let locks = Arc::new(Locks::default());
+        locks.attach(node.coordinator());
+        runtime.spawn(Arc::clone(&locks).tend());
         Ok(Arc::new(Self {
             dir: dir.clone(),
             config: config.clone(),
@@ -106,6 +112,7 @@ impl Daemon {
             outbox,
             outbox_report,
             applying,
+            locks,
             mounts: Mounts::default(),
             guard: Guard::default(),
             runtime,

@@ -4,6 +4,7 @@ mod bench;
 mod books;
 mod content;
 mod device;
+mod locks;
 mod pairing;
 mod presence;
 mod real;

@@ -133,6 +133,7 @@ fn drive_of(device: &Device) -> Arc<Drive> {
         content,
         device.library.clone(),
         device.writing().outbox.clone(),
+        Arc::default(),
         config,
     )
 }

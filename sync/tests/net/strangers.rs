@@ -10,6 +10,7 @@ use sync::wire::{
     Staged, close,
 };
 use tokio::time::timeout;
+use vfs_core::locks::{Action, Holder, LockRequest, Mode, Span};
 use vfs_core::model::{FileId, LocationId, Seq, Stamp, Time};
 use vfs_core::source::Version;
 
@@ -38,7 +39,7 @@ pub async fn open_request(connection: &Connection, request: &Request) -> (SendSt
 }
 
 /// The answer, if there is any.
-async fn ask(connection: &Connection, request: &Request) -> Option<Response> {
+pub async fn ask(connection: &Connection, request: &Request) -> Option<Response> {
     let (mut send, mut recv) = connection.open_bi().await.ok()?;
     wire::send_request(&mut send, OLDEST, request).await.ok()?;
     let body = match request {
@@ -49,6 +50,11 @@ async fn ask(connection: &Connection, request: &Request) -> Option<Response> {
     body.ok()?;
     let _ = send.finish();
     wire::receive_frame(&mut recv).await.ok()
+}
+
+pub fn lock(location: LocationId, file: FileId) -> LockRequest {
+    let action = Action::Set(Mode::Shared);
+    LockRequest { location, file, holder: Holder(1), span: Span::ALL, action }
 }
 
 fn every_request(location: LocationId) -> Vec<Request> {
@@ -68,6 +74,7 @@ fn every_request(location: LocationId) -> Vec<Request> {
         Request::Fetch(Fetch { version: (&version).into(), offset: 0, len: 1 }),
         Request::Deliver(Deliver { epoch: 1, session: 1, bulk: false }),
         Request::Staged(Staged { epoch: 1, no: 1, ranges: vec![0..1] }),
+        Request::Lock(lock(location, FileId::ROOT)),
     ]
 }
 
@@ -97,7 +104,7 @@ async fn a_stranger_gets_nothing_on_the_members_protocol() {
     let location = device.add_location("photos", None);
     let stranger = raw_endpoint(rand::random()).await;
     let codes = try_everything(&stranger, &device, location.id).await;
-    assert_eq!(codes, [u64::from(close::NOT_MEMBER); 8]);
+    assert_eq!(codes, [u64::from(close::NOT_MEMBER); 9]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -117,7 +124,7 @@ async fn a_removed_device_gets_nothing_though_its_connection_lived() {
         assert_eq!(ask(&connection, &request).await, None);
     }
     let codes = try_everything(&removed, &device, location.id).await;
-    assert_eq!(codes, [u64::from(close::REMOVED); 8]);
+    assert_eq!(codes, [u64::from(close::REMOVED); 9]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -215,7 +222,8 @@ async fn what_is_not_shared_is_not_served() {
     let device = Device::first("desk").await;
     let hidden = device.add_location("diary", Some(vec![]));
     let (_endpoint, connection) = member(&device).await;
-    let asks_for_it = |r: &Request| matches!(r, Request::Rows(_) | Request::Fetch(_));
+    let asks_for_it =
+        |r: &Request| matches!(r, Request::Rows(_) | Request::Fetch(_) | Request::Lock(_));
     for request in every_request(hidden.id).into_iter().filter(asks_for_it) {
         let answer = ask(&connection, &request).await;
         assert_eq!(answer, Some(Response::Refused(Refusal::NotShared)), "{request:?}");

@@ -12,7 +12,9 @@ use crate::error::{FsError, FsResult, Kind};
 use crate::index::{Index, IndexError, Node};
 use crate::indexer::Indexer;
 use crate::local::{Root, stamp_of};
-use crate::model::{ContentId, DeviceId, FileType, Location, LocationNo, Name, Stamp};
+use crate::model::{
+    ContentId, DeviceId, FileId, FileType, Location, LocationId, LocationNo, Name, Stamp,
+};
 use crate::source::{FetchError, Fetched, MAX_FETCH_BYTES, Version};
 use bytes::Bytes;
 use std::collections::HashSet;
@@ -78,7 +80,7 @@ impl OwnFiles {
         if !is_fetchable(&range, size) || range.end - range.start > MAX_FETCH_BYTES {
             return Err(FetchError::Failed("the range is not one that may be asked for".into()));
         }
-        let location = self.location_for(asker, version)?;
+        let location = self.location_for(asker, version.location)?;
         let opened = self.open(&location, version)?;
         let bytes = read_range(&opened.file, range.clone()).map_err(unreadable)?;
         let proof = match version.content {
@@ -92,19 +94,43 @@ impl OwnFiles {
         }
     }
 
+    /// A file as it is now, to set locks on; `writes` as far as this device and the sharing of
+    /// the location allow it, else for reading.
+    pub(crate) fn open_to_lock(
+        &self,
+        asker: DeviceId,
+        (location, file): (LocationId, FileId),
+        writes: bool,
+    ) -> Result<File, FetchError> {
+        let location = self.location_for(asker, location)?;
+        let (_, path) = self.find(location.no, file)?;
+        let root = (self.roots)(location.no).map_err(|_| FetchError::Unreachable)?;
+        let gone = |e: FsError| match e.kind() {
+            Kind::NotFound | Kind::NotADirectory | Kind::IsADirectory | Kind::Loop => {
+                FetchError::Stale
+            }
+            _ => failed(e),
+        };
+        match writes && !location.read_only {
+            true => root.open_for_writing(&path).or_else(|_| root.open_for_reading(&path)),
+            false => root.open_for_reading(&path),
+        }
+        .map_err(gone)
+    }
+
     fn location_for(
         &self,
         asker: DeviceId,
-        version: &Version,
+        location: LocationId,
     ) -> Result<Arc<Location>, FetchError> {
-        let location = self.index.location_by_id(version.location).ok_or(FetchError::Refused)?;
+        let location = self.index.location_by_id(location).ok_or(FetchError::Refused)?;
         let shared = location.shared_with.as_ref().is_none_or(|with| with.contains(&asker));
         let own = location.owner == self.index.me();
         (own && (shared || asker == location.owner)).then_some(location).ok_or(FetchError::Refused)
     }
 
     fn open(&self, location: &Location, version: &Version) -> Result<Opened, FetchError> {
-        let (node, path) = self.find(location.no, version)?;
+        let (node, path) = self.find(location.no, version.file)?;
         let root = (self.roots)(location.no).map_err(|e| match e.kind() {
             // An unplugged disk: its device cannot give the bytes now, but may later.
             Kind::NotFound => FetchError::Unreachable,
@@ -128,10 +154,10 @@ impl OwnFiles {
         may_serve.then_some(opened).ok_or(FetchError::Stale)
     }
 
-    fn find(&self, no: LocationNo, version: &Version) -> Result<(Node, Vec<Name>), FetchError> {
+    fn find(&self, no: LocationNo, file: FileId) -> Result<(Node, Vec<Name>), FetchError> {
         let lookup = || -> Result<_, IndexError> {
             let view = self.index.view()?;
-            Ok(view.node(no, version.file)?.zip(view.path(no, version.file)?))
+            Ok(view.node(no, file)?.zip(view.path(no, file)?))
         };
         let found = lookup().map_err(|e| FetchError::Failed(e.to_string()))?;
         let (node, path) = found.ok_or(FetchError::Stale)?;

@@ -14,6 +14,7 @@
 //! | [`cookie`] | where the listing of a remote directory goes on |
 //! | [`links`] | which symbolic links of peers are shown |
 //! | [`xattr`] | extended attributes of remote entries |
+//! | [`locks`] | locks that programs set through it |
 //! | [`invalidate`] | what a kernel must drop after a change |
 //!
 //! This module only decides who answers. Nothing waits for a network but
@@ -27,6 +28,7 @@ mod inode;
 mod invalidate;
 mod links;
 mod list;
+mod locks;
 mod own;
 mod readdir;
 mod remote;
@@ -38,6 +40,7 @@ mod xattr;
 mod tests;
 
 pub use links::ForeignSymlinks;
+pub use locks::LockOf;
 pub use types::{
     Caller, Detail, DirItem, FallocateMode, Found, HandleId, InodeNo, Invalidation, Io, OpenFlags,
     Opened, RenameFlags, SetAttr, Statfs, TimeOrNow, Whence, XattrMode,
@@ -49,6 +52,7 @@ use crate::error::{FsError, FsResult, Kind};
 use crate::index::Index;
 use crate::indexer::Indexer;
 use crate::library::Library;
+use crate::locks::Locks;
 use crate::model::{FileType, LocationNo, NAME_MAX, Name};
 use crate::outbox::Outbox;
 use bytes::Bytes;
@@ -84,6 +88,7 @@ pub struct Drive {
     remote: Remote,
     handles: Handles,
     stems: Stems,
+    locks: locks::OfHandles,
 }
 
 impl Drive {
@@ -94,6 +99,7 @@ impl Drive {
         content: Arc<Content>,
         library: Arc<Library>,
         outbox: Arc<Outbox>,
+        locks: Arc<Locks>,
         config: DriveConfig,
     ) -> Arc<Self> {
         let DriveConfig { uid, gid, read_only, foreign_symlinks } = config;
@@ -107,7 +113,9 @@ impl Drive {
         let remote =
             Remote::new(index.clone(), content, outbox, (uid, gid), (foreign_symlinks, read_only));
         let top = Top { index, indexer, library, uid, gid };
-        Arc::new(Self { top, own, remote, handles: Handles::default(), stems: Stems::default() })
+        let locks = locks::OfHandles::new(locks);
+        let (handles, stems) = (Handles::default(), Stems::default());
+        Arc::new(Self { top, own, remote, handles, stems, locks })
     }
 
     /// What changes from now on, for [`Drive::invalidations`].

@@ -164,6 +164,7 @@ impl Bench {
             content,
             Arc::clone(&library),
             Arc::clone(&outbox),
+            Arc::default(),
             config,
         );
         wait_until("the own location is there", || indexer.root(own).is_ok());

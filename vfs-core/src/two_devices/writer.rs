@@ -118,6 +118,7 @@ impl Writer {
             content,
             Arc::clone(&self.library),
             Arc::clone(&outbox),
+            Arc::default(),
             config,
         );
         self.running = Some(Running { drive, outbox });

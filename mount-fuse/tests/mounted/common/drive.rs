@@ -112,7 +112,15 @@ pub fn drive_over(
         outbox.is_some()
     });
     let outbox = outbox.unwrap();
-    let drive = Drive::new(index.clone(), Arc::clone(&indexer), content, library, outbox, config);
+    let drive = Drive::new(
+        index.clone(),
+        Arc::clone(&indexer),
+        content,
+        library,
+        outbox,
+        Arc::default(),
+        config,
+    );
     crate::common::eventually("the own location is there", || indexer.root(mine).is_ok());
     let parts = Parts { index, indexer, peer, theirs };
     parts.apply(vec![row(ROOT_PARENT.0, "root", entry(1, FileType::Directory, 0))]);

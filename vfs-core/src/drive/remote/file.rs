@@ -183,6 +183,11 @@ impl RemoteFile {
         Ok(Arc::clone(self.written.get_or_init(|| written)))
     }
 
+    /// Which file it is, in whatever version.
+    pub fn ino(&self) -> RemoteIno {
+        self.ino
+    }
+
     /// Of the version that is open.
     pub fn generation(&self) -> u64 {
         self.entry.generation.into()
