@@ -7,7 +7,7 @@
 
 use super::lock;
 use crate::model::{FileId, LocationId};
-use crate::ops::{Change, Op, OpId, Outcome, Place, Refusal};
+use crate::ops::{Change, Obstacle, Op, OpId, Outcome, Place, Refusal};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Mutex;
 
@@ -47,15 +47,22 @@ impl Waiting {
 
     pub fn note(&self, id: &OpId, op: &Op, outcome: &Outcome) {
         let changes = match (outcome, &op.change) {
-            (Outcome::Applied(_) | Outcome::Refused(Refusal::NeedsWhole), _) => return,
-            (Outcome::Later(_), _) => changes(op),
+            (Outcome::Applied(_), _) => return,
+            (Outcome::Later(_) | Outcome::Refused(Refusal::NeedsWhole), _) => changes(op),
             // What was never made cannot have anything in it, nor be changed.
             (Outcome::Refused(_), Change::Create { file, .. }) => {
                 vec![Thing::File(op.location, *file)]
             }
             (Outcome::Refused(_), _) => return,
         };
-        let waited = Waited { changes: changes.into_iter().collect(), outcome: outcome.clone() };
+        let outcome = match outcome {
+            // It comes again, with all its bytes.
+            Outcome::Refused(Refusal::NeedsWhole) => {
+                Outcome::Later(Obstacle::Failed("a change before it is sent again".into()))
+            }
+            outcome => outcome.clone(),
+        };
+        let waited = Waited { changes: changes.into_iter().collect(), outcome };
         let mut waiting = lock(&self.0);
         let of_writer = waiting.entry((id.writer, id.epoch)).or_default();
         of_writer.insert(id.no, waited);

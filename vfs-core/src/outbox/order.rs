@@ -93,6 +93,33 @@ impl Order {
         free
     }
 
+    /// The file of these operations has another id from now on. What comes later names it so,
+    /// and waits for them all the same.
+    pub fn rename(&mut self, of: &[u64], location: LocationId, old: FileId, new: FileId) {
+        let renamed = |object: &Object| match object {
+            Object::File(l, file) if (*l, *file) == (location, old) => {
+                Some(Object::File(location, new))
+            }
+            Object::Name(l, dir, name) if (*l, *dir) == (location, old) => {
+                Some(Object::Name(location, new, name.clone()))
+            }
+            _ => None,
+        };
+        for no in of {
+            let Some(links) = self.ops.get_mut(no) else { continue };
+            let changes: Vec<_> = links.changes.iter().filter_map(renamed).collect();
+            let uses: Vec<_> = links.uses.iter().filter_map(renamed).collect();
+            for object in &changes {
+                self.objects.entry(object.clone()).or_default().changed.insert(*no);
+            }
+            for object in &uses {
+                self.objects.entry(object.clone()).or_default().used.insert(*no);
+            }
+            links.changes.extend(changes);
+            links.uses.extend(uses);
+        }
+    }
+
     fn let_go(&mut self, no: u64, object: &Object) {
         let Some(users) = self.objects.get_mut(object) else { return };
         users.used.remove(&no);
@@ -216,5 +243,18 @@ mod tests {
         assert_eq!(order.remove(2), [0; 0]);
         assert!(!order.is_free(3));
         assert_eq!(order.remove(1), [3]);
+    }
+
+    #[test]
+    fn what_names_a_file_by_its_new_id_waits_for_what_named_it_by_the_old_one() {
+        let mut order = order(&[make(9, 1, "a"), remove(9, 1, "a")]);
+        order.rename(&[1, 2], L, FileId(9), FileId(5));
+        order.add(3, L, &remove(5, 1, "b"));
+        assert_eq!(order.waits_for(3).collect::<Vec<_>>(), [2]);
+        order.remove(1);
+        order.remove(2);
+        assert!(order.is_free(3));
+        order.remove(3);
+        assert!(order.objects.is_empty());
     }
 }

@@ -82,6 +82,8 @@ pub(super) struct State {
     pub versions: HashMap<(LocationId, FileId), (u64, Base)>,
     /// Operations that another was sent instead of, and which; for who waits for them.
     pub stand_ins: HashMap<u64, u64>,
+    /// What this device called files whose owners gave them other ids.
+    pub former_ids: HashMap<(LocationId, FileId), FileId>,
     /// Operations that were sent and name an earlier one as their base: its owner must remember
     /// that one's outcome until they are settled.
     pub relied_on: BTreeMap<u64, u64>,
@@ -164,6 +166,7 @@ impl State {
             locations: HashMap::new(),
             versions: HashMap::new(),
             stand_ins: HashMap::new(),
+            former_ids: HashMap::new(),
             relied_on: BTreeMap::new(),
             versioning: HashMap::new(),
             last: Lsn(0),
@@ -272,11 +275,9 @@ impl State {
             }
         }
         let file = (op.record.location, op.record.change.file());
-        if let Some(versioning) = self.versioning.get_mut(&file) {
-            versioning.remove(&no);
-            if versioning.is_empty() {
-                self.versioning.remove(&file);
-            }
+        self.is_no_version(file, no);
+        if let Some(former) = self.former_ids.get(&file).copied() {
+            self.is_no_version((file.0, former), no);
         }
         let later = self.order.needed_by(no);
         self.order.remove(no);
@@ -319,12 +320,38 @@ impl State {
 
     /// The owner calls a file by another id than this device did.
     pub fn rename_file(&mut self, location: LocationId, old: FileId, new: FileId, how: Renamed) {
-        let ops = self.ops.iter_mut();
-        for (_, op) in ops.filter(|(_, op)| op.record.location == location) {
-            let is_write = matches!(op.record.change, Change::Write { .. });
-            if how == Renamed::Everywhere || is_write {
-                let files = files_mut(&mut op.record.change);
-                files.into_iter().filter(|f| **f == old).for_each(|f| *f = new);
+        let (mut renamed, mut versions) = (Vec::new(), Vec::new());
+        for (no, op) in self.ops.iter_mut().filter(|(_, op)| op.record.location == location) {
+            let change = &mut op.record.change;
+            if how == Renamed::InWrites && !matches!(change, Change::Write { .. }) {
+                continue;
+            }
+            if makes_version(change) && change.file() == old {
+                versions.push(*no);
+            }
+            let mut names = files_mut(change);
+            names.retain(|file| **file == old);
+            if !names.is_empty() {
+                names.into_iter().for_each(|file| *file = new);
+                renamed.push(*no);
+            }
+        }
+        self.order.rename(&renamed, location, old, new);
+        // It is asked for by either id: by the old one until the index has its rows.
+        self.versioning.entry((location, new)).or_default().extend(versions);
+        self.former_ids.insert((location, new), old);
+        if how == Renamed::Everywhere
+            && let Some(version) = self.versions.get(&(location, old)).cloned()
+        {
+            self.versions.insert((location, new), version);
+        }
+    }
+
+    fn is_no_version(&mut self, file: (LocationId, FileId), no: u64) {
+        if let Some(versioning) = self.versioning.get_mut(&file) {
+            versioning.remove(&no);
+            if versioning.is_empty() {
+                self.versioning.remove(&file);
             }
         }
     }

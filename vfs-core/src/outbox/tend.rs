@@ -223,6 +223,14 @@ impl Outbox {
             }
         }
         drop(state);
+        // A killed daemon forgets rows that are not on the disk, and would show again what was
+        // written here, whose bytes are gone by then.
+        if !due.is_empty()
+            && let Err(error) = self.index.flush()
+        {
+            tracing::warn!(%error, "what was delivered stays shown from here");
+            return;
+        }
         // Only this thread retires, so the drafts are there until it does.
         wholes.iter().for_each(|whole| self.adopt(whole));
         let mut state = self.state();

@@ -3,14 +3,14 @@
 //! A partial change of a version that the owner has replaced meanwhile cannot be
 //! applied there, not even as a conflict copy. The base is fetched from whoever
 //! has it, this device's cache included, and written into the draft where nothing
-//! was written, so that programs see no difference; then all bytes go as one new
-//! operation in place of those that waited. When nobody has the base, the
+//! was written, so that programs see no difference; then all bytes go as one
+//! operation, under the number of the first that waited. When nobody has the base, the
 //! operation stays and says so; its bytes can be exported.
 
 use super::queue::{OpBytes, Progress, Queued};
 use super::record::{OpRecord, Record, content};
 use super::written::{Writing, Written};
-use super::{NewBytes, NewOp, Outbox, State};
+use super::{Outbox, State};
 use crate::error::{FsError, FsResult, Kind};
 use crate::model::Location;
 use crate::ops::{Base, Change, INLINE_MAX_BYTES};
@@ -44,14 +44,14 @@ impl Outbox {
     }
 
     fn send_whole(&self, no: u64) -> FsResult<()> {
-        let Some((location, written)) = self.of_op(no)? else { return Ok(()) };
+        let Some((_, written)) = self.of_op(no)? else { return Ok(()) };
         self.fill_from_base(&written)?;
         let mut writing = written.lock();
         // What an earlier operation brought to its owner is in a base that it may have no more.
         written.draft.differ_everywhere();
         let committed = written.draft.commit(INLINE_MAX_BYTES)?;
         let snapshot = committed.snapshot.clone();
-        let replaced = self.replace_by_whole(no, location, &written, &mut writing, committed);
+        let replaced = self.replace_by_whole(no, &written, &mut writing, committed);
         if !matches!(replaced, Ok(true)) {
             // The next close or fsync commits it.
             written.draft.take_back(&snapshot);
@@ -59,49 +59,40 @@ impl Outbox {
         replaced.map(|_| self.tick())
     }
 
-    /// Whether the operation still waited for it.
+    /// The operation goes again with all bytes, under its own number: what was to follow it still
+    /// does. Whether it still waited for that.
     fn replace_by_whole(
         &self,
         no: u64,
-        location: Arc<Location>,
         written: &Written,
         writing: &mut Writing,
         committed: Committed,
     ) -> FsResult<bool> {
-        let Committed { snapshot, fill } = committed;
-        let content = content(Some(&snapshot), written.live().mtime());
-        if !content.is_whole() {
+        let mtime = written.live().mtime();
+        if !content(Some(&committed.snapshot), mtime).is_whole() {
             return Err(FsError::new(Kind::Io, "make the bytes of a file whole"));
         }
         let mut state = self.state();
-        let Some(op) = state.ops.get(&no).filter(|op| op.progress == Progress::Blocked) else {
+        let is_it = |op: &Queued| {
+            op.progress == Progress::Blocked && matches!(op.record.change, Change::Write { .. })
+        };
+        if !state.ops.get(&no).is_some_and(is_it) {
             return Ok(false);
-        };
-        let Change::Write { file, base, path, .. } = op.record.change.clone() else {
-            return Ok(false);
-        };
-        let change = Change::Write { file, base, content, path: path.clone() };
-        let bytes = NewBytes { bytes: written.bytes(), snapshot: Some(snapshot), fill };
-        let new = NewOp {
-            location,
-            change,
-            is_directory: false,
-            path,
-            bytes: Some(bytes),
-            is_held: false,
-            generation: None,
-        };
-        let replaced = of_draft(&state, no);
-        let new = self.accept(&mut state, new)?;
-        written.build_on(new);
-        writing.op = Some(new);
-        for old in replaced {
-            state.stand_ins.insert(old, new);
-            if let Err(error) = self.drop_op(&mut state, old) {
-                // Delivered again, it is refused again.
-                tracing::warn!(old, %error, "an operation that was replaced could not be dropped");
+        }
+        let contained = of_draft(&state, no);
+        self.rewrite(&mut state, no, committed, mtime)?;
+        written.build_on(no);
+        writing.op = Some(no);
+        for later in contained.into_iter().filter(|later| *later != no) {
+            state.stand_ins.insert(later, no);
+            if let Err(error) = self.drop_op(&mut state, later) {
+                tracing::warn!(later, %error, "what another operation has could not be dropped");
             }
         }
+        if let Some(op) = state.ops.get_mut(&no) {
+            (op.obstacle, op.late) = (None, None);
+        }
+        state.set(no, Progress::Waiting(None));
         Ok(true)
     }
 

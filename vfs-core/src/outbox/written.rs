@@ -505,7 +505,7 @@ impl Outbox {
     }
 
     /// Gives an operation that waits these bytes instead of those it had.
-    fn rewrite(
+    pub(super) fn rewrite(
         &self,
         state: &mut State,
         no: u64,

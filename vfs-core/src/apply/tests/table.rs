@@ -34,10 +34,23 @@ fn an_edit_of_parts_needs_all_bytes_when_its_base_is_gone() {
     let mut world = World::with(&[("a", "base")]);
     let base = world.seen("a");
     owner_writes(&world, "a", "owner's");
-    let change = world.change("a", base.clone(), parts(4, 4, &[(0, b"B")]));
-    assert_eq!(world.apply(change), Outcome::Refused(Refusal::NeedsWhole));
+    let (id, part) = world.op(world.change("a", base.clone(), parts(4, 4, &[(0, b"B")])));
+    let (next, set) = world.op(Change::SetAttr {
+        file: part.change.file(),
+        base: None,
+        perm: Some(0o600),
+        uid: None,
+        gid: None,
+        atime: None,
+        mtime: None,
+    });
+    assert_eq!(world.deliver(id, &part), Outcome::Refused(Refusal::NeedsWhole));
     assert_eq!(world.tree(), ["a"]);
-    let applied = world.applied(world.overwrite("a", base, "Base"));
+    // What was asked for after it waits until it comes again, under its number.
+    assert!(matches!(world.deliver(next, &set), Outcome::Later(_)));
+    let whole = Op { change: world.overwrite("a", base, "Base"), ..part };
+    let Outcome::Applied(applied) = world.deliver(id, &whole) else { panic!("not applied") };
+    assert!(matches!(world.deliver(next, &set), Outcome::Applied(_)));
     assert_eq!((world.read("a"), world.copy().1), ("owner's".into(), "Base".into()));
     kept_as(&applied);
 }

@@ -261,12 +261,14 @@ fn a_partial_change_whose_base_is_gone_goes_as_a_whole() {
     let (bench, mut owner) = with_owner();
     owner.refuses = Some(Refusal::NeedsWhole);
     bench.put_remote(bench.ino(&at("old")), 4, b"BYTES");
+    let no = bench.outbox.pending()[0].no;
     assert_eq!(bench.deliver(&mut owner), 1);
     owner.refuses = None;
     wait_until("it is sent as a whole", || {
         bench.outbox.sync().unwrap();
         bench.outbox.pending().first().is_some_and(|p| p.bytes == 9)
     });
+    assert_eq!(bench.outbox.pending()[0].no, no, "what was asked for after it goes after it");
     let owner = std::cell::RefCell::new(owner);
     wait_until("it is delivered", || bench.deliver(&mut owner.borrow_mut()) > 0);
     assert_eq!(owner.borrow().bytes_at("old"), Some(&b"old BYTES"[..]));
