@@ -21,8 +21,6 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 const FILES: u32 = 24;
-/// More in one run is a worse fault than the one that is known.
-const FAULTS_MAX: u32 = 3;
 pub(crate) const RECOVERY: Duration = Duration::from_secs(20);
 
 /// What must be at the owner: names with the hash of their bytes.
@@ -37,19 +35,9 @@ pub(crate) struct Known {
     perhaps: Vec<Manifest>,
     /// What was done since the last check, for whoever reads of a failure.
     story: Vec<String>,
-    /// How often own versions were taken for another's.
-    faults: u32,
 }
 
 impl Known {
-    /// Whether each content of one of the states is somewhere.
-    fn has_all_bytes(&self, found: &Manifest) -> bool {
-        let there: BTreeSet<_> = found.values().map(|hash| *hash.as_bytes()).collect();
-        let is_there = |hash: &blake3::Hash| there.contains(hash.as_bytes());
-        let mut states = std::iter::once(&self.sure).chain(&self.perhaps);
-        states.any(|state| state.values().all(is_there))
-    }
-
     fn allows(&self, found: &Manifest) -> bool {
         *found == self.sure || self.perhaps.contains(found)
     }
@@ -142,23 +130,15 @@ pub(crate) fn check(
     let found = manifest(theirs).expect("the owner's folder");
     let mut known = known.lock().expect("the writer is at its end");
     let conflicts = reader.json(&["conflicts"]);
-    if !known.allows(&found) {
-        // A known fault, about once in 150 kills: versions of this device's own are taken for
-        // somebody else's. They lie beside the file then; one that is not there at all is lost.
-        let told = format!("{when}: {}\n{conflicts:#}", known.difference(&found));
-        assert!(known.has_all_bytes(&found), "lost: {told}");
-        known.faults += 1;
-        assert!(known.faults <= FAULTS_MAX, "{told}");
-        eprintln!("KNOWN FAULT, own versions were taken for another's: {told}");
-    }
+    assert!(known.allows(&found), "{when}: {}\n{conflicts:#}", known.difference(&found));
     let are_none = conflicts["conflicts"].as_array().is_some_and(Vec::is_empty);
-    assert!(are_none || known.faults > 0, "{when}: {conflicts:#}");
+    assert!(are_none, "own versions were taken for another's: {when}: {conflicts:#}");
     if !shows(&reader.at("owner/files"), &found, RECOVERY) {
         let story = known.story.join("\n");
         panic!("{when}: {}\nwhat was done:\n{story}", views(owner, reader, &found));
     }
     owner.wait_online("reader");
-    *known = Known { sure: found, faults: known.faults, ..Known::default() };
+    *known = Known { sure: found, ..Known::default() };
 }
 
 /// Whether a folder comes to have these files in time.

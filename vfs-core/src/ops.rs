@@ -76,7 +76,7 @@ pub enum New {
 }
 
 /// New bytes of a file: what of its base stays, and what is written over it.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NewContent {
     /// Bytes of the file then.
     pub size: u64,
@@ -93,6 +93,21 @@ pub struct NewContent {
     pub whole: Option<ContentId>,
     /// The extents' bytes, one after the other, when they are few ([`INLINE_MAX_BYTES`]).
     pub inline: Option<Bytes>,
+}
+
+/// Short, for logs: lengths in place of bytes.
+impl fmt::Debug for NewContent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("NewContent")
+            .field("size", &self.size)
+            .field("mtime", &self.mtime)
+            .field("kept_bytes", &self.kept_bytes)
+            .field("extents", &self.extents.len())
+            .field("written_bytes", &self.written_bytes())
+            .field("whole", &self.whole)
+            .field("inline_bytes", &self.inline.as_ref().map(Bytes::len))
+            .finish_non_exhaustive()
+    }
 }
 
 /// One change.

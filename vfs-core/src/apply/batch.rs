@@ -604,6 +604,7 @@ impl<'a> Batch<'a> {
 
     fn fail(&mut self, slot: usize, id: &OpId, op: &Op, fail: Fail) {
         let outcome = fail.into_outcome();
+        tracing::debug!(op = op.no, change = ?op.change, ?outcome, "not applied");
         self.applier.waiting.note(id, op, &outcome);
         self.outcomes[slot] = Some(outcome);
     }

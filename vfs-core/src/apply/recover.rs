@@ -91,6 +91,7 @@ impl Applier {
         for (id, intent) in here {
             match self.end(location, root, &intent) {
                 Ok(()) => {
+                    self.expect_what_is_there(location, root, &intent);
                     if let Step::Redo { redo } = &intent.step {
                         redone.push(self.redo_dir.join(&redo.source));
                     }
@@ -138,6 +139,16 @@ impl Applier {
             Step::Redo { redo } => self.redo_again(root, &dir.path_of(&intent.target), redo),
         }?;
         dir.sync()
+    }
+
+    /// An inode that did not get its name is free for any other file, which is not this one.
+    fn expect_what_is_there(&self, location: &Location, root: &Root, intent: &Intent) {
+        let Step::Swap { new_ino, .. } = intent.step else { return };
+        let dir = self.dir_of(location, root, intent).ok().flatten();
+        let target = dir.and_then(|dir| dir.look(&intent.target).ok().flatten());
+        if target.is_none_or(|seen| seen.disk_ino != new_ino) {
+            self.index.unexpect(location.no, new_ino);
+        }
     }
 
     /// The owner's own change came out of the swap, and the crash came before it was seen.

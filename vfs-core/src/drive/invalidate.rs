@@ -123,7 +123,8 @@ impl<'a> Translation<'a> {
             crate::index::ROOT_PARENT => return self.remote_root(location),
             parent => depth_of(view, location, parent)?,
         };
-        let ino = RemoteIno::at_depth(location, depth, &node.entry).no();
+        let ino = RemoteIno::at_depth(location, depth, &node.entry);
+        let ino = RemoteIno { file: view.first(location, ino.file), ..ino }.no();
         self.out.push(Invalidation::Attributes(ino));
         Ok(())
     }
@@ -165,7 +166,8 @@ impl<'a> Translation<'a> {
             return Ok(RemoteIno::root(location).no());
         }
         let depth = depth_of(self.remote.outbox.view(), location, dir)?;
-        Ok(RemoteIno::directory(location, depth, dir).no())
+        let view = self.remote.outbox.view();
+        Ok(RemoteIno::directory(location, depth, view.first(location, dir)).no())
     }
 
     fn own_ino(&self, location: LocationNo, file: FileId) -> FsResult<Option<InodeNo>> {

@@ -8,7 +8,7 @@ use super::readdir::{
     self, DirKind, OpenDir, OwnDirHandle, OwnEntry, RemoteDir, Snapshot, TopEntry,
 };
 use super::types::{Detail, DirItem, HandleId, InodeNo};
-use super::{Drive, remote, sync};
+use super::{Drive, sync};
 use crate::error::{FsError, FsResult, Kind};
 use crate::model::{Entry, FileType, LocationNo, Name};
 use std::ops::ControlFlow;
@@ -45,7 +45,7 @@ impl Drive {
             Ok(node) if node.entry.attr.file_type != FileType::Directory => {
                 Err(FsError::new(Kind::NotADirectory, "list a file"))
             }
-            Ok(node) => Ok((remote::parent_of(ino, &node, &location), kind)),
+            Ok(node) => Ok((self.remote.parent_of(ino, &node, &location), kind)),
             // Its first rows have not come yet: an empty directory.
             Err(_) if ino == RemoteIno::root(ino.location) => {
                 Ok((InodeNo::of_device(location.owner), kind))
@@ -219,7 +219,7 @@ impl Drive {
         next_cookie: u64,
         visit: &mut readdir::Visit<'_>,
     ) -> ControlFlow<()> {
-        let ino = remote.ino.child(entry);
+        let ino = self.remote.child(remote.ino, entry);
         visit(DirItem {
             name: name.as_bytes(),
             ino: ino.no(),

@@ -88,6 +88,21 @@ impl Remote {
         Found { ino: ino.no(), generation, attr, atime, valid_for: VALID_FOR }
     }
 
+    /// The number of an entry of this directory.
+    pub fn child(&self, parent: RemoteIno, entry: &Entry) -> RemoteIno {
+        let child = parent.child(entry);
+        RemoteIno { file: self.outbox.view().first(child.location, child.file), ..child }
+    }
+
+    /// The directory above a remote one: of a location's folder, its device's.
+    pub fn parent_of(&self, ino: RemoteIno, node: &Node, location: &Location) -> InodeNo {
+        if ino.file == FileId::ROOT {
+            return InodeNo::of_device(location.owner);
+        }
+        let file = self.outbox.view().first(ino.location, node.parent);
+        RemoteIno { file, tag: ino.tag.saturating_sub(1), ..ino }.no()
+    }
+
     pub fn location(&self, no: LocationNo) -> FsResult<Arc<Location>> {
         self.index.location(no).ok_or_else(|| stale("use a location that was removed"))
     }
@@ -105,7 +120,7 @@ impl Remote {
         self.location(parent.location)?;
         let entry = self.outbox.view().entry(parent.location, parent.file, name)?;
         let entry = entry.ok_or_else(|| FsError::new(Kind::NotFound, "look up a name"))?;
-        Ok(self.found(parent.child(&entry), &entry))
+        Ok(self.found(self.child(parent, &entry), &entry))
     }
 
     /// The attributes; `None` for a location's folder whose row has not come yet.
@@ -202,12 +217,4 @@ impl Remote {
             _ => "partial",
         }
     }
-}
-
-/// The directory above a remote one: of a location's folder, its device's.
-pub(super) fn parent_of(ino: RemoteIno, node: &Node, location: &Location) -> InodeNo {
-    if ino.file == FileId::ROOT {
-        return InodeNo::of_device(location.owner);
-    }
-    RemoteIno { file: node.parent, tag: ino.tag.saturating_sub(1), ..ino }.no()
 }

@@ -30,6 +30,7 @@ impl Outbox {
         }
         let location = self.writable(no)?;
         let mut state = self.state();
+        let file = self.now(no, file);
         let node = self.view().node(no, file)?;
         let node = node.ok_or_else(|| FsError::new(Kind::Stale, "change a file that is gone"))?;
         if set.perm.is_some() && node.entry.attr.file_type == FileType::Symlink {

@@ -1,6 +1,8 @@
 //! What to send, and what becomes of the answers.
 
-use super::queue::{OpBytes, Progress, Queued, Renamed, Retiring, makes_version, written_bytes};
+use super::queue::{
+    OpBytes, Progress, Queued, Renamed, Retiring, makes_version, rename, written_bytes,
+};
 use super::record::{Record, content_mut, word};
 use super::{ConflictRecord, Lane, Outbox, State, Written};
 use crate::error::{FsError, FsResult, Kind};
@@ -68,6 +70,7 @@ impl Outbox {
                 continue;
             }
             bytes += op.record.snapshot.as_ref().map_or(0, written_bytes) as usize + 256;
+            tracing::trace!(no, change = ?op.record.change, "taken");
             picked.push(Picked::of(op));
             state.sent(no);
         }
@@ -142,6 +145,7 @@ impl Outbox {
     /// The owner's answer. In the journal when it returns, but for [`Outcome::Later`].
     pub fn settle(&self, owner: DeviceId, no: u64, outcome: Outcome) {
         let mut state = self.state();
+        tracing::trace!(no, ?outcome, "answered");
         let Some(op) = state.ops.get_mut(&no).filter(|op| op.record.owner == owner) else {
             // Answered twice, or never asked by this device.
             return;
@@ -232,9 +236,10 @@ impl Outbox {
             }
         }
         if let (Some(version), Some(no_of)) = (&version, no_of) {
-            self.learned(no_of, file, no, version, elsewhere);
+            let home = state.home(location, file);
+            self.learned(no_of, home, no, version, elsewhere);
             if matches!(applied.conflict, Some(Conflict::KeptAs(_))) {
-                self.step_aside(no_of, file, op_draft.as_ref());
+                self.step_aside(no_of, home, op_draft.as_ref());
             }
         }
         let Some(op) = state.remove(no) else { return };
@@ -244,14 +249,18 @@ impl Outbox {
         if let Some(conflict) = &applied.conflict {
             self.met(state, &op, no, conflict.clone(), at);
         }
+        let Queued { mut record, bytes, digest, .. } = op;
         if let Some(new) = elsewhere {
-            let how = match (&op.record.change, &applied.conflict) {
+            let how = match (&record.change, &applied.conflict) {
                 (Change::Write { .. }, Some(Conflict::KeptAs(_))) => Renamed::InWrites,
                 _ => Renamed::Everywhere,
             };
             state.rename_file(location, file, new, how);
+            if how == Renamed::Everywhere {
+                rename(&mut record.change, file, new);
+                no_of.inspect(|no_of| self.renamed(*no_of, file, new));
+            }
         }
-        let Queued { record, bytes, digest, .. } = op;
         let (applied, whole) = (applied.clone(), digest.and_then(|(_, whole)| whole));
         let (settled, reached) = (Instant::now(), None);
         state.retiring.insert(no, Retiring { record, bytes, applied, whole, settled, reached });
@@ -277,6 +286,22 @@ impl Outbox {
                 let file = elsewhere.unwrap_or(file);
                 written.rest_on(version_row(file, written.generation(), stamp, *content));
             }
+        }
+    }
+
+    /// Programs go on with a file that its owner calls otherwise.
+    fn renamed(&self, location: LocationNo, old: FileId, new: FileId) {
+        // First, so that nobody looks for the file where it was.
+        self.overlay().rename_file(location, old, new);
+        let Some((_, open)) = self.files.remove(&(location, old)) else { return };
+        open.written.iter().chain(&open.older).for_each(|written| written.renamed(new));
+        let mut there = self.files.entry((location, new)).or_default();
+        there.handles += open.handles;
+        there.writers += open.writers;
+        there.older.extend(open.older);
+        if let Some(written) = open.written {
+            let other = there.written.replace(written);
+            there.older.extend(other);
         }
     }
 

@@ -69,7 +69,7 @@ use crate::overlay::{self, Merged, Overlay};
 use crate::staging::{Snapshot, Staging};
 use bytes::Bytes;
 use dashmap::DashMap;
-use queue::{OpBytes, Progress, Queued, State};
+use queue::{OpBytes, Progress, Queued, State, files_mut};
 use record::{OpRecord, Record};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockWriteGuard};
@@ -195,7 +195,10 @@ impl Outbox {
 
     /// Accepts an operation: it is in the journal and shown when this returns.
     fn accept(&self, state: &mut State, new: NewOp) -> FsResult<u64> {
-        let NewOp { location, change, is_directory, path, bytes, is_held, generation } = new;
+        let NewOp { location, mut change, is_directory, path, bytes, is_held, generation } = new;
+        for file in files_mut(&mut change) {
+            *file = self.now(location.no, *file);
+        }
         let (shown, snapshot, fill) = match bytes {
             Some(NewBytes { bytes, snapshot, fill }) => (Some(bytes), snapshot, fill),
             None => (None, None, Vec::new()),
@@ -292,6 +295,11 @@ impl Outbox {
             return Err(FsError::new(Kind::ReadOnly, "change an own location that is not there"));
         }
         Ok(location)
+    }
+
+    /// What the owner calls the file that this device once called so.
+    fn now(&self, location: LocationNo, file: FileId) -> FileId {
+        self.overlay_ref().now(location, file)
     }
 
     fn publish(&self, changes: Vec<changes::Change>) {

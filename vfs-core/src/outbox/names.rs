@@ -145,7 +145,7 @@ impl Outbox {
         writing.op = Some(no);
         written.build_on(no);
         state.drafts.hold(&written.draft);
-        let mut open = self.files.entry((written.location, written.file)).or_default();
+        let mut open = self.files.entry((written.location, written.file())).or_default();
         open.written = Some(Arc::clone(written));
     }
 
@@ -205,6 +205,7 @@ impl Outbox {
     pub(crate) fn unlink(&self, no: LocationNo, (dir, name): (FileId, &Name)) -> FsResult<()> {
         let location = self.writable(no)?;
         let mut state = self.state();
+        let dir = self.now(no, dir);
         let path = self.path_in(no, dir, name)?;
         let entry = self.present(no, dir, name)?;
         if entry.attr.file_type == FileType::Directory {
@@ -271,6 +272,7 @@ impl Outbox {
     ) -> FsResult<()> {
         let location = self.writable(no)?;
         let mut state = self.state();
+        let (from_dir, to_dir) = (self.now(no, from_dir), self.now(no, to_dir));
         self.path_in(no, from_dir, from)?;
         let path = self.path_in(no, to_dir, to)?;
         let moved = self.present(no, from_dir, from)?;

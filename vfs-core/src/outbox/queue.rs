@@ -82,8 +82,8 @@ pub(super) struct State {
     pub versions: HashMap<(LocationId, FileId), (u64, Base)>,
     /// Operations that another was sent instead of, and which; for who waits for them.
     pub stand_ins: HashMap<u64, u64>,
-    /// What this device called files whose owners gave them other ids.
-    pub former_ids: HashMap<(LocationId, FileId), FileId>,
+    /// Conflict copies, and the files that programs wrote to when they came to be.
+    pub copies: HashMap<(LocationId, FileId), FileId>,
     /// Operations that were sent and name an earlier one as their base: its owner must remember
     /// that one's outcome until they are settled.
     pub relied_on: BTreeMap<u64, u64>,
@@ -166,7 +166,7 @@ impl State {
             locations: HashMap::new(),
             versions: HashMap::new(),
             stand_ins: HashMap::new(),
-            former_ids: HashMap::new(),
+            copies: HashMap::new(),
             relied_on: BTreeMap::new(),
             versioning: HashMap::new(),
             last: Lsn(0),
@@ -276,9 +276,6 @@ impl State {
         }
         let file = (op.record.location, op.record.change.file());
         self.is_no_version(file, no);
-        if let Some(former) = self.former_ids.get(&file).copied() {
-            self.is_no_version((file.0, former), no);
-        }
         let later = self.order.needed_by(no);
         self.order.remove(no);
         for no in later {
@@ -329,22 +326,32 @@ impl State {
             if makes_version(change) && change.file() == old {
                 versions.push(*no);
             }
-            let mut names = files_mut(change);
-            names.retain(|file| **file == old);
-            if !names.is_empty() {
-                names.into_iter().for_each(|file| *file = new);
+            if rename(change, old, new) {
                 renamed.push(*no);
             }
         }
         self.order.rename(&renamed, location, old, new);
-        // It is asked for by either id: by the old one until the index has its rows.
-        self.versioning.entry((location, new)).or_default().extend(versions);
-        self.former_ids.insert((location, new), old);
-        if how == Renamed::Everywhere
-            && let Some(version) = self.versions.get(&(location, old)).cloned()
-        {
+        versions.iter().for_each(|no| self.is_no_version((location, old), *no));
+        if !versions.is_empty() {
+            self.versioning.entry((location, new)).or_default().extend(versions);
+        }
+        if let Some(version) = self.versions.remove(&(location, old)) {
             self.versions.insert((location, new), version);
         }
+        match how {
+            Renamed::InWrites => drop(self.copies.insert((location, new), old)),
+            Renamed::Everywhere => {
+                let done = self.retiring.values_mut().map(|done| &mut done.record);
+                done.filter(|record| record.location == location).for_each(|record| {
+                    rename(&mut record.change, old, new);
+                });
+            }
+        }
+    }
+
+    /// The file that programs had open when this one, perhaps a copy of it, came to be.
+    pub fn home(&self, location: LocationId, file: FileId) -> FileId {
+        self.copies.get(&(location, file)).copied().unwrap_or(file)
     }
 
     fn is_no_version(&mut self, file: (LocationId, FileId), no: u64) {
@@ -391,7 +398,16 @@ fn bases_mut(change: &mut Change) -> Vec<&mut Base> {
     }
 }
 
-fn files_mut(change: &mut Change) -> Vec<&mut FileId> {
+/// Calls a file by another id; whether the change is about it.
+pub(super) fn rename(change: &mut Change, old: FileId, new: FileId) -> bool {
+    let mut names = files_mut(change);
+    names.retain(|file| **file == old);
+    names.iter_mut().for_each(|file| **file = new);
+    !names.is_empty()
+}
+
+/// The files that a change names.
+pub(super) fn files_mut(change: &mut Change) -> Vec<&mut FileId> {
     fn dir(at: &mut Place) -> &mut FileId {
         &mut at.dir
     }

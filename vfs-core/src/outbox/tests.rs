@@ -451,3 +451,46 @@ fn a_full_disk_is_told_to_the_writer_and_costs_nothing_accepted() {
     bench.make("later", b"more");
     assert_eq!(bench.read("later"), b"more");
 }
+
+#[test]
+fn a_file_that_its_owner_calls_otherwise_stays_one_file() {
+    const THEIRS: FileId = FileId(77);
+    let bench = Bench::new();
+    let outbox = bench.outbox();
+    let written = bench.make("new", b"first");
+    let made = bench.take().pop().unwrap();
+    let ours = made.change.file();
+    let before = bench.outbox().view().node(bench.no, ours).unwrap().unwrap();
+    let stamp = Stamp { disk_ino: 77, size: 5, mtime: Time::default(), ctime: Time::default() };
+    let Outcome::Applied(as_made) = applied(stamp, 9) else { unreachable!() };
+    let theirs = Applied { file: Some(THEIRS), ..as_made };
+    outbox.settle(OWNER, made.no, Outcome::Applied(theirs.clone()));
+
+    // Programs see the same file, by its name and by what they have open.
+    let shown = outbox.view().entry(bench.no, ROOT, b"new").unwrap().unwrap();
+    assert_eq!((shown.file_id, shown.generation), (THEIRS, before.entry.generation));
+    assert_eq!(outbox.view().node(bench.no, ours).unwrap().unwrap().entry, shown);
+    assert_eq!(outbox.view().first(bench.no, THEIRS), ours);
+
+    // What is written now is shown at once, and whatever follows goes after it.
+    outbox.write(&written, Offset::At(0), &[8; 100_000]).unwrap();
+    outbox.flush(&written).unwrap();
+    assert_eq!(bench.read("new"), [8; 100_000]);
+    let (new, moved) = (name("new"), name("moved"));
+    outbox.rename(bench.no, (ROOT, &new), (ROOT, &moved), MoveFlags::default()).unwrap();
+    assert_eq!(bench.take(), [], "the bytes go first");
+    let long = outbox.take(OWNER, Lane::Bulk, 9, 9).pop().unwrap();
+    let Change::Write { file: THEIRS, base, .. } = &long.change else { panic!("{long:?}") };
+    assert_eq!(*base, Base::Seen { stamp, content: Some(ContentId::of(b"first")) });
+    let stamp = Stamp { size: 100_000, ..stamp };
+    let longer = Applied { version: Some(stamp), seq: Seq(10), ..theirs };
+    outbox.settle(OWNER, long.no, Outcome::Applied(longer));
+    let renamed = bench.take().pop().unwrap();
+    assert!(matches!(renamed.change, Change::Rename { file: THEIRS, .. }), "{renamed:?}");
+
+    // And by the id that this device gave it, as a kernel does that holds it.
+    outbox.closed(bench.no, ours, true);
+    assert_eq!(bench.names(), ["dir", "moved", "old"]);
+    outbox.unlink(bench.no, (ROOT, &moved)).unwrap();
+    assert!(outbox.view().node(bench.no, ours).unwrap().is_none());
+}

@@ -103,8 +103,8 @@ impl Outbox {
             return Ok(None);
         };
         let Some(location) = self.index.location_by_id(record.location) else { return Ok(None) };
-        let file = record.change.file();
-        if let Some(open) = self.files.get(&(location.no, file)) {
+        let home = state.home(record.location, record.change.file());
+        if let Some(open) = self.files.get(&(location.no, home)) {
             let mut all = open.written.iter().chain(&open.older);
             if let Some(written) = all.find(|w| Arc::ptr_eq(&w.draft, &bytes.draft)) {
                 return Ok(Some((location, Arc::clone(written))));

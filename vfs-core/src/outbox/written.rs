@@ -40,8 +40,6 @@ pub(super) struct OpenFile {
 /// The bytes of one file, as its writers here have made them.
 pub struct Written {
     pub(super) location: LocationNo,
-    /// By which this device knows it.
-    pub(super) file: FileId,
     pub(super) draft: Arc<Draft>,
     pub(super) shown: overlay::Bytes,
     pub(super) state: Mutex<Writing>,
@@ -54,7 +52,9 @@ pub struct Written {
 /// What the next operation is based on.
 struct Basis {
     base: Base,
-    /// By which the owner knows the file.
+    /// What programs have open.
+    file: FileId,
+    /// What is written to: that file, or the copy that its owner made of what was written.
     target: FileId,
 }
 
@@ -85,10 +85,9 @@ impl Written {
         entry: Arc<Entry>,
     ) -> Arc<Self> {
         let state = Writing { op: None, lsn: Lsn(0) };
-        let basis = Basis { base, target: file };
+        let basis = Basis { base, file, target: file };
         Arc::new(Self {
             location,
-            file,
             draft,
             shown,
             state: Mutex::new(state),
@@ -140,6 +139,20 @@ impl Written {
             basis.target = target.unwrap_or(basis.target);
         }
         builds_on_it
+    }
+
+    /// The file that programs have open.
+    pub(super) fn file(&self) -> FileId {
+        lock(&self.basis).file
+    }
+
+    /// Its owner calls the file otherwise.
+    pub(super) fn renamed(&self, file: FileId) {
+        let mut basis = lock(&self.basis);
+        if basis.target == basis.file {
+            basis.target = file;
+        }
+        basis.file = file;
     }
 
     /// What was written over has become this version of the owner.
@@ -275,7 +288,8 @@ impl Outbox {
     ) -> Option<Arc<Entry>> {
         let deadline = Instant::now() + ROWS_BEHIND;
         loop {
-            let row = self.index.view().ok()?.node(location, old.file_id).ok()??.entry;
+            let file = self.now(location, old.file_id);
+            let row = self.index.view().ok()?.node(location, file).ok()??.entry;
             if row.stamp() != old.stamp() {
                 let is_same = (row.disk_ino, row.attr.size) == (old.disk_ino, old.attr.size)
                     && times.contains(&row.attr.mtime);
@@ -288,24 +302,41 @@ impl Outbox {
         }
     }
 
+    /// What is open of a file, by whatever id this device called it.
+    fn open_file(
+        &self,
+        location: LocationNo,
+        file: FileId,
+    ) -> Slot<'_, (LocationNo, FileId), OpenFile> {
+        loop {
+            let now = self.now(location, file);
+            let slot = self.files.entry((location, now));
+            // Unless it was renamed in between: then it is elsewhere, or soon will be.
+            if self.now(location, file) == now {
+                return slot;
+            }
+        }
+    }
+
     /// A handle of a file was opened.
     pub(crate) fn opened(&self, location: LocationNo, file: FileId, may_write: bool) {
-        let mut open = self.files.entry((location, file)).or_default();
+        let mut open = self.open_file(location, file).or_default();
         open.handles += 1;
         open.writers += usize::from(may_write);
     }
 
     /// A handle of a file was closed.
     pub(crate) fn closed(&self, location: LocationNo, file: FileId, may_write: bool) {
-        if let Some(mut open) = self.files.get_mut(&(location, file)) {
+        self.open_file(location, file).and_modify(|open| {
             open.handles = open.handles.saturating_sub(1);
             open.writers = open.writers.saturating_sub(usize::from(may_write));
-        }
+        });
         self.let_go_if_unused(&mut self.state(), location, file);
     }
 
     /// Whether a handle is open whose close will commit what was changed.
     pub(crate) fn has_writer(&self, location: LocationNo, file: FileId) -> bool {
+        let file = self.now(location, file);
         self.files.get(&(location, file)).is_some_and(|open| open.writers > 0)
     }
 
@@ -319,7 +350,7 @@ impl Outbox {
         if self.files.is_empty() {
             return None;
         }
-        let open = self.files.get(&(location, file))?;
+        let open = self.files.get(&(location, self.now(location, file)))?;
         let mut all = open.written.iter().chain(&open.older);
         all.find(|w| w.generation() == generation).cloned()
     }
@@ -333,8 +364,8 @@ impl Outbox {
         row: &Arc<Entry>,
     ) -> FsResult<Arc<Written>> {
         let place = self.writable(location)?;
-        let file = row.file_id;
         let mut state = self.state();
+        let file = self.now(location, row.file_id);
         let mut open = self.files.entry((location, file)).or_default();
         if let Some(written) = &open.written
             && written.generation() == generation
@@ -398,16 +429,16 @@ impl Outbox {
         let _writing = of.lock();
         change(&of.draft)?;
         of.shown.live.changed(of.draft.size());
-        let is_shown = self.overlay_ref().shows(of.location, of.file, &of.shown.live);
+        let is_shown = self.overlay_ref().shows(of.location, of.file(), &of.shown.live);
         if !is_shown && self.is_current(of) {
-            self.overlay().show_uncommitted(of.location, of.file, of.shown.clone());
+            self.overlay().show_uncommitted(of.location, of.file(), of.shown.clone());
         }
         Ok(())
     }
 
     /// Whether it is what whoever opens the file gets.
     fn is_current(&self, written: &Written) -> bool {
-        let open = self.files.get(&(written.location, written.file));
+        let open = self.files.get(&(written.location, written.file()));
         let current = open.as_ref().and_then(|o| o.written.as_ref());
         current.is_some_and(|w| std::ptr::eq(&**w, written))
     }
@@ -456,18 +487,18 @@ impl Outbox {
             self.release_hold(state, no);
             return Ok(self.lsn_of(state, Some(no)));
         }
-        let Some(path) = self.view().path(of.location, of.file)? else {
+        let Some(path) = self.view().path(of.location, of.file())? else {
             // Deleted while it was open: nobody will ever look for its bytes.
             of.draft.release(&committed.snapshot);
-            self.overlay().hide_uncommitted(of.location, of.file);
+            self.overlay().hide_uncommitted(of.location, of.file());
             return Ok(state.last);
         };
-        let (base, file) = {
+        let (base, target) = {
             let basis = lock(&of.basis);
             (basis.base.clone(), basis.target)
         };
         let change = Change::Write {
-            file,
+            file: target,
             base,
             content: content(Some(&committed.snapshot), mtime),
             path: path.clone(),
@@ -492,9 +523,9 @@ impl Outbox {
         )?;
         of.build_on(no);
         writing.op = Some(no);
-        if file != of.file {
+        if target != of.file() {
             // They are of the copy that its owner made of them, and shown there.
-            self.overlay().hide_uncommitted(of.location, of.file);
+            self.overlay().hide_uncommitted(of.location, of.file());
         }
         Ok(self.lsn_of(state, Some(no)))
     }
@@ -576,7 +607,7 @@ impl Outbox {
 
     /// Drops what nobody has open and no operation needs.
     pub(super) fn let_go_if_unused(&self, state: &mut State, location: LocationNo, file: FileId) {
-        let Slot::Occupied(mut slot) = self.files.entry((location, file)) else { return };
+        let Slot::Occupied(mut slot) = self.open_file(location, file) else { return };
         if slot.get().handles > 0 {
             return;
         }

@@ -10,6 +10,7 @@
 //! whose result is in the index takes its changes away again, but only those
 //! that no later operation has replaced ([`Overlay::retire`]).
 
+mod ids;
 mod view;
 
 #[cfg(test)]
@@ -19,6 +20,7 @@ pub use view::Merged;
 
 use crate::model::{Attr, Entry, FileId, FileType, LocationNo, Name, Time};
 use crate::ops::{Change, New, Place};
+use ids::Ids;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -171,6 +173,7 @@ struct Local {
     places: HashMap<FileId, Vec<Place>>,
     files: HashMap<FileId, Patch>,
     kept: HashMap<FileId, Kept>,
+    ids: Ids,
 }
 
 /// What this device shows that the index does not have yet.
@@ -194,12 +197,14 @@ impl Overlay {
     /// Shows bytes that no operation carries yet.
     pub fn show_uncommitted(&mut self, location: LocationNo, file: FileId, bytes: Bytes) {
         let local = self.locations.entry(location).or_default();
-        local.files.entry(file).or_default().bytes.set(UNCOMMITTED, bytes);
+        local.files.entry(local.ids.now(file)).or_default().bytes.set(UNCOMMITTED, bytes);
     }
 
     /// Bytes that no operation carried never will be.
     pub fn hide_uncommitted(&mut self, location: LocationNo, file: FileId) {
-        self.change(location, |local| local.patch(file, |patch| patch.bytes.retire(UNCOMMITTED)));
+        self.change(location, |local| {
+            local.patch(local.ids.now(file), |patch| patch.bytes.retire(UNCOMMITTED));
+        });
     }
 
     fn change(&mut self, location: LocationNo, change: impl FnOnce(&mut Local)) {
@@ -213,12 +218,13 @@ impl Overlay {
     /// Shows these operations of a location, in the order of their numbers, and no other ones.
     /// Bytes that no operation carries yet stay, as do the numbers that are kept.
     pub fn replace<'a>(&mut self, location: LocationNo, all: impl Iterator<Item = Shown<'a>>) {
-        let Local { files, kept, .. } = self.locations.remove(&location).unwrap_or_default();
-        let mut local = Local { kept, ..Local::default() };
+        let Local { files, kept, ids, .. } = self.locations.remove(&location).unwrap_or_default();
+        let mut local = Local { kept, ids, ..Local::default() };
         all.for_each(|shown| local.apply(shown));
         for (file, patch) in files {
             let uncommitted = patch.bytes.0.into_iter().find(|(by, _)| *by == UNCOMMITTED);
             if let Some((_, bytes)) = uncommitted {
+                let file = local.ids.now(file);
                 local.files.entry(file).or_default().bytes.set(UNCOMMITTED, bytes);
             }
         }
@@ -242,12 +248,28 @@ impl Overlay {
         }
     }
 
+    /// The owner calls a file by another id than this device did, to whose programs it remains
+    /// the same. What is shown of it moves with [`Self::replace`].
+    pub fn rename_file(&mut self, location: LocationNo, old: FileId, new: FileId) {
+        self.locations.entry(location).or_default().ids.rename(old, new);
+    }
+
+    /// What the owner calls the file that this device once called so.
+    pub fn now(&self, location: LocationNo, file: FileId) -> FileId {
+        self.locations.get(&location).map_or(file, |local| local.ids.now(file))
+    }
+
+    /// What this device called the file first; by this its programs know it.
+    pub fn first(&self, location: LocationNo, file: FileId) -> FileId {
+        self.locations.get(&location).map_or(file, |local| local.ids.first(file))
+    }
+
     /// Whether a name is shown from here, so that a change of its row changes nothing of it.
     /// Bytes that are shown of a file say nothing of its names: one may have come, or come back,
     /// that no kernel knows.
     pub fn covers(&self, location: LocationNo, dir: FileId, name: &Name) -> bool {
         let local = self.locations.get(&location);
-        local.is_some_and(|local| local.name(dir, name.as_bytes()).is_some())
+        local.is_some_and(|local| local.name(local.ids.now(dir), name.as_bytes()).is_some())
     }
 
     /// Whether these bytes of a file are among those that are shown last.
@@ -284,13 +306,15 @@ impl Overlay {
     }
 
     fn patch(&self, location: LocationNo, file: FileId) -> Option<&Patch> {
-        self.locations.get(&location)?.files.get(&file)
+        let local = self.locations.get(&location)?;
+        local.files.get(&local.ids.now(file))
     }
 }
 
 impl Local {
     fn is_empty(&self) -> bool {
-        self.names.is_empty() && self.files.is_empty() && self.kept.is_empty()
+        let Self { names, files, kept, ids, places: _ } = self;
+        names.is_empty() && files.is_empty() && kept.is_empty() && ids.is_empty()
     }
 
     fn apply(&mut self, shown: Shown<'_>) {

@@ -52,6 +52,7 @@ impl<'a> Merged<'a> {
     ) -> Result<Option<Entry>, IndexError> {
         self.look(no, |local, view| {
             let Some(local) = local else { return view.entry(no, parent, name) };
+            let parent = local.ids.now(parent);
             match local.name(parent, name) {
                 Some(None) => Ok(None),
                 Some(Some(file)) => local.entry_of(view, no, file),
@@ -63,7 +64,7 @@ impl<'a> Merged<'a> {
     /// A file, with any one of its names.
     pub fn node(&self, no: LocationNo, file: FileId) -> Result<Option<Node>, IndexError> {
         self.look(no, |local, view| match local {
-            Some(local) => local.node(view, no, file),
+            Some(local) => local.node(view, no, local.ids.now(file)),
             None => view.node(no, file),
         })
     }
@@ -71,7 +72,7 @@ impl<'a> Merged<'a> {
     /// The names of a file, at most a few dozen.
     pub fn names(&self, no: LocationNo, file: FileId) -> Result<Vec<(FileId, Name)>, IndexError> {
         self.look(no, |local, view| match local {
-            Some(local) => local.names(view, no, file),
+            Some(local) => local.names(view, no, local.ids.now(file)),
             None => view.names(no, file, NAMES_TRIED),
         })
     }
@@ -81,7 +82,7 @@ impl<'a> Merged<'a> {
     pub fn path(&self, no: LocationNo, file: FileId) -> Result<Option<Vec<Name>>, IndexError> {
         self.look(no, |local, view| {
             let Some(local) = local else { return view.path(no, file) };
-            let (mut path, mut at) = (Vec::new(), file);
+            let (mut path, mut at) = (Vec::new(), local.ids.now(file));
             while at != FileId::ROOT {
                 let found = local.names(view, no, at)?.into_iter().next();
                 let Some((parent, name)) = found else { return Ok(None) };
@@ -94,6 +95,16 @@ impl<'a> Merged<'a> {
             path.reverse();
             Ok(Some(path))
         })
+    }
+
+    /// What the owner calls the file that this device once called so.
+    pub fn now(&self, no: LocationNo, file: FileId) -> FileId {
+        self.lock().now(no, file)
+    }
+
+    /// What this device called the file first; its inode number is made of it.
+    pub fn first(&self, no: LocationNo, file: FileId) -> FileId {
+        self.lock().first(no, file)
     }
 
     /// The last access that was set here.
@@ -124,9 +135,12 @@ impl<'a> Merged<'a> {
         from: &[u8],
         visit: &mut Visit<'_>,
     ) -> Result<(), IndexError> {
-        let own = self.lock().locations.get(&no).map(|local| local.names_from(parent, from));
+        let own = self.lock().locations.get(&no).map(|local| {
+            let parent = local.ids.now(parent);
+            (parent, local.names_from(parent, from))
+        });
         let view = self.index.view()?;
-        let Some(own) = own else { return view.children_from(no, parent, from, visit) };
+        let Some((parent, own)) = own else { return view.children_from(no, parent, from, visit) };
         // Not under the lock: a listing may be long, and the visitor's time is not ours.
         let mut own = own.into_iter().peekable();
         let mut flow = ControlFlow::Continue(());

@@ -1,5 +1,6 @@
 //! A daemon that is killed between any two steps, and one that forgets everything.
 
+use super::super::ledger::Step;
 use super::*;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -70,6 +71,23 @@ fn a_version_is_the_old_or_the_new_one_and_stays_the_same_file() {
             assert_eq!((world.tree(), world.read("a")), (vec!["a".to_owned()], "Base".into()));
             assert_eq!(world.id("a"), file, "{step}");
         }
+    }
+}
+
+#[test]
+fn an_inode_that_got_no_name_is_taken_for_nothing() {
+    for (step, has_it) in [("apply::exchange", false), ("apply::swapped", true)] {
+        let mut world = World::with(&[("a", "base")]);
+        let (id, op) = world.op(world.overwrite("a", world.seen("a"), "Base"));
+        at_step(step, || std::panic::panic_any("killed"));
+        catch_unwind(AssertUnwindSafe(|| world.deliver(id, &op))).expect_err("killed");
+        let intents = world.applier.ledger.intents().unwrap();
+        let [(_, Intent { step: Step::Swap { new_ino, file, .. }, .. })] = intents[..] else {
+            panic!("{intents:?}")
+        };
+        let world = world.restart(false);
+        let expected = world.index.expected(world.no, new_ino);
+        assert_eq!(expected, has_it.then_some(file), "{step}");
     }
 }
 

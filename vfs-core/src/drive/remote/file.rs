@@ -125,7 +125,8 @@ impl Remote {
 
     /// The owner's row, whatever is shown.
     fn row(&self, ino: RemoteIno) -> FsResult<Option<Entry>> {
-        Ok(self.index.view()?.node(ino.location, ino.file)?.map(|node| node.entry))
+        let file = self.outbox.view().now(ino.location, ino.file);
+        Ok(self.index.view()?.node(ino.location, file)?.map(|node| node.entry))
     }
 
     fn pin(&self, ino: RemoteIno, entry: &Arc<Entry>, is_backed: bool) {

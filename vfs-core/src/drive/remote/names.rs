@@ -54,7 +54,7 @@ impl Remote {
         let made = Made::File { is_open: true };
         let (entry, written) =
             self.outbox.make(parent.location, (parent.file, name), made, perm)?;
-        let ino = parent.child(&entry);
+        let ino = self.child(parent, &entry);
         let found = self.found(ino, &entry);
         let written = written.ok_or_else(|| FsError::new(Kind::Io, "create a file"))?;
         let (file, io) = self.opened_new(ino, entry, flags, written)?;
@@ -73,7 +73,7 @@ impl Remote {
         if entry.attr.file_type == FileType::Symlink {
             return Err(super::stale("create a file where a link is"));
         }
-        let ino = parent.child(&entry);
+        let ino = self.child(parent, &entry);
         let (file, io) = self.open(ino, flags)?;
         let found = self.found(ino, &file.entry(&self.outbox));
         Ok((found, file, io))
@@ -86,7 +86,7 @@ impl Remote {
     }
 
     fn shown(&self, parent: RemoteIno, entry: &Entry) -> Found {
-        self.found(parent.child(entry), entry)
+        self.found(self.child(parent, entry), entry)
     }
 
     pub fn mkdir(&self, parent: RemoteIno, name: &Name, perm: u16) -> FsResult<Found> {
