@@ -11,6 +11,7 @@ mod live;
 mod locks;
 mod mend;
 mod names;
+mod obstacles;
 mod own_files;
 mod steps;
 mod strangers;

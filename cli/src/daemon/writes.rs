@@ -183,6 +183,7 @@ impl Daemon {
     ) -> Outcome<SyncReply> {
         self.membership()?;
         let which = target.map_or(Ok(Which::All), |t| self.below(t))?;
+        self.outbox.try_again();
         let waits: BTreeSet<u64> = self.matching(&which).iter().map(|p| p.no).collect();
         let mut reached = pin!(self.outbox.reached(waits.clone()));
         let mut timed_out = pin!(async {

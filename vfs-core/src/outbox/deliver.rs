@@ -85,10 +85,11 @@ impl Outbox {
             (Some(bytes), Some(snapshot)) => {
                 fill_in(content, bytes, snapshot, picked.digest, picked.lane == Lane::Small)
             }
-            _ => {
+            (_, None) => {
                 fill_in_nothing(content);
                 Ok(())
             }
+            (None, Some(_)) => Err(FsError::new(Kind::Io, "read staged bytes")),
         };
         if let Err(error) = completed {
             tracing::error!(no, %error, "staged bytes cannot be read");
@@ -130,12 +131,26 @@ impl Outbox {
         draft.snapshot_read(&snapshot, range).map_err(|e| FsError::os("read staged bytes", e))
     }
 
-    /// What was sent to this owner and not settled is to be sent again.
+    /// What was sent to this owner and not settled is to be sent again, and what it refused.
     pub fn connection_lost(&self, owner: DeviceId) {
         let mut state = self.state();
         let owed = state.owed.get(&owner).into_iter().flatten().copied();
-        let is_sent = |no: &u64| state.ops.get(no).is_some_and(|op| op.progress == Progress::Sent);
-        for no in owed.filter(is_sent).collect::<Vec<_>>() {
+        // What it refused it may take by the time that it is back.
+        let goes_again = |op: &Queued| op.progress == Progress::Sent || op.may_be_tried_again();
+        let goes_again = |no: &u64| state.ops.get(no).is_some_and(goes_again);
+        for no in owed.filter(goes_again).collect::<Vec<_>>() {
+            state.set(no, Progress::Waiting(None));
+        }
+        drop(state);
+        self.tick();
+    }
+
+    /// What waits because of an obstacle goes now: somebody may have removed it.
+    pub fn try_again(&self) {
+        let mut state = self.state();
+        let waits = |op: &Queued| matches!(op.progress, Progress::Waiting(Some(_)));
+        let goes = state.ops.iter().filter(|(_, op)| waits(op) || op.may_be_tried_again());
+        for no in goes.map(|(no, _)| *no).collect::<Vec<_>>() {
             state.set(no, Progress::Waiting(None));
         }
         drop(state);

@@ -140,6 +140,12 @@ impl Queued {
         }
     }
 
+    /// Whether its owner refused it, and may take it another time.
+    pub fn may_be_tried_again(&self) -> bool {
+        let has_its_bytes = self.bytes.is_some() || self.record.snapshot.is_none();
+        self.progress == Progress::Blocked && has_its_bytes
+    }
+
     /// Whether it may still be changed, or taken back.
     pub fn is_here_only(&self) -> bool {
         !self.may_be_sent && matches!(self.progress, Progress::Held(_) | Progress::Waiting(_))

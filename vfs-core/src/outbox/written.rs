@@ -572,11 +572,15 @@ impl Outbox {
         }
     }
 
-    /// What became of earlier bytes of this file, to be told once.
-    fn late_error(&self, written: &Written) -> FsResult<()> {
+    /// What became of earlier bytes of this file.
+    fn late_error(&self, written: &Written, is_last_time: bool) -> FsResult<()> {
         let op = written.lock().op;
         let mut state = self.state();
-        let late = op.and_then(|no| state.ops.get_mut(&no)).and_then(|op| op.late.take());
+        let op = op.and_then(|no| state.ops.get_mut(&no));
+        let late = op.and_then(|op| match is_last_time {
+            true => op.late.take(),
+            false => op.late,
+        });
         match late {
             Some(kind) => Err(FsError::new(kind, "deliver what was written before")),
             None => Ok(()),
@@ -584,10 +588,22 @@ impl Outbox {
     }
 
     /// A program closed the file: what it wrote, and everything accepted before, is durable when
-    /// this returns. An error that its
-    /// owner met with earlier bytes is told; they are kept all the same.
+    /// this returns. An error that its owner met with earlier bytes is told; they are kept all the
+    /// same. Not for the last time: a process that starts another one closes what that one
+    /// inherited, and nobody hears of it.
     pub(crate) fn flush(&self, written: &Written) -> FsResult<()> {
-        let earlier = self.late_error(written);
+        self.make_durable(written)?;
+        self.late_error(written, false)
+    }
+
+    /// The same for a program that asks for it: an error is told once.
+    pub(crate) fn fsync(&self, written: &Written) -> FsResult<()> {
+        let earlier = self.late_error(written, true);
+        self.make_durable(written)?;
+        earlier
+    }
+
+    fn make_durable(&self, written: &Written) -> FsResult<()> {
         self.commit(written)?;
         // Not only its own record: a rename of the file, too, is durable after an `fsync` of it.
         let last = self.state().last;
@@ -595,8 +611,7 @@ impl Outbox {
             // It may have waited for this close alone.
             self.tick();
         }
-        self.sync_upto(last)?;
-        earlier
+        self.sync_upto(last)
     }
 
     /// The version of a file as its owner's row has it.

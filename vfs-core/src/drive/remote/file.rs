@@ -254,7 +254,7 @@ impl RemoteFile {
         let offset = if self.flags.append { Offset::End } else { Offset::At(offset) };
         let done = outbox.write(&written, offset, bytes)?;
         if self.flags.sync || self.flags.data_sync {
-            outbox.flush(&written)?;
+            outbox.fsync(&written)?;
         }
         Ok(done)
     }
@@ -280,7 +280,7 @@ impl RemoteFile {
     /// Also through a handle that only reads, as POSIX has it.
     pub fn fsync(&self, outbox: &Outbox) -> FsResult<()> {
         match self.written(outbox) {
-            Some(written) => outbox.flush(&written),
+            Some(written) => outbox.fsync(&written),
             None => outbox.sync(),
         }
     }

@@ -370,10 +370,27 @@ fn a_late_error_is_told_at_the_next_fsync_once() {
     bench.drive.write(opened.handle, 0, b"OLD").unwrap();
     bench.drive.fsync(opened.handle, false).unwrap();
     bench.deliver(&mut owner);
+    // A process that was forked closes it before it becomes another program.
+    assert_eq!(kind(bench.drive.flush(opened.handle)), Kind::AccessDenied);
     assert_eq!(kind(bench.drive.fsync(opened.handle, false)), Kind::AccessDenied);
     bench.drive.fsync(opened.handle, false).unwrap();
+    bench.drive.flush(opened.handle).unwrap();
     assert_eq!(bench.content_of("old"), b"OLD bytes");
     bench.drive.release(opened.handle);
+}
+
+#[test]
+fn what_was_refused_is_tried_again_when_asked() {
+    let (bench, mut owner) = with_owner();
+    owner.refuses = Some(Refusal::Permission);
+    bench.put_remote(bench.ino(&at("old")), 0, b"OLD");
+    bench.deliver(&mut owner);
+    owner.refuses = None;
+    bench.deliver(&mut owner);
+    assert_eq!(bench.outbox.pending().len(), 1, "not by itself");
+    bench.outbox.try_again();
+    bench.deliver(&mut owner);
+    assert_eq!(bench.outbox.pending().len(), 0);
 }
 
 #[test]
