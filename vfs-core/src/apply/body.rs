@@ -26,6 +26,10 @@ const CHUNK_BYTES: usize = 1 << 20;
 /// Ranges are shared between files by whole blocks, where the file system can.
 const BLOCK_BYTES: u64 = 4096;
 
+/// Of the owner's disk long new bytes leave this to others: so much, or this part of a small disk.
+const RESERVED_BYTES: u64 = 64 << 20;
+const RESERVED_PART: u64 = 64;
+
 /// A file without a name.
 #[derive(Debug)]
 pub(super) struct Body {
@@ -70,6 +74,19 @@ impl Body {
 
     pub fn write(&self, at: u64, bytes: &[u8]) -> FsResult<()> {
         self.file.write_all_at(bytes, at).map_err(|e| FsError::os("write new bytes", e))
+    }
+
+    /// Drops all bytes, and what they take of the disk.
+    pub fn clear(&self) -> FsResult<()> {
+        self.file.set_len(0).map_err(|e| FsError::os("drop new bytes", e))
+    }
+
+    /// Whether the disk has room for so many more bytes, and leaves some to its owner's programs.
+    pub fn has_room(&self, bytes: u64) -> bool {
+        let Ok(disk) = rustix::fs::fstatvfs(&self.file) else { return true };
+        let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+        let reserve = disk.f_blocks.saturating_mul(disk.f_frsize) / RESERVED_PART;
+        bytes <= free.saturating_sub(reserve.min(RESERVED_BYTES))
     }
 
     /// Asks the kernel to begin writing to the disk; the `fsync` later finds most of it done.

@@ -223,7 +223,8 @@ impl Applier {
             return Ok(None);
         }
         let body = site.body(dir.as_ref())?;
-        Ok(Some(Receiving::new(content.clone(), body)))
+        let has_room = body.has_room(content.written_bytes());
+        Ok(has_room.then(|| Receiving::new(content.clone(), body)))
     }
 
     /// Carries out operations in their order and remembers the outcomes; all is durable when it

@@ -64,7 +64,14 @@ impl Receiving {
         if state.verified.is_some() {
             return Ok(());
         }
-        self.0.body.write(offset, bytes)?;
+        if let Err(error) = self.0.body.write(offset, bytes) {
+            if matches!(error.kind(), Kind::NoSpace | Kind::QuotaExceeded) {
+                // Others may have room for what they bring; this comes again, all of it.
+                state.here = RangeSet::default();
+                self.0.body.clear()?;
+            }
+            return Err(error);
+        }
         state.here.insert(range);
         state.used = Instant::now();
         Ok(())

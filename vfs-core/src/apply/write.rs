@@ -170,7 +170,11 @@ impl Site<'_> {
             return Ok(Ready::own(body, verified));
         }
         match self.copy_of(content)? {
-            None => Err(Fail::Later(Obstacle::NoBytes)),
+            None => Err(Fail::Later(match self.body(dir)?.has_room(content.written_bytes()) {
+                true => Obstacle::NoBytes,
+                // For which they were not received.
+                false => Obstacle::NoSpace,
+            })),
             Some(source) => {
                 let body = self.body(dir)?;
                 super::body::copy_data(&source, &body.file, 0..content.size)?;

@@ -186,6 +186,49 @@ fn on_a_full_disk_everything_waits_and_nothing_is_half_done() {
 }
 
 #[test]
+fn bytes_that_find_no_room_leave_it_to_others() {
+    let base = tempfile::tempdir().unwrap();
+    let folder = base.path().join("small");
+    let Some(_small) = Small::mount(&folder, "1m") else { return };
+    let mut world = World::on(base, folder, &[("a", "base")]);
+    let free = |world: &World| {
+        let stat = rustix::fs::statvfs(&world.folder).unwrap();
+        stat.f_bavail * stat.f_frsize
+    };
+    let large = |world: &mut World, name: &str, len: usize| {
+        let bytes = vec![3; len];
+        let change = world.make("", name, New::File(whole(&bytes)));
+        (world.op(change), bytes)
+    };
+    // Too long from the beginning: nothing is asked for.
+    let ((id, op), _) = large(&mut world, "too large", 2 << 20);
+    assert!(matches!(world.applier.need(LAPTOP, id, &op), Need::Nothing));
+    assert_eq!(world.deliver(id, &op), Outcome::Later(Obstacle::NoSpace));
+    // The disk becomes full on the way.
+    let ((id, op), bytes) = large(&mut world, "large", 500_000);
+    let Need::Bytes(receiving) = world.applier.need(LAPTOP, id, &op) else { panic!() };
+    receiving.write(0, &bytes[..300_000]).unwrap();
+    let filler = world.path("filler");
+    std::fs::write(&filler, vec![1; free(&world) as usize]).unwrap();
+    let full = receiving.write(300_000, &bytes[300_000..]).unwrap_err();
+    assert_eq!(full.kind(), crate::error::Kind::NoSpace);
+    assert!(free(&world) >= 300_000, "{} bytes are free", free(&world));
+    assert_eq!(receiving.wanted(), [0..500_000]);
+    let change = world.create("", "small", "a note");
+    world.done(change);
+    std::fs::remove_file(&filler).unwrap();
+    receiving.write(0, &bytes).unwrap();
+    receiving.finish().unwrap();
+    let outcome = world.applier.apply(&world.writer, vec![(id, op, Some(receiving))]);
+    assert!(matches!(outcome[0], Outcome::Applied(_)), "{outcome:?}");
+    assert_eq!(std::fs::read(world.path("large")).unwrap(), bytes);
+    let World { base, indexer, applier, index, .. } = world;
+    indexer.stop();
+    drop((applier, indexer, index, _small));
+    drop(base);
+}
+
+#[test]
 fn every_kind_of_change_on_a_disk_in_memory() {
     let base = tempfile::tempdir().unwrap();
     let folder = base.path().join("memory");
