@@ -11,9 +11,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// Of the device that is written on: accepting, making durable, noting answers, letting go.
-const READERS: [&str; 13] = [
+const READERS: [&str; 14] = [
     "outbox::accept",
     "outbox::accepted",
+    "staging::file",
     "staging::sync",
     "staging::synced",
     "journal::sync",

@@ -74,9 +74,14 @@ fn replica(dir: &std::path::Path) -> (Index, LocationNo) {
     (index, no)
 }
 
-fn open(disk: &SimDisk, dir: &std::path::Path, index: &Index) -> (Arc<Outbox>, Report) {
-    let config =
-        OutboxConfig { min_free_bytes: 0, hold_back: std::time::Duration::from_secs(1 << 20) };
+fn open(
+    disk: &SimDisk,
+    dir: &std::path::Path,
+    index: &Index,
+    memory_bytes: u64,
+) -> (Arc<Outbox>, Report) {
+    let hold_back = std::time::Duration::from_secs(1 << 20);
+    let config = OutboxConfig { min_free_bytes: 0, memory_bytes, hold_back };
     let opened = Outbox::open_with(dir, index.clone(), config, |visit| {
         Journal::open_sim(disk, SEGMENT, visit)
     });
@@ -192,6 +197,8 @@ fn laid_over(before: &[u8], content: &NewContent, bytes: &[u8]) -> Vec<u8> {
 
 /// Everything there was, moment by moment.
 struct History {
+    /// What drafts may have in memory.
+    memory_bytes: u64,
     disk: SimDisk,
     _dir: tempfile::TempDir,
     index: Index,
@@ -212,11 +219,11 @@ struct History {
 }
 
 impl History {
-    fn new() -> Self {
+    fn new(memory_bytes: u64) -> Self {
         let dir = in_memory();
         let (index, no) = replica(dir.path());
         let disk = SimDisk::default();
-        let outbox = open(&disk, dir.path(), &index).0;
+        let outbox = open(&disk, dir.path(), &index, memory_bytes).0;
         let staged = Arc::<Mutex<BTreeMap<usize, Vec<OnDisk>>>>::default();
         let (to, staging) = (Arc::clone(&staged), Arc::clone(&outbox.staging));
         let drafts = dir.path().join("staging");
@@ -237,6 +244,7 @@ impl History {
         let states = vec![(start, files.clone())];
         let (acknowledged, owners) = (vec![(start, 0)], vec![(start, owner.clone())]);
         Self {
+            memory_bytes,
             disk,
             _dir: dir,
             index,
@@ -382,7 +390,8 @@ impl History {
     fn after(&self, changes: usize, kept: Kept, seed: u64) -> Result<(), String> {
         let mut draw = StdRng::seed_from_u64(seed);
         let dir = self.staged_after(changes, &mut draw);
-        let (outbox, report) = open(&self.disk.after(changes, kept), dir.path(), &self.index);
+        let disk = self.disk.after(changes, kept);
+        let (outbox, report) = open(&disk, dir.path(), &self.index, self.memory_bytes);
         if !report.lost.is_empty() || !report.set_aside.is_empty() {
             return Err(format!("{report:?}"));
         }
@@ -463,7 +472,8 @@ fn torn(file: &OnDisk, draw: &mut StdRng) -> Vec<u8> {
 }
 
 fn history(seed: u64, steps: usize) -> History {
-    let mut history = History::new();
+    // Every draft has a file, some have, only long ones have.
+    let mut history = History::new([0, 3000, 1 << 20][seed as usize % 3]);
     let mut draw = StdRng::seed_from_u64(seed);
     let names = ["old", "a", "b", "c"].map(name);
     for n in 0..steps {

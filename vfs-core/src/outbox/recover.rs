@@ -68,6 +68,7 @@ impl Outbox {
         })?;
         let staging = Staging::open(&dir.join("staging")).map_err(|e| failed(e.into()))?;
         staging.set_min_free_bytes(config.min_free_bytes);
+        staging.set_memory_bytes(config.memory_bytes);
         staging.follow(journal.horizon());
         let outbox = Arc::new(Self {
             dir: dir.to_owned(),

@@ -3,7 +3,7 @@
 
 use super::adopt::Whole;
 use super::deliver::NEVER;
-use super::queue::{Progress, Retiring};
+use super::queue::{OpBytes, Progress, Retiring};
 use super::record::{OpRecord, Record};
 use super::{Outbox, State};
 use crate::changes::Change as Shown;
@@ -361,7 +361,7 @@ impl Outbox {
         self.staging.sync()?;
         let mut state = self.state();
         self.staging.sync()?;
-        let records = live_records(&state);
+        let records = live_records(&state)?;
         fail_point("outbox::checkpoint");
         self.journal.checkpoint(&mut records.into_iter())?;
         fail_point("outbox::checkpointed");
@@ -376,10 +376,10 @@ impl Drop for Outbox {
     }
 }
 
-fn live_records(state: &State) -> Vec<Vec<u8>> {
+fn live_records(state: &State) -> FsResult<Vec<Vec<u8>>> {
     let mut records = vec![Record::Begin { epoch: state.epoch, next_no: state.next_no }.encode()];
     for done in state.retiring.values() {
-        records.push(Record::Op(Cow::Borrowed(&done.record)).encode());
+        push_op(&mut records, &done.record, done.bytes.as_ref())?;
         let outcome = crate::ops::Outcome::Applied(done.applied.clone());
         let (no, at) = (done.record.no, done.record.at);
         records.push(Record::Settled { no, at, outcome: Cow::Owned(outcome) }.encode());
@@ -388,9 +388,20 @@ fn live_records(state: &State) -> Vec<Vec<u8>> {
         records.push(Record::Conflict(Cow::Borrowed(conflict)).encode());
     }
     for op in state.ops.values() {
-        records.push(Record::Op(Cow::Borrowed(&op.record)).encode());
+        push_op(&mut records, &op.record, op.bytes.as_ref())?;
     }
-    records
+    Ok(records)
+}
+
+/// An operation, after those of its bytes that no file has.
+fn push_op(records: &mut Vec<Vec<u8>>, op: &OpRecord, bytes: Option<&OpBytes>) -> FsResult<()> {
+    if let (Some(snapshot), Some(bytes)) = (&op.snapshot, bytes) {
+        for (at, bytes) in bytes.draft.fill(snapshot)? {
+            records.push(Record::Fill { draft: snapshot.draft.0, at, bytes }.encode());
+        }
+    }
+    records.push(Record::Op(Cow::Borrowed(op)).encode());
+    Ok(())
 }
 
 fn places_of(change: &Change) -> Vec<Place> {

@@ -2,6 +2,7 @@
 
 use crate::model::{DeviceId, LocationId, LocationNo, Name, Time};
 use crate::ops::Conflict;
+use crate::staging::{MEMORY_BYTES, MIN_FREE_BYTES};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -10,13 +11,20 @@ use std::path::PathBuf;
 pub struct OutboxConfig {
     /// Free bytes of the disk that staging leaves to others; less is `NoSpace` to the writer.
     pub min_free_bytes: u64,
+    /// Bytes of small files that wait in memory, where the journal has them too, and not in files
+    /// of their own.
+    pub memory_bytes: u64,
     /// How long a new file waits for its first close before it travels without its bytes.
     pub hold_back: std::time::Duration,
 }
 
 impl Default for OutboxConfig {
     fn default() -> Self {
-        Self { min_free_bytes: 256 << 20, hold_back: std::time::Duration::from_secs(2) }
+        Self {
+            min_free_bytes: MIN_FREE_BYTES,
+            memory_bytes: MEMORY_BYTES,
+            hold_back: std::time::Duration::from_secs(2),
+        }
     }
 }
 

@@ -1,26 +1,20 @@
 //! One draft: what was written to one file.
 
+use super::body::{BLOCK_BYTES, Body};
 use super::map::{self, Map, Part, Stored};
-use super::store::{Store, bytes_on_disk};
+use super::store::Store;
 use super::{Committed, DraftId, Extent, Piece, Snapshot};
-use crate::content::disk::read_range;
 use crate::content::ranges::RangeSet;
 use crate::error::{FsError, FsResult, Kind};
 use crate::failpoint::fail_point;
 use crate::journal::Lsn;
 use crate::model::ContentId;
 use bytes::Bytes;
-use rustix::fs::FallocateFlags;
 use std::collections::VecDeque;
-use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-/// Space is given back in units of this.
-const BLOCK_BYTES: u64 = 4096;
 /// Bytes are hashed in parts of this.
 const HASH_BYTES: u64 = 1 << 20;
 /// A file is hashed as a whole when it has no more zeros that were never written than this, and
@@ -35,14 +29,13 @@ const HASHED_HOLES_BYTES: u64 = 64 << 20;
 pub struct Draft {
     store: Arc<Store>,
     id: DraftId,
-    /// Its file is not made again.
-    removed: AtomicBool,
     state: RwLock<State>,
 }
 
 #[derive(Debug)]
 struct State {
     map: Map,
+    body: Body,
     /// Everything below is part of a committed state, or was; new bytes go above.
     committed_end: u64,
     /// Where new bytes go.
@@ -58,8 +51,6 @@ struct State {
     /// Released, but held until the journal is durable up to there.
     released: VecDeque<(Lsn, Snapshot)>,
     dirty: bool,
-    /// The name of the file is durable.
-    named: bool,
     /// Why nothing can be committed any more: what the disk dropped cannot be known.
     failed: Option<String>,
     used_bytes: u64,
@@ -69,6 +60,7 @@ impl Draft {
     pub(super) fn new(store: Arc<Store>, id: DraftId, base_size: u64) -> Self {
         let state = State {
             map: Map::new(base_size),
+            body: Body::new(store.clone(), id),
             committed_end: 0,
             end: 0,
             unsynced: RangeSet::default(),
@@ -77,23 +69,22 @@ impl Draft {
             held: Vec::new(),
             released: VecDeque::new(),
             dirty: false,
-            named: false,
             failed: None,
             used_bytes: 0,
         };
-        Self { store, id, removed: false.into(), state: RwLock::new(state) }
+        Self { store, id, state: RwLock::new(state) }
     }
 
     /// A draft whose file may be there.
     pub(super) fn reopen(store: Arc<Store>, id: DraftId) -> FsResult<Self> {
         let failed = |e| FsError::os("open a staged file", e);
-        let draft = Self::new(store, id, 0);
-        if draft.store.path(id).exists() {
-            let file = draft.file()?;
-            let mut state = draft.write_state();
+        let draft = Self::new(store.clone(), id, 0);
+        if store.path(id).exists() {
+            let state = &mut *draft.write_state();
+            state.body = Body::in_file(store, id);
             // What an uncommitted write left there is never taken for anything.
-            state.end = file.metadata().map_err(failed)?.len().next_multiple_of(BLOCK_BYTES);
-            state.used_bytes = bytes_on_disk(&file).map_err(failed)?;
+            state.end = state.body.len().map_err(failed)?.next_multiple_of(BLOCK_BYTES);
+            state.used_bytes = state.body.used_bytes().map_err(failed)?;
         }
         Ok(draft)
     }
@@ -101,27 +92,23 @@ impl Draft {
     /// Takes a committed state for the present one.
     pub(super) fn restore(&self, snapshot: &Snapshot, fill: &[(u64, Bytes)]) -> FsResult<()> {
         let failed = |e| FsError::os("restore a staged file", e);
-        let mut state = self.write_state();
-        let file =
-            if snapshot.extents.is_empty() && fill.is_empty() { None } else { Some(self.file()?) };
-        if let Some(file) = &file {
-            let len = file.metadata().map_err(failed)?.len();
-            let durable = durable(snapshot, fill, len)?;
-            for (at, bytes) in fill {
-                file.write_all_at(bytes, *at).map_err(failed)?;
-                state.unsynced.insert(*at..at + bytes.len() as u64);
-            }
-            for range in durable.iter() {
-                // The file's name was durable with them.
-                state.named = true;
-                state.unsynced.remove(range);
-            }
-            let len = file.metadata().map_err(failed)?.len();
-            state.end = state.end.max(len.next_multiple_of(BLOCK_BYTES));
-            let used = bytes_on_disk(file).map_err(failed)?;
-            self.store.account(state.used_bytes, used);
-            state.used_bytes = used;
+        let state = &mut *self.write_state();
+        let durable = durable(snapshot, fill, state.body.len().map_err(failed)?)?;
+        for (at, bytes) in fill {
+            let range = *at..at + bytes.len() as u64;
+            state.body.reserve(range.end, &state.freed).map_err(failed)?;
+            state.body.write(bytes, range.start).map_err(failed)?;
+            state.unsynced.insert(range);
         }
+        for range in durable.iter() {
+            // The file's name was durable with them.
+            state.body.named();
+            state.unsynced.remove(range);
+        }
+        state.end = state.end.max(state.body.len().map_err(failed)?.next_multiple_of(BLOCK_BYTES));
+        let used = state.body.used_bytes().map_err(failed)?;
+        self.store.account(state.used_bytes, used);
+        state.used_bytes = used;
         state.map = Map::after(&state.map, snapshot);
         state.committed_end = state.end;
         state.held.push(snapshot.clone());
@@ -155,19 +142,20 @@ impl Draft {
         let of = |part: &Range<u64>| {
             &bytes[(part.start - offset) as usize..(part.end - offset) as usize]
         };
-        let mut state = self.write_state();
+        let state = &mut *self.write_state();
         let (over, new) = state.plan(range.clone());
-        let new_bytes = new.iter().map(|part| part.end - part.start).sum();
+        let new_bytes: u64 = new.iter().map(|part| part.end - part.start).sum();
         self.store.claim(new_bytes)?;
-        let file = self.file()?;
         let failed = |e| FsError::os("stage a write", e);
         let mut stored_at = state.end;
+        let end = stored_at.checked_add(new_bytes).ok_or(Kind::FileTooLarge)?;
+        state.body.reserve(end, &state.freed).map_err(failed)?;
         for part in &new {
-            file.write_all_at(of(part), stored_at).map_err(failed)?;
+            state.body.write(of(part), stored_at).map_err(failed)?;
             stored_at += part.end - part.start;
         }
         for (part, stored_at) in &over {
-            file.write_all_at(of(part), *stored_at).map_err(failed)?;
+            state.body.write(of(part), *stored_at).map_err(failed)?;
         }
         state.dirty = true;
         for (part, stored_at) in over {
@@ -191,7 +179,7 @@ impl Draft {
                 Part::Zero => Piece::Zero(range.end - range.start),
                 Part::Stored(at) => {
                     let stored = at..at + (range.end - range.start);
-                    let bytes = read_range(&*self.file()?, stored);
+                    let bytes = state.body.read(stored);
                     Piece::Here(bytes.map_err(|e| FsError::os("read staged bytes", e))?)
                 }
             })
@@ -216,25 +204,28 @@ impl Draft {
 
     /// Makes a range zero, within the size.
     pub fn zero(&self, range: Range<u64>) -> FsResult<()> {
-        let mut state = self.write_state();
+        let state = &mut *self.write_state();
         if range.start >= range.end.min(state.map.size) {
             return Ok(());
         }
         let zeros = state.map.needs_zeros(&range);
         let len = zeros.end - zeros.start;
         if len > 0 {
-            // Never written and beyond everything, so it reads as zeros and takes no space.
+            // Never written and beyond everything, so it reads as zeros.
             let failed = |e| FsError::os("stage a hole", e);
             let end = state.end.checked_add(len).ok_or(Kind::FileTooLarge)?;
-            rustix::fs::ftruncate(&*self.file()?, end).map_err(failed)?;
+            state.body.reserve(end, &state.freed).map_err(failed)?;
+            state.body.lengthen(end).map_err(failed)?;
         }
         let dropped = state.map.zero(range);
         state.dirty = true;
         if len > 0 {
-            state.store_new(zeros, false);
-            state.unsynced_zeros = true;
+            // In memory they are bytes like others; in a file they take no space.
+            let are_bytes = state.body.is_in_memory();
+            state.store_new(zeros, are_bytes);
+            state.unsynced_zeros |= !are_bytes;
         }
-        self.free_uncommitted(&mut state, dropped);
+        self.free_uncommitted(state, dropped);
         Ok(())
     }
 
@@ -254,16 +245,19 @@ impl Draft {
         let bytes: u64 = missing.iter().map(|range| range.end - range.start).sum();
         let end = state.end;
         let fill = if bytes <= inline_max && !state.unsynced_zeros {
-            self.read_all(missing)?
+            self.read_all(&state, missing)?
         } else {
+            let State { body, freed, .. } = &mut *state;
+            let file =
+                body.move_to_file(freed).map_err(|e| FsError::os("make a staged file", e))?;
+            let is_unnamed = state.body.is_unnamed();
             // Reads and writes go on meanwhile: writes go above `committed_end`.
             state.hold(&snapshot);
-            let (file, named) = (self.file()?, state.named);
             drop(state);
             fail_point("staging::sync");
-            let synced = file.sync_data().and_then(|()| match named {
-                true => Ok(()),
-                false => self.store.sync_name(self.id),
+            let synced = file.sync_data().and_then(|()| match is_unnamed {
+                true => self.store.sync_name(self.id),
+                false => Ok(()),
             });
             fail_point("staging::synced");
             state = self.write_state();
@@ -278,6 +272,13 @@ impl Draft {
         };
         state.hold(&snapshot);
         Ok(Committed { snapshot, fill })
+    }
+
+    /// What the disk may not have of a snapshot that was not released: what is to be kept with it,
+    /// where what was kept of it before goes.
+    pub fn fill(&self, snapshot: &Snapshot) -> FsResult<Vec<(u64, Bytes)>> {
+        let state = self.read_state();
+        self.read_all(&state, state.missing(snapshot))
     }
 
     /// The next commit lists everything that was written, whatever was delivered of it.
@@ -295,11 +296,9 @@ impl Draft {
         state.dirty = true;
     }
 
-    fn read_all(&self, ranges: Vec<Range<u64>>) -> FsResult<Vec<(u64, Bytes)>> {
+    fn read_all(&self, state: &State, ranges: Vec<Range<u64>>) -> FsResult<Vec<(u64, Bytes)>> {
         let failed = |e| FsError::os("read staged bytes", e);
-        let read = |range: Range<u64>| {
-            Ok((range.start, read_range(&*self.file()?, range).map_err(failed)?))
-        };
+        let read = |range: Range<u64>| Ok((range.start, state.body.read(range).map_err(failed)?));
         ranges.into_iter().map(read).collect()
     }
 
@@ -319,7 +318,7 @@ impl Draft {
         if state.freed.present(stored.clone()).next().is_some() {
             return Err(io::Error::new(io::ErrorKind::NotFound, "a snapshot that was released"));
         }
-        read_range(&*self.open()?, stored)
+        state.body.read(stored)
     }
 
     /// The snapshot is the owner's version now, and so the base of what follows: later commits
@@ -387,9 +386,10 @@ impl Draft {
         Ok((digest, whole.then_some(ContentId(content))))
     }
 
-    /// What is stored below is not written to any more.
-    pub(super) fn committed_end(&self) -> u64 {
-        self.read_state().committed_end
+    /// What is stored below is not written to any more; `None`: there is no file to be synced.
+    pub(super) fn committed_end(&self) -> Option<u64> {
+        let state = self.read_state();
+        state.body.is_in_file().then_some(state.committed_end)
     }
 
     /// Everything stored below is on the disk.
@@ -400,21 +400,9 @@ impl Draft {
     /// Gives all its space back.
     pub(super) fn remove(&self) {
         let mut state = self.write_state();
-        self.removed.store(true, Ordering::SeqCst);
-        self.store.unlink(self.id);
+        state.body.remove();
         self.store.account(state.used_bytes, 0);
         state.used_bytes = 0;
-    }
-
-    fn file(&self) -> FsResult<Arc<File>> {
-        self.open().map_err(|e| FsError::os("open a staged file", e))
-    }
-
-    fn open(&self) -> io::Result<Arc<File>> {
-        if self.removed.load(Ordering::SeqCst) {
-            return Err(io::Error::new(io::ErrorKind::NotFound, "a draft that was removed"));
-        }
-        self.store.file(self.id)
     }
 
     /// Gives back what no commit ever had.
@@ -424,7 +412,7 @@ impl Draft {
         self.free(state, ours.filter(|range| !range.is_empty()).collect());
     }
 
-    /// Punches stored ranges out of the file.
+    /// Gives the space of stored ranges back.
     fn free(&self, state: &mut State, ranges: Vec<Range<u64>>) {
         if ranges.is_empty() {
             return;
@@ -432,33 +420,17 @@ impl Draft {
         for range in &ranges {
             state.freed.insert(range.clone());
         }
-        let Ok(file) = self.file() else { return };
-        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        let before = bytes_on_disk(&file);
-        for range in ranges {
-            // The blocks at its ends are freed with the last of their bytes.
-            let Some(around) = state.freed.around(range.start) else { continue };
-            let start = (range.start - range.start % BLOCK_BYTES)
-                .max(around.start.next_multiple_of(BLOCK_BYTES));
-            let end = around.end.min(range.end.next_multiple_of(BLOCK_BYTES));
-            let end = end - end % BLOCK_BYTES;
-            if start < end {
-                // A file system that cannot do it keeps the space until the draft goes.
-                let _ = rustix::fs::fallocate(&file, flags, start, end - start);
-            }
-        }
-        if let (Ok(before), Ok(after)) = (before, bytes_on_disk(&file)) {
-            let gone = before.saturating_sub(after).min(state.used_bytes);
-            state.used_bytes -= gone;
-            self.store.account(gone, 0);
-        }
+        let Ok(gone) = state.body.free(ranges, &state.freed) else { return };
+        let gone = gone.min(state.used_bytes);
+        state.used_bytes -= gone;
+        self.store.account(gone, 0);
     }
 
     /// What a crash of the machine may take: stored ranges, and the file's name.
     #[cfg(test)]
     pub(super) fn volatile(&self) -> (Vec<Range<u64>>, bool) {
         let state = self.read_state();
-        (state.unsynced.iter().collect(), !state.named)
+        (state.unsynced.iter().collect(), state.body.is_unnamed())
     }
 
     /// Its file as a crash of the machine may find it; `None`: it has none.
@@ -552,7 +524,7 @@ impl State {
             self.unsynced.insert(range);
         }
         self.unsynced_zeros &= self.end > end;
-        self.named = true;
+        self.body.named();
     }
 
     /// Stored ranges that no state needs and that were not given back yet.

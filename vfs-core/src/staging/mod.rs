@@ -1,11 +1,13 @@
 //! Drafts: the bytes that programs of this device wrote to other devices' files.
 //!
-//! Owns its directory: a file `<2 hex>/<16 hex>` for each draft. A draft's file is a log of
-//! bytes, and a map in memory says which of them are where in the file that is written to:
+//! Owns its directory: a file `<2 hex>/<16 hex>` for each draft that is not short enough to be in
+//! memory. A draft is a log of bytes, and a map says which of them are where in the file that is
+//! written to:
 //!
 //! | module | what it is |
 //! |---|---|
 //! | `map` | what each byte of the file is: written, the base's, or zero |
+//! | `body` | the bytes themselves: in memory, or in the draft's file |
 //! | `draft` | one draft: writes, commits, snapshots |
 //! | `store` | all drafts: their files, the space they take |
 //!
@@ -15,12 +17,13 @@
 //! same place have the same bytes. Only what was written since the last commit is overwritten.
 //!
 //! **What is durable when.** The caller keeps [`Committed`] in its journal. Few new bytes go there
-//! too and need no sync here; many are synced here first.
+//! too and need no sync here, nor even a file; many are synced here first.
 //!
 //! **Space.** What no state needs any more is punched out of the draft's file. A state is needed
 //! until it is released, because a journal may name it after a crash: forgetting to release costs
 //! space, not bytes.
 
+mod body;
 mod draft;
 mod map;
 mod store;
@@ -38,6 +41,9 @@ use std::sync::Arc;
 
 /// What must stay free on the disk, unless set otherwise.
 pub const MIN_FREE_BYTES: u64 = 256 << 20;
+
+/// What drafts may have in memory together, unless set otherwise.
+pub const MEMORY_BYTES: u64 = 16 << 20;
 
 /// The number of a draft, for ever.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]

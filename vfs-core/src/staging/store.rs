@@ -1,7 +1,7 @@
 //! All drafts: their files, and the space they take.
 
 use super::draft::Draft;
-use super::{DraftId, MIN_FREE_BYTES, Snapshot};
+use super::{DraftId, MEMORY_BYTES, MIN_FREE_BYTES, Snapshot};
 use crate::error::{FsError, FsResult, Kind};
 use crate::journal::{Horizon, Lsn};
 use bytes::Bytes;
@@ -43,6 +43,8 @@ pub(super) struct Store {
     /// What may be written before the disk is asked again.
     granted_bytes: AtomicU64,
     used_bytes: AtomicU64,
+    /// What drafts may still have in memory.
+    free_memory_bytes: AtomicU64,
     horizon: OnceLock<Arc<Horizon>>,
 }
 
@@ -58,6 +60,7 @@ impl Staging {
             min_free_bytes: MIN_FREE_BYTES.into(),
             granted_bytes: 0.into(),
             used_bytes: 0.into(),
+            free_memory_bytes: MEMORY_BYTES.into(),
             horizon: OnceLock::new(),
         };
         let used = store.list().map_err(attempted)?.values().sum();
@@ -80,6 +83,11 @@ impl Staging {
         self.store.granted_bytes.store(0, Ordering::Relaxed);
     }
 
+    /// Sets how many bytes of drafts may be in memory ([`MEMORY_BYTES`]); before there are any.
+    pub fn set_memory_bytes(&self, bytes: u64) {
+        self.store.free_memory_bytes.store(bytes, Ordering::Relaxed);
+    }
+
     /// A draft over a base of this size, all of which is kept.
     pub fn create(&self, base_size: u64) -> FsResult<Arc<Draft>> {
         if i64::try_from(base_size).is_err() {
@@ -90,7 +98,7 @@ impl Staging {
         let id = loop {
             // Drawn, not counted: a journal may name drafts of which nothing is here any more.
             let id = DraftId(RandomState::new().hash_one(drafts.len()));
-            if !drafts.contains_key(&id) && !self.store.path(id).exists() {
+            if !drafts.contains_key(&id) {
                 break id;
             }
         };
@@ -156,10 +164,16 @@ impl Staging {
         Ok(removed)
     }
 
-    /// Bytes on disk.
+    /// Bytes on disk, and in memory.
     pub fn used_bytes(&self) -> u64 {
         self.remove_leaving();
         self.store.used_bytes.load(Ordering::Relaxed)
+    }
+
+    /// What drafts may still have in memory.
+    #[cfg(test)]
+    pub(super) fn free_memory_bytes(&self) -> u64 {
+        self.store.free_memory_bytes.load(Ordering::Relaxed)
     }
 
     /// Every draft's file as a crash of the machine may find it.
@@ -169,15 +183,15 @@ impl Staging {
         drafts.iter().filter_map(|draft| draft.on_disk()).collect()
     }
 
-    /// Makes every commit until now durable in the drafts' own files: no fill given until now
-    /// needs to be kept any more.
+    /// Makes every commit until now durable as far as the drafts have files: no fill given until
+    /// now needs to be kept any more, but for what [`Draft::fill`] gives.
     pub fn sync(&self) -> FsResult<()> {
         let drafts: Vec<_> = lock(&self.drafts).values().filter_map(Weak::upgrade).collect();
         let ends: Vec<_> = drafts.iter().map(|draft| draft.committed_end()).collect();
         rustix::fs::syncfs(&self.store.handle)
             .map_err(|e| FsError::os("sync the staged files", e))?;
         for (draft, end) in drafts.iter().zip(ends) {
-            draft.synced(end);
+            end.into_iter().for_each(|end| draft.synced(end));
         }
         Ok(())
     }
@@ -199,24 +213,34 @@ impl Store {
         self.dir.join(&hex[..2]).join(hex)
     }
 
-    /// The file of a draft, which is made if it is not there.
+    /// The file of a draft that has one.
     pub(super) fn file(&self, id: DraftId) -> io::Result<Arc<File>> {
         if let Some(file) = lock(&self.open).get(&id) {
             return Ok(file.clone());
         }
+        let file = File::options().read(true).write(true).open(self.path(id))?;
+        Ok(self.keep_open(id, file))
+    }
+
+    /// A new, empty file for a draft.
+    pub(super) fn make_file(&self, id: DraftId) -> io::Result<Arc<File>> {
         let path = self.path(id);
-        let open =
-            || File::options().read(true).write(true).create(true).truncate(false).open(&path);
-        let file = match (open(), path.parent()) {
+        let make =
+            || File::options().read(true).write(true).create(true).truncate(true).open(&path);
+        let file = match (make(), path.parent()) {
             (Err(e), Some(parent)) if e.kind() == io::ErrorKind::NotFound => {
                 fs::create_dir_all(parent)?;
-                open()
+                make()
             }
-            (opened, _) => opened,
+            (made, _) => made,
         };
-        let file = Arc::new(file?);
+        Ok(self.keep_open(id, file?))
+    }
+
+    fn keep_open(&self, id: DraftId, file: File) -> Arc<File> {
+        let file = Arc::new(file);
         lock(&self.open).push(id, file.clone());
-        Ok(file)
+        file
     }
 
     /// Removes the file of a draft, and tells that its bytes are gone.
@@ -262,6 +286,17 @@ impl Store {
         // Others may write to the disk too, so only a part of what is free is granted.
         self.granted_bytes.store((rest / 16).min(ASK_EVERY_BYTES), order);
         Ok(())
+    }
+
+    /// Takes so many bytes of what drafts may have in memory; whether there were as many.
+    pub(super) fn claim_memory(&self, bytes: u64) -> bool {
+        let (free, order) = (&self.free_memory_bytes, Ordering::Relaxed);
+        free.fetch_update(order, order, |free| free.checked_sub(bytes)).is_ok()
+    }
+
+    /// Bytes that are in memory no more.
+    pub(super) fn give_back_memory(&self, bytes: u64) {
+        self.free_memory_bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// Tells that a draft takes another number of bytes.

@@ -1,6 +1,7 @@
 //! What drafts promise, against a vector of bytes.
 
-use super::{Committed, DraftId, Piece, Staging};
+use super::body::MOST_IN_MEMORY;
+use super::{Committed, DraftId, MEMORY_BYTES, Piece, Staging};
 use crate::error::Kind;
 use crate::journal::{Horizon, Lsn};
 use crate::model::ContentId;
@@ -15,8 +16,13 @@ use std::sync::Arc;
 use super::Draft;
 
 fn staging(dir: &Path) -> Arc<Staging> {
+    with_memory(dir, MEMORY_BYTES)
+}
+
+fn with_memory(dir: &Path, bytes: u64) -> Arc<Staging> {
     let staging = Staging::open(dir).unwrap();
     staging.set_min_free_bytes(0);
+    staging.set_memory_bytes(bytes);
     staging
 }
 
@@ -60,6 +66,7 @@ fn apply(draft: &Draft, committed: &Committed, base: &[u8]) -> Vec<u8> {
 
 /// One file, its writer and its owner.
 struct Pair {
+    memory_bytes: u64,
     dir: tempfile::TempDir,
     staging: Arc<Staging>,
     draft: Arc<Draft>,
@@ -72,11 +79,16 @@ struct Pair {
 
 impl Pair {
     fn new(base_size: usize) -> Self {
+        Self::with_memory(base_size, MEMORY_BYTES)
+    }
+
+    fn with_memory(base_size: usize, memory_bytes: u64) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let staging = staging(dir.path());
+        let staging = with_memory(dir.path(), memory_bytes);
         let draft = staging.create(base_size as u64).unwrap();
         let base: Vec<u8> = (0..base_size).map(|n| (n % 251) as u8 + 1).collect();
-        Self { dir, staging, draft, model: base.clone(), base, journal: Vec::new() }
+        let model = base.clone();
+        Self { memory_bytes, dir, staging, draft, model, base, journal: Vec::new() }
     }
 
     fn check(&self) {
@@ -156,7 +168,7 @@ impl Pair {
                 fs::remove_file(&path).unwrap();
             }
         }
-        self.staging = staging(self.dir.path());
+        self.staging = with_memory(self.dir.path(), self.memory_bytes);
         let mut draft = None;
         for (committed, _) in &self.journal {
             draft = Some(self.staging.restore(&committed.snapshot, &committed.fill).unwrap());
@@ -205,8 +217,12 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..Default::default() })]
 
     #[test]
-    fn is_a_file(base_size in prop_oneof![Just(0usize), 0..MOST], steps in steps()) {
-        let mut pair = Pair::new(base_size);
+    fn is_a_file(
+        base_size in prop_oneof![Just(0usize), 0..MOST],
+        memory_bytes in prop_oneof![Just(0), 1..20_000u64, Just(MEMORY_BYTES)],
+        steps in steps(),
+    ) {
+        let mut pair = Pair::with_memory(base_size, memory_bytes);
         for step in steps {
             match step {
                 Step::Write(at, len, byte) => pair.write(at, len, byte),
@@ -219,7 +235,7 @@ proptest! {
                 Step::SyncAll => {
                     pair.staging.sync().unwrap();
                     for (committed, _) in &mut pair.journal {
-                        committed.fill.clear();
+                        committed.fill = pair.draft.fill(&committed.snapshot).unwrap();
                     }
                 }
             }
@@ -231,6 +247,7 @@ proptest! {
         pair.check();
         pair.staging.remove(pair.draft.id());
         prop_assert_eq!(pair.staging.used_bytes(), 0);
+        prop_assert_eq!(pair.staging.free_memory_bytes(), memory_bytes);
     }
 }
 
@@ -250,6 +267,101 @@ fn what_was_committed_is_never_overwritten() {
     assert_eq!(len(), 20_000);
     pair.draft.write(0, &[b'd'; 10_000]).unwrap();
     assert_eq!(len(), 20_000);
+}
+
+/// How many files there are.
+fn files_in(dir: &Path) -> usize {
+    let count = |at: PathBuf| fs::read_dir(at).unwrap().count();
+    fs::read_dir(dir).unwrap().map(|entry| count(entry.unwrap().path())).sum()
+}
+
+#[test]
+fn a_small_draft_has_no_file_until_it_grows() {
+    let mut pair = Pair::new(0);
+    pair.write(0, 4096, b'a');
+    pair.commit(MOST_IN_MEMORY);
+    pair.write(100, 4096, b'b');
+    pair.zero(0..50);
+    pair.commit(MOST_IN_MEMORY);
+    pair.check();
+    pair.crash(true);
+    pair.check();
+    assert_eq!(files_in(pair.dir.path()), 0);
+    // What was dropped takes space in memory only.
+    pair.write(8000, 20_000, b'c');
+    pair.set_size(8000);
+    pair.write(8000, MOST_IN_MEMORY as usize, b'd');
+    assert_eq!(files_in(pair.dir.path()), 1);
+    assert_eq!(pair.staging.free_memory_bytes(), MEMORY_BYTES);
+    pair.check();
+    let file = fs::metadata(file_of(pair.dir.path(), pair.draft.id())).unwrap();
+    assert!(file.blocks() * 512 <= file.len() - 15_000, "{}", file.blocks());
+    pair.commit(MOST_IN_MEMORY);
+    pair.crash(true);
+    pair.check();
+}
+
+#[test]
+fn drafts_that_have_no_room_in_memory_have_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let staging = with_memory(dir.path(), 10_000);
+    let small = || {
+        let draft = staging.create(0).unwrap();
+        draft.write(0, &[7; 4096]).unwrap();
+        draft
+    };
+    let drafts = [small(), small(), small()];
+    assert_eq!(files_in(dir.path()), 1);
+    assert!(file_of(dir.path(), drafts[2].id()).exists());
+    staging.remove(drafts[0].id());
+    assert!(drafts[0].write(0, b"late").is_err());
+    let fourth = small();
+    assert_eq!(files_in(dir.path()), 1);
+    // One that was in memory goes on in a file.
+    fourth.write(4096, &[8; 4096]).unwrap();
+    assert_eq!(files_in(dir.path()), 2);
+    assert_eq!(contents(&fourth, &[]), [[7; 4096], [8; 4096]].concat());
+    drop(drafts);
+    drop(fourth);
+    assert_eq!(staging.free_memory_bytes(), 10_000);
+}
+
+#[test]
+fn after_a_sync_of_all_a_journal_needs_what_is_in_memory_and_no_more() {
+    for memory_bytes in [0, MEMORY_BYTES] {
+        let mut pair = Pair::with_memory(0, memory_bytes);
+        pair.write(0, 100, b'a');
+        pair.commit(1000);
+        pair.write(50, 100, b'b');
+        pair.staging.sync().unwrap();
+        let (committed, _) = &mut pair.journal[0];
+        committed.fill = pair.draft.fill(&committed.snapshot).unwrap();
+        assert_eq!(committed.fill.len(), usize::from(memory_bytes > 0));
+        pair.crash(true);
+        assert_eq!(pair.model, [b'a'; 100]);
+        pair.check();
+    }
+}
+
+#[test]
+fn bytes_that_cannot_go_into_a_file_stay_in_memory() {
+    let mut pair = Pair::new(0);
+    pair.write(0, 5000, b'a');
+    pair.commit(MOST_IN_MEMORY);
+    pair.write(5000, 5000, b'b');
+    let directory = file_of(pair.dir.path(), pair.draft.id()).parent().unwrap().to_owned();
+    fs::write(&directory, b"in the way").unwrap();
+    assert!(pair.draft.write(0, &[1; MOST_IN_MEMORY as usize]).is_err());
+    assert!(pair.draft.commit(0).is_err());
+    assert!(pair.draft.is_dirty());
+    pair.check();
+    // The journal takes them all the same.
+    pair.commit(MOST_IN_MEMORY);
+    fs::remove_file(&directory).unwrap();
+    pair.write(0, MOST_IN_MEMORY as usize, b'c');
+    pair.check();
+    pair.crash(false);
+    pair.check();
 }
 
 #[test]
@@ -405,7 +517,7 @@ fn a_full_disk_refuses_writes_and_keeps_what_was_written() {
 #[test]
 fn orphans_are_removed_and_others_stay() {
     let dir = tempfile::tempdir().unwrap();
-    let first = staging(dir.path());
+    let first = with_memory(dir.path(), 0);
     let (kept, orphan) = (first.create(0).unwrap(), first.create(0).unwrap());
     kept.write(0, &[1; 5000]).unwrap();
     orphan.write(0, &[2; 5000]).unwrap();
@@ -427,7 +539,7 @@ fn orphans_are_removed_and_others_stay() {
 #[test]
 fn more_drafts_than_files_may_be_open() {
     let dir = tempfile::tempdir().unwrap();
-    let staging = staging(dir.path());
+    let staging = with_memory(dir.path(), 0);
     let drafts: Vec<_> = (0..600u64)
         .map(|n| {
             let draft = staging.create(0).unwrap();

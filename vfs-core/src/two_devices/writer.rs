@@ -21,6 +21,9 @@ use std::time::{Duration, Instant};
 
 pub(super) const WRITE: OpenFlags = OpenFlags { write: true, ..OpenFlags::READ };
 
+/// Some drafts have room in it, and some get files.
+const MEMORY_BYTES: u64 = 3000;
+
 /// What ends with the process.
 struct Running {
     drive: Arc<Drive>,
@@ -126,7 +129,8 @@ impl Writer {
 
     fn open_outbox(&self) -> Arc<Outbox> {
         // New files wait for their first close and for nothing else.
-        let config = OutboxConfig { hold_back: Duration::from_secs(1 << 20), min_free_bytes: 0 };
+        let hold_back = Duration::from_secs(1 << 20);
+        let config = OutboxConfig { hold_back, min_free_bytes: 0, memory_bytes: MEMORY_BYTES };
         let deadline = Instant::now() + DEADLINE;
         loop {
             let index = self.index.clone();
