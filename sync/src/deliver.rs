@@ -53,6 +53,9 @@ const SILENCE: Duration = Duration::from_secs(60);
 /// How often the outbox is asked again while it has something for the peer but gives nothing:
 /// it may only wait for a time to come.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
+/// After it was sent what there was, what comes next has this time to gather: the owner makes
+/// durable together what comes together, and nobody waits for its answers.
+const GATHER: Duration = Duration::from_millis(10);
 /// After so long without a failure the next one counts as the first.
 const CALM: Duration = Duration::from_secs(60);
 /// Beside rows and pings, which go first, and beside the content that a program waits for.
@@ -277,7 +280,8 @@ impl Session {
         loop {
             changed.borrow_and_update();
             let (max_ops, max_bytes) = window.room().await;
-            let ops = self.take(Lane::Small, max_ops.min(MAX_OPS), max_bytes).await?;
+            let max_ops = max_ops.min(MAX_OPS);
+            let ops = self.take(Lane::Small, max_ops, max_bytes).await?;
             let settled_below = self.settled_below();
             if ops.is_empty() {
                 if settled_below > told && window.is_empty() {
@@ -292,8 +296,12 @@ impl Session {
                 continue;
             }
             window.push(&ops)?;
+            let is_all = ops.len() < max_ops;
             send_frames(&mut send, settled_below, ops).await?;
             told = settled_below;
+            if is_all {
+                sleep(GATHER).await;
+            }
         }
     }
 
@@ -372,9 +380,13 @@ async fn send_bulk(session: &Arc<Session>) -> Result<Infallible, DeliverError> {
                 under_way.spawn(session.clone().send_one(op));
             }
         }
+        let more = async {
+            sleep(GATHER).await;
+            session.until_changed(&mut changed).await;
+        };
         tokio::select! {
             Some(ended) = under_way.join_next() => ended.map_err(|_| DeliverError::Outbox)??,
-            () = session.until_changed(&mut changed), if under_way.len() < BULK_STREAMS => {}
+            () = more, if under_way.len() < BULK_STREAMS => {}
         }
     }
 }
