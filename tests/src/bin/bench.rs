@@ -27,9 +27,17 @@ fn main() -> Result<()> {
     match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["serve", at] => serve(at.parse()?),
         ["pull", key, at, bytes] => pull(key.parse()?, at.parse()?, bytes.parse()?),
-        _ => bench(args.iter().any(|arg| arg == "--json")),
+        _ => {
+            let (options, parts): (Vec<_>, Vec<_>) =
+                args.iter().map(String::as_str).partition(|arg| arg.starts_with("--"));
+            bench(options.contains(&"--json"), &parts)
+        }
     }
 }
+
+type Part = (&'static str, fn() -> Result<Vec<Row>>);
+
+const PARTS: [Part; 4] = [("own", own_files), ("lan", lan), ("far", far), ("many", many_entries)];
 
 /// One line of the table.
 struct Row {
@@ -84,9 +92,13 @@ impl Row {
     }
 }
 
-fn bench(as_json: bool) -> Result<()> {
+/// All parts, or those that are named.
+fn bench(as_json: bool, wanted: &[&str]) -> Result<()> {
+    let known = |name: &&str| PARTS.iter().any(|(part, _)| part == name);
+    ensure!(wanted.iter().all(known), "a part is one of own, lan, far, many");
     let mut rows = Vec::new();
-    for part in [own_files, lan, far, many_entries] {
+    let parts = PARTS.iter().filter(|(name, _)| wanted.is_empty() || wanted.contains(name));
+    for (_, part) in parts {
         let began = Instant::now();
         rows.extend(part()?);
         eprintln!("{} rows, {:.0} s", rows.len(), began.elapsed().as_secs_f64());
