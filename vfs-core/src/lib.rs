@@ -40,6 +40,7 @@ pub mod ops;
 pub mod outbox;
 pub mod overlay;
 pub mod path;
+mod reopening;
 pub mod source;
 pub mod staging;
 #[cfg(test)]

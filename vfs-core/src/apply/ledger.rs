@@ -1,13 +1,15 @@
 //! What must survive a crash: outcomes given, ids taken for others, names that may be left over.
 //!
 //! One redb file, `apply/ledger.redb`; every commit is durable when it returns. A damaged one
-//! is set aside and begun anew: what was applied is then recognised by what the disk has.
+//! is set aside and begun anew: what was applied is then recognised by what the disk has. When
+//! its disk failed it is opened anew: a commit that failed may be there then, as after a crash.
 
 use super::ApplyError;
 use crate::error::{FsError, FsResult, Kind};
 use crate::local::check_room;
 use crate::model::{DeviceId, FileId, LocationId, Name, Stamp, Time};
 use crate::ops::{Applied, OpId};
+use crate::reopening::{Opener, RedbFile, opener};
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::ops::Range;
@@ -108,33 +110,40 @@ impl Entry {
 
 /// The open file.
 pub(super) struct Ledger {
-    db: Database,
+    file: RedbFile,
     path: PathBuf,
 }
 
 impl Ledger {
     pub fn open(dir: &Path) -> Result<Self, ApplyError> {
         let path = dir.join("ledger.redb");
-        match Self::try_open(&path) {
+        Self::open_by(&path, || opener(&path, CACHE_BYTES))
+    }
+
+    fn open_by(path: &Path, opener: impl Fn() -> Opener) -> Result<Self, ApplyError> {
+        match Self::try_open(path, opener()) {
             Err(Unopened::Damaged(why)) => {
-                let aside = free_name(&path);
+                let aside = free_name(path);
                 tracing::error!(
                     path = %path.display(), aside = %aside.display(),
                     "the record of applied operations is damaged and was set aside: {why}"
                 );
-                std::fs::rename(&path, &aside)
+                std::fs::rename(path, &aside)
                     .map_err(|e| FsError::os("set a damaged file aside", e))?;
-                Self::try_open(&path).map_err(|e| e.into_error(&path))
+                Self::try_open(path, opener()).map_err(|e| e.into_error(path))
             }
-            opened => opened.map_err(|e| e.into_error(&path)),
+            opened => opened.map_err(|e| e.into_error(path)),
         }
     }
 
-    fn try_open(path: &Path) -> Result<Self, Unopened> {
-        let db = redb::Builder::new().set_cache_size(CACHE_BYTES).create(path);
-        let db = db.map_err(|e| Unopened::from_redb(e.into()))?;
-        let format = prepare(&db).map_err(Unopened::from_redb)?;
-        if format > FORMAT { Err(Unopened::Newer) } else { Ok(Self { db, path: path.to_owned() }) }
+    fn try_open(path: &Path, opener: Opener) -> Result<Self, Unopened> {
+        let file = RedbFile::open(path, opener).map_err(Unopened::from_redb)?;
+        let format = file.with(prepare).map_err(Unopened::from_redb)?;
+        if format > FORMAT {
+            Err(Unopened::Newer)
+        } else {
+            Ok(Self { file, path: path.to_owned() })
+        }
     }
 
     /// What was answered to an operation.
@@ -144,17 +153,17 @@ impl Ledger {
 
     /// The file that a writer means.
     pub fn file(&self, named: &Named) -> FsResult<FileId> {
-        let read = || -> Result<_, redb::Error> {
-            let table = self.db.begin_read()?.open_table(ALIASES)?;
+        let read = |db: &Database| {
+            let table = db.begin_read()?.open_table(ALIASES)?;
             Ok(table.get(alias_key(named).as_slice())?.map(|v| FileId(v.value())))
         };
-        Ok(read().map_err(failed)?.unwrap_or(named.file))
+        Ok(self.file.with(read).map_err(failed)?.unwrap_or(named.file))
     }
 
     /// What was begun and not ended.
     pub fn intents(&self) -> FsResult<Vec<(OpId, Intent)>> {
-        let read = || -> Result<_, redb::Error> {
-            let table = self.db.begin_read()?.open_table(INTENTS)?;
+        let read = |db: &Database| {
+            let table = db.begin_read()?.open_table(INTENTS)?;
             let mut found = Vec::new();
             for row in table.iter()? {
                 let (key, value) = row?;
@@ -162,7 +171,7 @@ impl Ledger {
             }
             Ok(found)
         };
-        let rows = read().map_err(failed)?;
+        let rows = self.file.with(read).map_err(failed)?;
         // What cannot be understood is of no use; the files it named stay where they are.
         let parse = |(key, value): (Vec<u8>, Vec<u8>)| Some((split_op(&key)?, decode(&value)?));
         Ok(rows.into_iter().filter_map(parse).collect())
@@ -172,9 +181,8 @@ impl Ledger {
         if entry.is_empty() {
             return Ok(());
         }
-        let write = || -> Result<(), redb::Error> {
-            check_room(&self.path)?;
-            let mut transaction = self.db.begin_write()?;
+        let write = |db: &Database| {
+            let mut transaction = db.begin_write()?;
             transaction.set_quick_repair(true);
             {
                 let mut outcomes = transaction.open_table(OUTCOMES)?;
@@ -195,7 +203,7 @@ impl Ledger {
             }
             Ok(transaction.commit()?)
         };
-        write().map_err(failed)
+        self.write(write)
     }
 
     /// Drops outcomes that will not be asked for again.
@@ -208,9 +216,8 @@ impl Ledger {
             first(epoch, 0)..first(epoch, no.saturating_sub(KEPT_OPS)),
             after..first(u64::MAX, u64::MAX),
         ];
-        let write = || -> Result<(), redb::Error> {
-            check_room(&self.path)?;
-            let mut transaction = self.db.begin_write()?;
+        let write = |db: &Database| {
+            let mut transaction = db.begin_write()?;
             // With the next durable one: nothing relies on it.
             transaction.set_durability(redb::Durability::None)?;
             {
@@ -224,7 +231,13 @@ impl Ledger {
             }
             Ok(transaction.commit()?)
         };
-        write().map_err(failed)
+        self.write(write)
+    }
+
+    fn write(&self, write: impl FnOnce(&Database) -> Result<(), redb::Error>) -> FsResult<()> {
+        // A full disk is no failure of it.
+        check_room(&self.path).map_err(|e| failed(e.into()))?;
+        self.file.with(write).map_err(failed)
     }
 
     fn get<T: DeserializeOwned>(
@@ -232,11 +245,11 @@ impl Ledger {
         table: TableDefinition<'static, Bytes, Bytes>,
         key: &[u8],
     ) -> FsResult<Option<T>> {
-        let read = || -> Result<_, redb::Error> {
-            let table = self.db.begin_read()?.open_table(table)?;
+        let read = |db: &Database| {
+            let table = db.begin_read()?.open_table(table)?;
             Ok(table.get(key)?.map(|v| v.value().to_vec()))
         };
-        Ok(read().map_err(failed)?.and_then(|bytes| decode(&bytes)))
+        Ok(self.file.with(read).map_err(failed)?.and_then(|bytes| decode(&bytes)))
     }
 }
 
@@ -338,6 +351,41 @@ mod tests {
 
     fn outcome(no: u64) -> Applied {
         Applied { file: Some(FileId(no)), version: None, seq: Seq(no), log_id: 1, conflict: None }
+    }
+
+    #[test]
+    fn a_disk_that_failed_is_used_again_when_it_works_and_no_answer_is_lost() {
+        for calls in 0.. {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("ledger.redb");
+            let disk = crate::reopening::failing::Disk::default();
+            let ledger = Ledger::open_by(&path, || disk.opener(&path)).unwrap();
+            let id = |no| OpId { writer: WRITER, epoch: 1, no };
+            let answer = |no| {
+                let outcomes = vec![(id(no), outcome(no))];
+                ledger.commit(Entry { outcomes, ..Entry::default() })
+            };
+            answer(1).unwrap();
+            disk.fail_after(calls);
+            let second = answer(2);
+            disk.fail_after(0);
+            assert!(answer(3).is_err());
+            assert_eq!(answer(4).unwrap_err().kind(), Kind::Io, "also after redb gave up");
+            disk.work();
+            let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+            while let Err(error) = answer(5) {
+                assert!(std::time::Instant::now() < deadline, "{error}");
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
+            for no in [1, 5] {
+                assert_eq!(ledger.outcome(&id(no)).unwrap(), Some(outcome(no)));
+            }
+            if second.is_ok() {
+                assert_eq!(ledger.outcome(&id(2)).unwrap(), Some(outcome(2)));
+                assert!(calls > 2);
+                break;
+            }
+        }
     }
 
     #[test]

@@ -209,6 +209,8 @@ struct Inner {
 struct Writer {
     durable_at: Instant,
     keys_since: usize,
+    /// Of the store, when `memory` was read from it.
+    era: u64,
 }
 
 impl Writer {
@@ -227,7 +229,8 @@ impl Index {
         let memory = Memory::default();
         let removing = locations::load(&*store.snapshot()?, &memory)?;
         let (feed, relaxed, expected, renumbered) = Default::default();
-        let writer = Mutex::new(Writer { durable_at: Instant::now(), keys_since: 0 });
+        let era = store.era();
+        let writer = Mutex::new(Writer { durable_at: Instant::now(), keys_since: 0, era });
         let inner =
             Arc::new(Inner { store, me, feed, writer, memory, expected, relaxed, renumbered });
         locations::resume_removals(&inner, removing);
@@ -303,7 +306,9 @@ impl Index {
     ) -> Result<R, IndexError> {
         let inner = &*self.0;
         let mut writer = inner.lock();
-        let mut tx = Tx::new(inner.store.snapshot()?, &inner.memory, &inner.expected, inner.me);
+        let snapshot = inner.store.snapshot()?;
+        inner.follow_store(&mut writer, &*snapshot)?;
+        let mut tx = Tx::new(snapshot, &inner.memory, &inner.expected, inner.me);
         let result = make(&mut tx)?;
         let (batch, states, changes) = tx.finish();
         if batch.is_empty() {
@@ -322,6 +327,18 @@ impl Inner {
     /// A writer that panicked has left nothing behind: its transaction went with it.
     fn lock(&self) -> MutexGuard<'_, Writer> {
         self.writer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A commit that failed may have taken effect after all: the memory has what the store has
+    /// before anything is built on it.
+    fn follow_store(&self, writer: &mut Writer, now: &dyn Snapshot) -> Result<(), IndexError> {
+        let era = self.store.era();
+        if writer.era != era {
+            locations::load(now, &self.memory)?;
+            writer.era = era;
+            self.feed.publish(vec![crate::changes::Change::Locations]);
+        }
+        Ok(())
     }
 
     fn commit(
@@ -344,7 +361,7 @@ impl Inner {
             }
             Durability::Durable => {
                 self.store.commit(batch, durability)?;
-                *writer = Writer { durable_at: Instant::now(), keys_since: 0 };
+                (writer.durable_at, writer.keys_since) = (Instant::now(), 0);
                 self.relaxed.store(false, Ordering::Release);
                 Ok(())
             }

@@ -3,14 +3,23 @@
 //! It relies on redb for the lock against a second opener and for crash safety:
 //! quick-repair keeps the allocator's state in each durable commit, so that an
 //! open after a crash does not walk the file.
+//!
+//! After a failure of the disk the file is opened anew ([`RedbFile`]). Relaxed
+//! commits, which only the memory of redb had, are kept here until a durable one,
+//! and are made again then.
 
 use super::store::{Batch, Durability, Snapshot, Store, StoreError, Table, Visit, mark_damaged};
 use crate::local::check_room;
-use redb::{Database, ReadTransaction, ReadableDatabase, TableDefinition};
+use crate::reopening::{Opener, RedbFile, opener};
+use redb::{Database, ReadTransaction, ReadableDatabase, TableDefinition, WriteTransaction};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Of pages, read and dirty together: the part of the daemon's memory that the index may have.
 const CACHE_BYTES: usize = 32 << 20;
+/// Of keys and values of relaxed commits; with more the next one is durable.
+const KEPT_BYTES: usize = 16 << 20;
 
 type Definition = TableDefinition<'static, &'static [u8], &'static [u8]>;
 
@@ -31,55 +40,77 @@ fn definition(table: Table) -> Definition {
 
 /// An open redb file.
 pub struct RedbStore {
-    db: Database,
+    file: RedbFile,
     path: PathBuf,
+    kept: Mutex<Kept>,
+    era: AtomicU64,
+}
+
+/// The relaxed commits since the last durable one, in order.
+#[derive(Default)]
+struct Kept {
+    batches: Vec<Batch>,
+    bytes: usize,
 }
 
 impl RedbStore {
     /// Opens or creates the file.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
-        let opened = redb::Builder::new().set_cache_size(CACHE_BYTES).create(path);
-        let db = opened.map_err(|e| open_failure(path, e.into()))?;
-        let store = Self { db, path: path.to_owned() };
-        store.create_tables().map_err(|e| open_failure(path, e))?;
-        Ok(store)
+        Self::open_by(path, opener(path, CACHE_BYTES))
     }
 
-    /// So that a snapshot finds every table.
-    fn create_tables(&self) -> Result<(), redb::Error> {
-        let existing = self.db.begin_read()?.list_tables()?.count();
-        if existing == Table::ALL.len() {
-            return Ok(());
-        }
-        let mut transaction = self.db.begin_write()?;
-        transaction.set_quick_repair(true);
-        for table in Table::ALL {
-            transaction.open_table(definition(table))?;
-        }
-        Ok(transaction.commit()?)
+    fn open_by(path: &Path, opener: Opener) -> Result<Self, StoreError> {
+        let failed = |e| open_failure(path, e);
+        let file = RedbFile::open(path, opener).map_err(failed)?;
+        file.with(create_tables).map_err(failed)?;
+        let (path, kept, era) = (path.to_owned(), Mutex::default(), AtomicU64::new(0));
+        Ok(Self { file, path, kept, era })
     }
 
-    fn write(&self, batch: &Batch, durability: Durability) -> Result<(), redb::Error> {
-        check_room(&self.path)?;
-        let mut transaction = self.db.begin_write()?;
-        match durability {
-            Durability::Relaxed => transaction.set_durability(redb::Durability::None)?,
-            Durability::Durable => transaction.set_quick_repair(true),
-        }
-        for table in Table::ALL {
-            let changes = batch.changes(table);
-            if changes.is_empty() {
-                continue;
+    /// The open file, with all that was committed.
+    fn db(&self) -> Result<Arc<Database>, redb::Error> {
+        self.file.get(|db| {
+            let mut kept = self.kept();
+            let mut transaction = begin(db, Durability::Durable)?;
+            kept.batches.iter().try_for_each(|batch| apply(&mut transaction, batch))?;
+            transaction.commit()?;
+            *kept = Kept::default();
+            self.era.fetch_add(1, Ordering::Release);
+            Ok(())
+        })
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Kept> {
+        // Changed only after what may fail.
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self, batch: Batch, durability: Durability) -> Result<(), redb::Error> {
+        let db = self.db()?;
+        let mut kept = self.kept();
+        let bytes = kept.bytes + bytes_of(&batch);
+        let durability = if bytes > KEPT_BYTES { Durability::Durable } else { durability };
+        let committed = begin(&db, durability).and_then(|mut transaction| {
+            apply(&mut transaction, &batch)?;
+            Ok(transaction.commit()?)
+        });
+        match (&committed, durability) {
+            (Err(_), _) => {}
+            (Ok(()), Durability::Durable) => *kept = Kept::default(),
+            (Ok(()), Durability::Relaxed) => {
+                kept.batches.push(batch);
+                kept.bytes = bytes;
             }
-            let mut open = transaction.open_table(definition(table))?;
-            for (key, value) in changes {
-                match value {
-                    Some(value) => drop(open.insert(key.as_slice(), value.as_slice())?),
-                    None => drop(open.remove(key.as_slice())?),
-                }
-            }
         }
-        Ok(transaction.commit()?)
+        // It is locked within the file's lock.
+        drop(kept);
+        committed.inspect_err(|error| self.file.met(&db, error))
+    }
+
+    /// A transaction of this file failed.
+    fn failed(&self, of: &Arc<Database>, error: redb::Error) -> StoreError {
+        self.file.met(of, &error);
+        self.failure(error)
     }
 
     fn failure(&self, error: redb::Error) -> StoreError {
@@ -91,14 +122,69 @@ impl RedbStore {
     }
 }
 
+fn begin(db: &Database, durability: Durability) -> Result<WriteTransaction, redb::Error> {
+    let mut transaction = db.begin_write()?;
+    match durability {
+        Durability::Relaxed => transaction.set_durability(redb::Durability::None)?,
+        Durability::Durable => transaction.set_quick_repair(true),
+    }
+    Ok(transaction)
+}
+
+/// So that a snapshot finds every table.
+fn create_tables(db: &Database) -> Result<(), redb::Error> {
+    let existing = db.begin_read()?.list_tables()?.count();
+    if existing == Table::ALL.len() {
+        return Ok(());
+    }
+    let transaction = begin(db, Durability::Durable)?;
+    for table in Table::ALL {
+        transaction.open_table(definition(table))?;
+    }
+    Ok(transaction.commit()?)
+}
+
+fn apply(transaction: &mut WriteTransaction, batch: &Batch) -> Result<(), redb::Error> {
+    for table in Table::ALL {
+        let changes = batch.changes(table);
+        if changes.is_empty() {
+            continue;
+        }
+        let mut open = transaction.open_table(definition(table))?;
+        for (key, value) in changes {
+            match value {
+                Some(value) => drop(open.insert(key.as_slice(), value.as_slice())?),
+                None => drop(open.remove(key.as_slice())?),
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What a batch takes in memory, about.
+fn bytes_of(batch: &Batch) -> usize {
+    const OF_A_KEY: usize = 64;
+    let changes = Table::ALL.into_iter().flat_map(|table| batch.changes(table));
+    changes.map(|(key, value)| key.len() + value.as_ref().map_or(0, Vec::len) + OF_A_KEY).sum()
+}
+
 impl Store for RedbStore {
     fn snapshot(&self) -> Result<Box<dyn Snapshot + '_>, StoreError> {
-        let transaction = self.db.begin_read().map_err(|e| self.failure(e.into()))?;
-        Ok(Box::new(RedbSnapshot { store: self, transaction }))
+        let db = self.db().map_err(|e| self.failure(e))?;
+        match db.begin_read() {
+            Ok(transaction) => Ok(Box::new(RedbSnapshot { transaction, store: self, db })),
+            Err(error) => Err(self.failed(&db, error.into())),
+        }
     }
 
     fn commit(&self, batch: Batch, durability: Durability) -> Result<(), StoreError> {
-        self.write(&batch, durability).map_err(|e| self.failure(e))
+        // A full disk is no failure of it.
+        check_room(&self.path).map_err(|e| self.failure(e.into()))?;
+        self.write(batch, durability).map_err(|e| self.failure(e))
+    }
+
+    fn era(&self) -> u64 {
+        self.era.load(Ordering::Acquire)
     }
 
     fn size_bytes(&self) -> u64 {
@@ -107,8 +193,10 @@ impl Store for RedbStore {
 }
 
 struct RedbSnapshot<'a> {
-    store: &'a RedbStore,
     transaction: ReadTransaction,
+    store: &'a RedbStore,
+    /// Longer than the transaction.
+    db: Arc<Database>,
 }
 
 impl RedbSnapshot<'_> {
@@ -142,7 +230,7 @@ impl RedbSnapshot<'_> {
 
 impl Snapshot for RedbSnapshot<'_> {
     fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
-        self.read(table, key).map_err(|e| self.store.failure(e))
+        self.read(table, key).map_err(|e| self.store.failed(&self.db, e))
     }
 
     fn scan(
@@ -152,7 +240,7 @@ impl Snapshot for RedbSnapshot<'_> {
         to: Option<&[u8]>,
         visit: Visit<'_>,
     ) -> Result<(), StoreError> {
-        self.visit(table, from, to, visit).map_err(|e| self.store.failure(e))
+        self.visit(table, from, to, visit).map_err(|e| self.store.failed(&self.db, e))
     }
 }
 
@@ -182,5 +270,112 @@ fn failure(path: &Path, error: redb::Error) -> StoreError {
             StoreError::Corrupt { path, reason: error.to_string() }
         }
         other => StoreError::Io { path, source: std::io::Error::other(other.to_string()) },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::reopening::failing::Disk;
+    use std::time::{Duration, Instant};
+
+    fn batch(keys: impl Iterator<Item = u32>, value: &str) -> Batch {
+        let mut batch = Batch::default();
+        keys.for_each(|key| batch.put(Table::Entries, key.to_be_bytes(), value));
+        batch
+    }
+
+    fn read(store: &RedbStore, key: u32) -> Result<Option<String>, StoreError> {
+        let value = store.snapshot()?.get(Table::Entries, &key.to_be_bytes())?;
+        Ok(value.map(|value| String::from_utf8(value).unwrap()))
+    }
+
+    fn soon<T>(mut attempt: impl FnMut() -> Result<T, StoreError>) -> T {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            match attempt() {
+                Ok(done) => return done,
+                Err(error) => assert!(Instant::now() < deadline, "{error}"),
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// The disk fails at every moment of a commit, and works again.
+    #[test]
+    fn after_a_failed_disk_works_again_all_that_was_committed_is_there() {
+        for durability in [Durability::Relaxed, Durability::Durable] {
+            for calls in 0.. {
+                let dir = tempfile::tempdir().unwrap();
+                let path = dir.path().join("index.redb");
+                let disk = Disk::default();
+                let store = RedbStore::open_by(&path, disk.opener(&path)).unwrap();
+                store.commit(batch(0..50, "durable"), Durability::Durable).unwrap();
+                store.commit(batch(40..90, "relaxed"), Durability::Relaxed).unwrap();
+                store.commit(batch(80..95, "again"), Durability::Relaxed).unwrap();
+                let before = store.snapshot().unwrap();
+                disk.fail_after(calls);
+                let done = store.commit(batch(100..200, "late"), durability);
+                disk.fail_after(0);
+                let flushed = store.commit(Batch::default(), Durability::Durable);
+                assert!(flushed.is_err(), "nothing is durable on a disk that fails");
+                assert!(store.commit(batch(0..1, "never"), Durability::Durable).is_err());
+                disk.work();
+                // Who still reads the old state keeps the file from being opened anew.
+                drop(before);
+                let era = store.era();
+                soon(|| store.commit(batch(300..301, "after"), Durability::Relaxed));
+                assert_ne!(store.era(), era);
+                let check = |store: &RedbStore| {
+                    let value = |key| read(store, key).unwrap();
+                    assert_eq!(value(39).as_deref(), Some("durable"));
+                    assert_eq!(value(40).as_deref(), Some("relaxed"));
+                    assert_eq!(value(90).as_deref(), Some("again"), "{durability:?}, {calls}");
+                    let late = [value(100), value(199)];
+                    assert_eq!(late[0], late[1], "whole or not at all");
+                    if done.is_ok() {
+                        assert_eq!(late[0].as_deref(), Some("late"), "{durability:?}, {calls}");
+                    }
+                    assert_eq!(value(300).as_deref(), Some("after"));
+                };
+                check(&store);
+                store.commit(Batch::default(), Durability::Durable).unwrap();
+                drop(store);
+                check(&RedbStore::open(&path).unwrap());
+                if done.is_ok() {
+                    assert!(calls > 0 || durability == Durability::Relaxed);
+                    break;
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_disk_that_fails_while_it_is_read_is_read_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("index.redb");
+        let disk = Disk::default();
+        let open = || RedbStore::open_by(&path, disk.opener(&path)).unwrap();
+        let there = "there ".repeat(500);
+        open().commit(batch(0..2_000, &there), Durability::Durable).unwrap();
+        // Nothing of it is in memory.
+        let store = open();
+        disk.fail_after(0);
+        let all = |store: &RedbStore| (0..2_000).try_for_each(|key| read(store, key).map(drop));
+        assert!(all(&store).is_err() && read(&store, 7).is_err());
+        disk.work();
+        assert_eq!(soon(|| read(&store, 7)).as_deref(), Some(&there[..]));
+        all(&store).unwrap();
+    }
+
+    #[test]
+    fn what_is_kept_of_relaxed_commits_is_bounded() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = RedbStore::open(&dir.path().join("index.redb")).unwrap();
+        let value = "x".repeat(100_000);
+        for n in 0..400 {
+            store.commit(batch(n..n + 1, &value), Durability::Relaxed).unwrap();
+            assert!(store.kept().bytes <= KEPT_BYTES);
+        }
     }
 }

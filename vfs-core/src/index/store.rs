@@ -109,6 +109,12 @@ pub trait Store: Send + Sync {
 
     /// Bytes on the disk.
     fn size_bytes(&self) -> u64;
+
+    /// Another number since a commit that failed may have taken effect after all: what is known
+    /// of the store is to be read again.
+    fn era(&self) -> u64 {
+        0
+    }
 }
 
 /// One consistent state of a store.
