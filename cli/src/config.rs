@@ -82,7 +82,8 @@ pub const KEYS: &[Key] = &[
     Key {
         name: "read.deadline",
         default: "10s",
-        about: "how long a read of bytes that are not here may wait before it fails with “Host is down”",
+        about: "how long a read of bytes that are not here may wait before it fails with “Host is down”, \
+                and a write to an `O_SYNC` file for its owner before it is content with this disk",
         form: Form::Duration,
     },
     Key {

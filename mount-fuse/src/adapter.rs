@@ -1,8 +1,8 @@
 //! The kernel's requests as calls of the drive: translate, call once, reply.
 //!
 //! No request waits for a network here. The only operations of the drive that
-//! may are `read`, which is first tried at once ([`Drive::try_read`]), and locks;
-//! they go on as tasks of the runtime, which reply themselves, so that the few
+//! may are `read`, which is first tried at once ([`Drive::try_read`]), locks, and
+//! what is written with `O_SYNC` ([`Drive::arrived`]); they go on as tasks of the runtime, which reply themselves, so that the few
 //! threads that serve the kernel stay free for everything else.
 //!
 //! **Interruption.** `fuser` 0.18 does not pass `INTERRUPT` on, so a request
@@ -11,7 +11,8 @@
 //! through the page cache (never `FOPEN_DIRECT_IO`): the program then does not
 //! wait for the request but, killably, for the page that the request fills.
 //! A program that opened a file with `O_DIRECT` itself waits for the drive's
-//! own deadline. Programs that wait for a lock are looked after by [`locking`].
+//! own deadline. Who waits for a lock, or for an owner to have what was written
+//! with `O_SYNC`, is looked after by [`signals`].
 //! Everything else is answered without waiting.
 //!
 //! **Panics.** A bug that panics in one request is traced and answered with
@@ -23,6 +24,7 @@ use crate::io_mode::{IoMode, IoModes};
 use crate::listings::Listings;
 use crate::locking;
 use crate::negotiate::Negotiated;
+use crate::signals;
 use fuser::{
     AccessFlags, BackingId, BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem,
     FopenFlags, Generation, INodeNo, KernelConfig, LockOwner, ReplyAttr, ReplyCreate, ReplyData,
@@ -166,6 +168,19 @@ impl Adapter {
         }
         let drive = Arc::clone(&self.drive);
         self.runtime.spawn_blocking(move || reply_empty(reply, call(&drive)));
+    }
+
+    /// Until the owner has what the program has written, or the program is to end.
+    fn arrived(
+        &self,
+        handle: HandleId,
+        request: &Request,
+    ) -> impl Future<Output = Result<(), Errno>> + Send + use<> {
+        let (drive, thread) = (Arc::clone(&self.drive), request.pid());
+        async move {
+            let arrived = drive.arrived(handle, || signals::ends(thread)).await;
+            arrived.map_err(|error| convert::errno("write", &error))
+        }
     }
 
     /// The kernel does not get this handle.
@@ -504,16 +519,24 @@ impl Filesystem for Adapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
+        let fh = handle(fh);
         let written = run("write", || {
             if write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID) {
                 self.strip_set_id_bits(&caller(request), ino(node))?;
             }
-            self.drive.write(handle(fh), offset, data)
+            self.drive.write(fh, offset, data)
         });
-        match written {
-            // No longer than `data`, which is at most MAX_WRITE_BYTES.
+        // No longer than `data`, which is at most MAX_WRITE_BYTES.
+        let answer = |reply: ReplyWrite, written| match written {
             Ok(written) => reply.written(written as u32),
             Err(errno) => reply.error(errno),
+        };
+        match written {
+            Ok(written) if self.drive.waits_for_owner(fh) => {
+                let arrived = self.arrived(fh, request);
+                self.runtime.spawn(async move { answer(reply, arrived.await.map(|()| written)) });
+            }
+            written => answer(reply, written),
         }
     }
 
@@ -592,7 +615,7 @@ impl Filesystem for Adapter {
         let (drive, thread) = (Arc::clone(&self.drive), request.pid());
         self.runtime.spawn(async move {
             let locked = match sleep {
-                true => drive.lock_waiting(lock, || locking::is_signalled(thread)).await,
+                true => drive.lock_waiting(lock, || signals::is_signalled(thread)).await,
                 false => drive.lock(lock).await,
             };
             reply_empty(reply, locked.map_err(|error| convert::errno("setlk", &error)));
@@ -625,9 +648,31 @@ impl Filesystem for Adapter {
         });
     }
 
-    fn fsync(&self, _: &Request, _: INodeNo, fh: FileHandle, data_only: bool, reply: ReplyEmpty) {
+    fn fsync(
+        &self,
+        request: &Request,
+        _: INodeNo,
+        fh: FileHandle,
+        data_only: bool,
+        reply: ReplyEmpty,
+    ) {
         let fh = handle(fh);
-        self.aside(fh, reply, move |drive| run("fsync", || drive.fsync(fh, data_only)));
+        if !self.drive.waits_for_owner(fh) {
+            return self.aside(fh, reply, move |drive| run("fsync", || drive.fsync(fh, data_only)));
+        }
+        let drive = Arc::clone(&self.drive);
+        let arrived = self.arrived(fh, request);
+        self.runtime.spawn(async move {
+            let syncing = move || run("fsync", || drive.fsync(fh, data_only));
+            let synced = tokio::task::spawn_blocking(syncing).await.unwrap_or(Err(Errno::EIO));
+            reply_empty(
+                reply,
+                match synced {
+                    Ok(()) => arrived.await,
+                    Err(errno) => Err(errno),
+                },
+            );
+        });
     }
 
     fn opendir(&self, _: &Request, node: INodeNo, _: fuser::OpenFlags, reply: ReplyOpen) {

@@ -32,6 +32,7 @@ mod mounts;
 mod negotiate;
 mod notify;
 mod session;
+mod signals;
 
 pub use abort::abort;
 pub use error::MountError;

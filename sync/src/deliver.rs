@@ -33,7 +33,7 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use vfs_core::error::FsResult;
 use vfs_core::model::DeviceId;
-use vfs_core::ops::{Conflict, MAX_DEPTH, Obstacle, Op, Outcome};
+use vfs_core::ops::{self, Conflict, MAX_DEPTH, Obstacle, Op, Outcome};
 use vfs_core::outbox::{Lane, Outbox};
 
 /// Operations sent and not answered, at most.
@@ -236,8 +236,19 @@ impl Session {
         max_bytes: usize,
     ) -> Result<Vec<Op>, DeliverError> {
         let session = self.clone();
-        let take = move || session.outbox.take(session.owner, lane, max_ops, max_bytes);
-        tokio::task::spawn_blocking(take).await.map_err(|_| DeliverError::Outbox)
+        let take = move || {
+            let ops = session.outbox.take(session.owner, lane, max_ops, max_bytes);
+            // Those behind it may build on it. So this session ends, and they are sent in the
+            // next one, which has not to do with this operation any more.
+            ops.iter().try_for_each(|op| size_of(op).map(drop)).inspect_err(|error| {
+                if let DeliverError::TooLong { no, .. } = error {
+                    let why = ops::Refusal::Impossible("it is too long for a message".into());
+                    session.outbox.settle(session.owner, *no, Outcome::Refused(why));
+                }
+            })?;
+            Ok(ops)
+        };
+        tokio::task::spawn_blocking(take).await.map_err(|_| DeliverError::Outbox)?
     }
 
     async fn settle(self: &Arc<Self>, outcomes: Vec<(u64, Outcome)>) -> Result<(), DeliverError> {
@@ -510,7 +521,7 @@ fn is_bounded(outcome: &Outcome) -> bool {
             Some(Conflict::OwnerStands(reason)) => reason.len() <= MAX_REASON,
             None => true,
         },
-        Outcome::Refused(vfs_core::ops::Refusal::Impossible(reason))
+        Outcome::Refused(ops::Refusal::Impossible(reason))
         | Outcome::Later(Obstacle::Failed(reason)) => reason.len() <= MAX_REASON,
         Outcome::Refused(_) | Outcome::Later(_) => true,
     }

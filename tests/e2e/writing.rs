@@ -1,17 +1,22 @@
 //! Another device's files, changed through the mount: seen here at once, there soon, lost never.
 
 use e2e::disk::SmallDisk;
-use e2e::wait::wait_until;
+use e2e::wait::{wait_until, within};
 use e2e::{Device, Lab, Need, files, proc};
+use rustix::process::Signal;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// Waiting for the owner, on a machine with two daemons and this test.
 const DELIVERY: Duration = Duration::from_secs(60);
+
+/// As <asm-generic/fcntl.h> has them.
+const O_DSYNC: i32 = 0o10_000;
+const O_SYNC: i32 = 0o4_010_000;
 
 /// Room for the reserve that a device keeps free, and some more.
 const DISK_BYTES: u64 = 512 << 20;
@@ -285,6 +290,95 @@ fn a_large_file_arrives_although_the_link_breaks() {
     pair.reader.sd(&["sync", "--timeout", "120s"]).ok();
     assert_eq!(files::hash_file(&pair.theirs.join("film")).unwrap(), hash);
     pair.assert_no_droppings();
+}
+
+#[test]
+fn a_synchronous_write_is_with_its_owner_when_it_returns() {
+    let Some(mut pair) = pair(Lab::emulated(&[Need::Fuse], &["--delay", "10"])) else { return };
+    let (theirs, ours) = (pair.theirs.clone(), pair.ours.clone());
+    for (name, flag) in [("sync", O_SYNC), ("data-sync", O_DSYNC)] {
+        let mut options = OpenOptions::new();
+        let file = options.write(true).create(true).custom_flags(flag).open(ours.join(name));
+        let file = file.unwrap();
+        for (n, bytes) in [&b"first"[..], &files::random_bytes(3 << 20, 5)].iter().enumerate() {
+            let began = Instant::now();
+            file.write_all_at(bytes, 0).unwrap();
+            let took = began.elapsed();
+            assert_eq!(fs::read(theirs.join(name)).unwrap(), *bytes, "{name}, write {n}");
+            assert!(took > Duration::from_millis(20), "a round trip: {took:?}");
+            println!("{name}: {} bytes in {took:?}", bytes.len());
+        }
+        file.sync_all().unwrap();
+    }
+    // Through another handle nothing waits, and a synchronous one waits for what that wrote.
+    fs::write(ours.join("sync"), "by another").unwrap();
+    let file = OpenOptions::new().write(true).custom_flags(O_SYNC).open(ours.join("sync"));
+    file.unwrap().sync_all().unwrap();
+    assert_eq!(fs::read(theirs.join("sync")).unwrap(), b"by another");
+    pair.owner.stop();
+    wait_until("the owner to be known as gone", DELIVERY, || !pair.reader.sees_online("owner"));
+    let file = OpenOptions::new().write(true).custom_flags(O_SYNC).open(ours.join("sync"));
+    within("a write without the owner", Duration::from_secs(2), move || {
+        file.unwrap().write_all_at(b"alone", 0).unwrap();
+    });
+    pair.owner.start();
+    pair.reader.wait_online("owner");
+    pair.delivered();
+    assert_eq!(fs::read(theirs.join("sync")).unwrap(), b"aloneother");
+}
+
+#[test]
+fn a_synchronous_write_to_a_frozen_owner_can_be_killed_and_ends() {
+    let Some(pair) = pair(Lab::lan(&[Need::Fuse])) else { return };
+    let path = pair.ours.join("file");
+    let writer = |path: &Path| {
+        let mut dd = Command::new("dd");
+        dd.args(["if=/dev/zero", "bs=4096", "count=1", "conv=notrunc", "oflag=sync"]);
+        dd.arg(format!("of={}", path.display())).stderr(std::process::Stdio::null());
+        proc::spawn(&mut dd)
+    };
+    // The kernel itself knows the size only when the write has ended.
+    let waiting_writes = || {
+        let pending = pair.reader.json(&["pending"]);
+        let rows = pending["pending"].as_array().unwrap();
+        rows.iter().filter(|row| row["bytes"] == 4096).count()
+    };
+    for signal in [Signal::KILL, Signal::INT, Signal::TERM] {
+        let path = pair.ours.join(format!("ended-by-{}", signal.as_raw()));
+        pair.owner.freeze();
+        let mut child = writer(&path);
+        wait_until("it to have written", DELIVERY, || waiting_writes() == 1);
+        assert!(child.try_wait().unwrap().is_none(), "it waits for its owner");
+        proc::signal(&child, signal);
+        wait_until(format!("{signal:?} to end it"), Duration::from_secs(2), || {
+            child.try_wait().unwrap().is_some()
+        });
+        pair.owner.thaw();
+        pair.reader.sd(&["sync", "--timeout", "60s"]).ok();
+        assert_eq!(fs::read(&path).unwrap(), [0; 4096]);
+    }
+    // More than there are threads for the kernel: all else goes on meanwhile.
+    fs::read(&path).unwrap();
+    files::drop_kernel_caches();
+    pair.owner.freeze();
+    let many: Vec<PathBuf> = (0..6).map(|n| pair.ours.join(format!("made-{n}"))).collect();
+    let mut waiting: Vec<_> = many.iter().map(|path| writer(path)).collect();
+    wait_until("all to have written", DELIVERY, || waiting_writes() == many.len());
+    within("reading beside those who wait", Duration::from_secs(2), move || {
+        fs::read(path).unwrap();
+    });
+    let began = Instant::now();
+    for child in &mut waiting {
+        wait_until("the end of waiting", Duration::from_secs(20), || {
+            child.try_wait().unwrap().is_some()
+        });
+        assert!(child.wait().unwrap().success(), "it is durable here");
+    }
+    println!("a frozen owner was waited for {:?}", began.elapsed());
+    pair.owner.thaw();
+    pair.reader.wait_online("owner");
+    pair.delivered();
+    assert!(many.iter().all(|path| fs::read(path).unwrap() == [0; 4096]));
 }
 
 #[test]

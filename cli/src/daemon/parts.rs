@@ -273,7 +273,9 @@ fn open_outbox(dir: &DataDir, index: &Index, config: &Config) -> Outcome<(Arc<Ou
     let path = dir.subdirectory(dir.outbox())?;
     let default = OutboxConfig::default();
     let min_free_bytes = config.staging_min_free().unwrap_or(default.min_free_bytes);
-    let opened = Outbox::open(&path, index.clone(), OutboxConfig { min_free_bytes, ..default });
+    let settings =
+        OutboxConfig { min_free_bytes, owner_deadline: config.read_deadline(), ..default };
+    let opened = Outbox::open(&path, index.clone(), settings);
     let (outbox, report) = opened.map_err(outbox_failure)?;
     for lost in &report.lost {
         tracing::error!("a pending write is damaged: {lost}");

@@ -111,6 +111,27 @@ async fn an_operation_longer_than_a_frame_arrives_whole_and_in_its_place() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_operation_too_long_for_a_message_holds_up_nothing_but_itself() {
+    let pair = Pair::new().await;
+    pair.into.want_no_bytes();
+    let first = pair.out.create("before", b"1");
+    // Twenty bytes for each: more than the 32 MiB that an operation may have.
+    let extents: Vec<_> = (0..2 * MAX_EXTENTS as u64).map(|n| n + (1 << 62)..u64::MAX).collect();
+    let change = create(FileId::ROOT, "long", NewContent { extents, ..content(b"", None) });
+    let small = pair.out.put(change.clone(), Lane::Small, Bytes::new());
+    let bulk = pair.out.put(change, Lane::Bulk, Bytes::new());
+    let last = pair.out.create("after", b"2");
+    pair.until_delivered().await;
+    assert_eq!(pair.into.done(), [first, last]);
+    for no in [small, bulk] {
+        let outcome = pair.out.outcome(no);
+        let why = Outcome::Refused(ops::Refusal::Impossible("it is too long for a message".into()));
+        assert_eq!(outcome, Some(why));
+        assert_eq!(pair.out.times_sent(no), 1);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_be_done_now_is_sent_again_and_holds_up_nothing() {
     let pair = Pair::new().await;
     pair.into.obstruct(1, Some(Obstacle::NoSpace));

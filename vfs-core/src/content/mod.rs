@@ -165,6 +165,11 @@ impl Content {
         &self.runtime
     }
 
+    /// Whether another device can be reached right now, as far as is known.
+    pub(crate) fn is_reachable(&self, device: DeviceId) -> bool {
+        self.source.is_reachable(device)
+    }
+
     /// The cache, to be shared.
     pub(crate) fn shared_cache(&self) -> &Arc<Cache> {
         &self.cache

@@ -311,7 +311,7 @@ impl Drive {
     }
 
     /// Bytes written; fewer than given only when the disk took fewer. With `append` the offset
-    /// is the end of the file, whatever is given.
+    /// is the end of the file, whatever is given. See [`Drive::waits_for_owner`].
     pub fn write(&self, handle: HandleId, offset: u64, bytes: &[u8]) -> FsResult<usize> {
         match &*self.handles.get(handle)? {
             Handle::Own(open) => write_own(open, offset, bytes),
@@ -341,12 +341,31 @@ impl Drive {
         }
     }
 
-    /// Makes the file durable.
+    /// Makes the file durable. See [`Drive::waits_for_owner`].
     pub fn fsync(&self, handle: HandleId, data_only: bool) -> FsResult<()> {
         match &*self.handles.get(handle)? {
             Handle::Own(open) => sync(&open.file, data_only),
             Handle::Remote(open) => open.fsync(&self.remote.outbox),
             Handle::Dir(_) => Err(handle::is_a_directory()),
+        }
+    }
+
+    /// Whether a write or `fsync` through this handle is over only when [`Drive::arrived`] is:
+    /// it was opened with `O_SYNC` or `O_DSYNC`, and the file is another device's.
+    pub fn waits_for_owner(&self, handle: HandleId) -> bool {
+        match self.handles.get(handle).as_deref() {
+            Ok(Handle::Remote(open)) => open.waits_for_owner(),
+            _ => false,
+        }
+    }
+
+    /// Waits until the owner has what was written through this handle, or says why not. Without
+    /// the owner it is durable here only, as it is when the owner does not answer in time, or
+    /// when the caller `gives_up`: that is no error.
+    pub async fn arrived(&self, handle: HandleId, gives_up: impl Fn() -> bool) -> FsResult<()> {
+        match &*self.handles.get(handle)? {
+            Handle::Remote(open) => open.arrived(&self.remote.outbox, gives_up).await,
+            Handle::Own(_) | Handle::Dir(_) => Ok(()),
         }
     }
 

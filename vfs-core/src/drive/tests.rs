@@ -156,8 +156,12 @@ impl Bench {
             ContentConfig { read_deadline: Duration::from_secs(2), ..ContentConfig::default() };
         let content =
             Content::new(index.clone(), own_files, cache, source, limits, runtime.handle().clone());
-        let (outbox, _) =
-            Outbox::open(&path("outbox"), index.clone(), OutboxConfig::default()).unwrap();
+        let writing = OutboxConfig {
+            owner_deadline: Duration::from_secs(2),
+            max_ranges: 1_000,
+            ..OutboxConfig::default()
+        };
+        let (outbox, _) = Outbox::open(&path("outbox"), index.clone(), writing).unwrap();
         let drive = Drive::new(
             index.clone(),
             Arc::clone(&indexer),

@@ -10,7 +10,7 @@ use crate::failpoint::fail_point;
 use crate::journal::Lsn;
 use crate::model::{Attr, ContentId, DeviceId, Entry, FileId, FileType, LocationNo, Stamp, Time};
 use crate::ops::{Applied, Base, Change, Conflict, NewContent, Obstacle, Op, Outcome, Refusal};
-use crate::staging::{Draft, Snapshot};
+use crate::staging::{Draft, Extent, Snapshot};
 use bytes::{Bytes, BytesMut};
 use std::borrow::Cow;
 use std::ops::Range;
@@ -50,8 +50,28 @@ impl Outbox {
     /// given to [`Lane::Small`] before; all are durable here.
     pub fn take(&self, owner: DeviceId, lane: Lane, max_ops: usize, max_bytes: usize) -> Vec<Op> {
         let max_ops = if lane == Lane::Bulk { max_ops.min(1) } else { max_ops };
-        let picked = self.pick(owner, lane, max_ops, max_bytes);
-        picked.into_iter().filter_map(|picked| self.complete(picked)).collect()
+        let mut picked = self.pick(owner, lane, max_ops, max_bytes).into_iter();
+        let mut ops = Vec::new();
+        while let Some(next) = picked.next() {
+            match self.complete(next) {
+                Some(op) => ops.push(op),
+                None => {
+                    self.put_back(picked.map(|later| later.op.no));
+                    break;
+                }
+            }
+        }
+        ops
+    }
+
+    /// What was to go behind an operation that cannot go may build on it, and is looked at anew.
+    fn put_back(&self, picked: impl Iterator<Item = u64>) {
+        let mut state = self.state();
+        for no in picked {
+            state.set(no, Progress::Waiting(None));
+        }
+        drop(state);
+        self.tick();
     }
 
     fn pick(&self, owner: DeviceId, lane: Lane, max_ops: usize, max_bytes: usize) -> Vec<Picked> {
@@ -93,7 +113,19 @@ impl Outbox {
         };
         if let Err(error) = completed {
             tracing::error!(no, %error, "staged bytes cannot be read");
-            self.block(no, format!("its bytes cannot be read on this device: {error}"));
+            let why = format!("its bytes cannot be read on this device: {error}");
+            self.block(no, why, Some(Kind::Io));
+            return None;
+        }
+        if content.extents.len() > self.config.max_ranges {
+            // As a whole file it has one part, unless there are holes.
+            let goes_whole =
+                content.kept_bytes > 0 && matches!(picked.op.change, Change::Write { .. });
+            let why = "it was written in more parts than one message can name";
+            self.block(no, why.into(), (!goes_whole).then_some(Kind::FileTooLarge));
+            if goes_whole {
+                self.tender.needs_whole(no);
+            }
             return None;
         }
         if let (None, Some(content)) = (picked.digest, picked.op.change.content())
@@ -104,15 +136,18 @@ impl Outbox {
         Some(picked.op)
     }
 
-    fn block(&self, no: u64, why: String) {
+    fn block(&self, no: u64, why: String, answered: Option<Kind>) {
         let mut state = self.state();
         if let Some(op) = state.ops.get_mut(&no) {
             op.obstacle = Some(why);
+            op.answered = answered;
             state.set(no, Progress::Blocked);
         }
+        drop(state);
+        self.settled.send_modify(|n| *n = n.wrapping_add(1));
     }
 
-    /// Staged bytes of an operation for this owner; the range lies within one of its extents.
+    /// Staged bytes of an operation for this owner, as far as the operation says that it has them.
     pub fn read(&self, owner: DeviceId, no: u64, range: Range<u64>) -> FsResult<Bytes> {
         let (draft, snapshot) = {
             let state = self.state();
@@ -122,13 +157,7 @@ impl Outbox {
                 found.ok_or_else(|| FsError::new(Kind::NotFound, "read staged bytes"))?;
             (bytes.draft.clone(), snapshot.clone())
         };
-        // There may be a million extents, and a request for each few of them.
-        let first = snapshot.extents.partition_point(|e| e.at + e.len <= range.start);
-        let extent = snapshot.extents.get(first).filter(|_| range.start < range.end);
-        if extent.is_none_or(|e| range.start < e.at || e.at + e.len < range.end) {
-            return Err(FsError::new(Kind::Invalid, "read staged bytes"));
-        }
-        draft.snapshot_read(&snapshot, range).map_err(|e| FsError::os("read staged bytes", e))
+        read_written(&draft, &snapshot, range)
     }
 
     /// What was sent to this owner and not settled is to be sent again, and what it refused.
@@ -169,11 +198,13 @@ impl Outbox {
             Outcome::Later(obstacle) => {
                 op.obstacle = Some(word_obstacle(obstacle));
                 op.late = (*obstacle == Obstacle::NoSpace).then_some(Kind::NoSpace);
+                op.answered = not_now(obstacle);
                 Some(Progress::Waiting(Some(Instant::now() + pause(op.attempts))))
             }
             Outcome::Refused(refusal) if op.bytes.is_some() || makes(&op.record.change) => {
                 op.obstacle = Some(word_refusal(refusal));
                 op.late = late(refusal);
+                op.answered = op.late;
                 Some(Progress::Blocked)
             }
             Outcome::Refused(_) | Outcome::Applied(_) => None,
@@ -385,7 +416,7 @@ fn fill_in(
     is_inline: bool,
 ) -> FsResult<()> {
     let failed = |e| FsError::os("read staged bytes", e);
-    content.extents = snapshot.extents.iter().map(|e| e.at..e.at + e.len).collect();
+    content.extents = joined(&snapshot.extents);
     (content.digest, content.whole) = match digest {
         Some(known) => known,
         None => {
@@ -396,12 +427,46 @@ fn fill_in(
     if is_inline {
         let mut inline = BytesMut::new();
         for extent in &content.extents {
-            let read = bytes.draft.snapshot_read(snapshot, extent.clone()).map_err(failed)?;
-            inline.extend_from_slice(&read);
+            inline.extend_from_slice(&read_written(&bytes.draft, snapshot, extent.clone())?);
         }
         content.inline = Some(inline.freeze());
     }
     Ok(())
+}
+
+/// What was written, as few ranges as possible: one after the other in the file are one, wherever
+/// their bytes are.
+fn joined(extents: &[Extent]) -> Vec<Range<u64>> {
+    let mut ranges = Vec::<Range<u64>>::new();
+    for extent in extents {
+        let end = extent.at + extent.len;
+        match ranges.last_mut().filter(|last| last.end == extent.at) {
+            Some(last) => last.end = end,
+            None => ranges.push(extent.at..end),
+        }
+    }
+    ranges
+}
+
+/// Bytes of a range that was written from its first to its last.
+fn read_written(draft: &Draft, snapshot: &Snapshot, range: Range<u64>) -> FsResult<Bytes> {
+    let failed = |e| FsError::os("read staged bytes", e);
+    let beyond = || FsError::new(Kind::Invalid, "read staged bytes");
+    // There may be a million extents, and a request for each few of them.
+    let first = snapshot.extents.partition_point(|e| e.at + e.len <= range.start);
+    let mut extents = snapshot.extents[first..].iter();
+    let (mut at, mut parts) = (range.start, Vec::new());
+    while at < range.end {
+        let extent = extents.next().filter(|e| e.at <= at).ok_or_else(beyond)?;
+        let end = range.end.min(extent.at + extent.len);
+        parts.push(draft.snapshot_read(snapshot, at..end).map_err(failed)?);
+        at = end;
+    }
+    match parts.len() {
+        0 => Err(beyond()),
+        1 => Ok(parts.swap_remove(0)),
+        _ => Ok(parts.concat().into()),
+    }
 }
 
 /// The content of an empty file.
@@ -448,6 +513,17 @@ fn late(refusal: &Refusal) -> Option<Kind> {
         Refusal::Malformed | Refusal::Impossible(_) => Some(Kind::Io),
         // It goes as a whole.
         Refusal::NeedsWhole => None,
+    }
+}
+
+/// What a program is told that waits until its owner has it.
+fn not_now(obstacle: &Obstacle) -> Option<Kind> {
+    match obstacle {
+        Obstacle::NoSpace => Some(Kind::NoSpace),
+        Obstacle::Offline => Some(Kind::HostDown),
+        Obstacle::Failed(_) => Some(Kind::Io),
+        // They are sent again.
+        Obstacle::NoBytes => None,
     }
 }
 

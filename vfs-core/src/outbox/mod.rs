@@ -6,6 +6,7 @@
 //! | `written` | bytes of one file that is being written, shared by its handles |
 //! | `record` | the form of the journal's records |
 //! | `queue`, `order` | the accepted operations, and which waits for which |
+//! | `arrival` | who waits until the owner has it |
 //! | `deliver` | what to send, and what becomes of the answers |
 //! | `tend` | what happens by itself: syncing, letting go, what is seen in the index by now |
 //! | `adopt` | delivered bytes stay readable here, in the cache |
@@ -29,6 +30,7 @@
 //! wait for the disk, and over its rare checkpoints.
 
 mod adopt;
+mod arrival;
 mod attributes;
 mod deliver;
 mod export;
@@ -238,6 +240,7 @@ impl Outbox {
             may_be_sent: false,
             digest: None,
             obstacle: None,
+            answered: None,
             late: None,
         });
         Ok(no)

@@ -81,7 +81,8 @@ fn open(
     memory_bytes: u64,
 ) -> (Arc<Outbox>, Report) {
     let hold_back = std::time::Duration::from_secs(1 << 20);
-    let config = OutboxConfig { min_free_bytes: 0, memory_bytes, hold_back };
+    let config =
+        OutboxConfig { min_free_bytes: 0, memory_bytes, hold_back, ..OutboxConfig::default() };
     let opened = Outbox::open_with(dir, index.clone(), config, |visit| {
         Journal::open_sim(disk, SEGMENT, visit)
     });

@@ -27,6 +27,8 @@ pub(super) struct Queued {
     pub digest: Option<([u8; 32], Option<ContentId>)>,
     /// The last obstacle.
     pub obstacle: Option<String>,
+    /// The same for who waits until it has arrived; `HostDown`: the location's disk is away.
+    pub answered: Option<Kind>,
     /// What its writer is yet to be told of that, at the next `fsync` or `close`.
     pub late: Option<Kind>,
 }

@@ -274,6 +274,7 @@ fn replay_op(state: &mut State, lsn: Lsn, record: OpRecord) {
         may_be_sent: true,
         digest: None,
         obstacle: None,
+        answered: None,
         late: None,
     });
 }

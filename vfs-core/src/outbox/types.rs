@@ -1,7 +1,7 @@
 //! What the outbox says to people and to delivery.
 
 use crate::model::{DeviceId, LocationId, LocationNo, Name, Time};
-use crate::ops::Conflict;
+use crate::ops::{Conflict, MAX_EXTENTS};
 use crate::staging::{MEMORY_BYTES, MIN_FREE_BYTES};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -16,14 +16,21 @@ pub struct OutboxConfig {
     pub memory_bytes: u64,
     /// How long a new file waits for its first close before it travels without its bytes.
     pub hold_back: std::time::Duration,
+    /// How long a writer that wants its owner to have everything waits for its answer.
+    pub owner_deadline: std::time::Duration,
+    /// How many separate ranges one operation may have, at most [`MAX_EXTENTS`].
+    pub max_ranges: usize,
 }
 
 impl Default for OutboxConfig {
     fn default() -> Self {
+        let seconds = std::time::Duration::from_secs;
         Self {
             min_free_bytes: MIN_FREE_BYTES,
             memory_bytes: MEMORY_BYTES,
-            hold_back: std::time::Duration::from_secs(2),
+            hold_back: seconds(2),
+            owner_deadline: seconds(10),
+            max_ranges: MAX_EXTENTS,
         }
     }
 }

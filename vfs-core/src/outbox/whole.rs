@@ -15,11 +15,14 @@ use crate::error::{FsError, FsResult, Kind};
 use crate::model::Location;
 use crate::ops::{Base, Change, INLINE_MAX_BYTES};
 use crate::staging::{Committed, Piece};
+use bytes::BytesMut;
 use std::ops::Range;
 use std::sync::Arc;
 
 /// Fetched and written at a time.
 const STEP_BYTES: u64 = 1 << 20;
+/// Fetched and written one by one; of more in a step all that lies between is written too.
+const FEW_RANGES: usize = 64;
 
 impl Outbox {
     /// Fetches what is missing of an operation's base, and sends the whole instead.
@@ -120,17 +123,16 @@ impl Outbox {
         let content = content.ok_or_else(|| FsError::new(Kind::Io, "read before it is ready"))?;
         let mut at = 0;
         while at < written.draft.size() {
-            for range in base_ranges(written, at)? {
-                let bytes = content.runtime().block_on(written.read_base(self, range.clone()))?;
-                let _writing = written.lock();
-                // A program may have written or cut there meanwhile: that counts.
-                for still in base_ranges(written, at)? {
-                    let (start, end) = (still.start.max(range.start), still.end.min(range.end));
-                    if start < end {
-                        let from = (start - range.start) as usize;
-                        let to = (end - range.start) as usize;
-                        written.draft.write(start, &bytes[from..to])?;
-                    }
+            let missing = base_ranges(written, at)?;
+            if missing.len() > FEW_RANGES {
+                let all = missing[0].start..missing[missing.len() - 1].end;
+                let base = content.runtime().block_on(written.read_base(self, all.clone()))?;
+                fill_at_once(written, all, &base)?;
+            } else {
+                for range in missing {
+                    let base =
+                        content.runtime().block_on(written.read_base(self, range.clone()))?;
+                    fill(written, range, &base)?;
                 }
             }
             at += STEP_BYTES;
@@ -139,9 +141,41 @@ impl Outbox {
     }
 }
 
+/// Writes bytes of the base where they still show: a program may have written or cut there
+/// meanwhile, and that counts.
+fn fill(written: &Written, range: Range<u64>, base: &[u8]) -> FsResult<()> {
+    let _writing = written.lock();
+    for still in base_ranges_of(written, range.clone())? {
+        let (from, to) = (still.start - range.start, still.end - range.start);
+        written.draft.write(still.start, &base[from as usize..to as usize])?;
+    }
+    Ok(())
+}
+
+/// The same by one write, with what is there already: for what has very many parts.
+fn fill_at_once(written: &Written, range: Range<u64>, base: &[u8]) -> FsResult<()> {
+    let _writing = written.lock();
+    let mut all = BytesMut::with_capacity(base.len());
+    for piece in written.draft.read(range.start, range.end - range.start)? {
+        match piece {
+            Piece::Here(bytes) => all.extend_from_slice(&bytes),
+            Piece::Zero(len) => all.resize(all.len() + len as usize, 0),
+            Piece::Base(still) => {
+                let (from, to) = (still.start - range.start, still.end - range.start);
+                all.extend_from_slice(&base[from as usize..to as usize]);
+            }
+        }
+    }
+    written.draft.write(range.start, &all)
+}
+
 fn base_ranges(written: &Written, at: u64) -> FsResult<Vec<Range<u64>>> {
-    let len = written.draft.size().saturating_sub(at).min(STEP_BYTES);
-    let pieces = written.draft.read(at, len)?;
+    base_ranges_of(written, at..at + STEP_BYTES)
+}
+
+fn base_ranges_of(written: &Written, range: Range<u64>) -> FsResult<Vec<Range<u64>>> {
+    let end = range.end.min(written.draft.size());
+    let pieces = written.draft.read(range.start, end.saturating_sub(range.start))?;
     Ok(pieces
         .into_iter()
         .filter_map(|piece| match piece {

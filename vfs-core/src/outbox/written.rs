@@ -22,6 +22,7 @@ use crate::staging::{Committed, Draft, Piece};
 use bytes::{Bytes, BytesMut};
 use dashmap::mapref::entry::Entry as Slot;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -47,6 +48,8 @@ pub struct Written {
     basis: Mutex<Basis>,
     /// The version whose bytes are read where nothing was written. A leaf among the locks.
     entry: Mutex<Under>,
+    /// The operation that somebody waited for until it took too long; 0 if there is none.
+    in_vain: AtomicU64,
 }
 
 /// What the next operation is based on.
@@ -93,6 +96,7 @@ impl Written {
             state: Mutex::new(state),
             basis: Mutex::new(basis),
             entry: Mutex::new(Under { entry, reader: None }),
+            in_vain: AtomicU64::new(0),
         })
     }
 
@@ -122,6 +126,15 @@ impl Written {
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Writing> {
         lock(&self.state)
+    }
+
+    /// Nobody is to wait for this operation, or what comes after it, once more.
+    pub(super) fn wait_no_more_for(&self, no: u64) {
+        self.in_vain.store(no, Ordering::Relaxed);
+    }
+
+    pub(super) fn waited_in_vain(&self) -> Option<u64> {
+        Some(self.in_vain.load(Ordering::Relaxed)).filter(|no| *no != 0)
     }
 
     /// The next operation builds on this one.

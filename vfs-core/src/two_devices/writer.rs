@@ -130,7 +130,12 @@ impl Writer {
     fn open_outbox(&self) -> Arc<Outbox> {
         // New files wait for their first close and for nothing else.
         let hold_back = Duration::from_secs(1 << 20);
-        let config = OutboxConfig { hold_back, min_free_bytes: 0, memory_bytes: MEMORY_BYTES };
+        let config = OutboxConfig {
+            hold_back,
+            min_free_bytes: 0,
+            memory_bytes: MEMORY_BYTES,
+            ..OutboxConfig::default()
+        };
         let deadline = Instant::now() + DEADLINE;
         loop {
             let index = self.index.clone();

@@ -285,6 +285,19 @@ impl RemoteFile {
         }
     }
 
+    /// Whether what is written through it is to be with its owner when the call returns.
+    pub fn waits_for_owner(&self) -> bool {
+        self.flags.may_change() && (self.flags.sync || self.flags.data_sync)
+    }
+
+    /// Waits until the owner has what was made durable here.
+    pub async fn arrived(&self, outbox: &Outbox, gives_up: impl Fn() -> bool) -> FsResult<()> {
+        match self.written(outbox) {
+            Some(written) => outbox.arrived(&written, gives_up).await,
+            None => Ok(()),
+        }
+    }
+
     /// Space is not reserved at an owner that may be offline; the size is as asked.
     pub fn fallocate(
         &self,

@@ -3,7 +3,7 @@
 use super::owner::{Owner, place};
 use super::*;
 use crate::ops::{Obstacle, Refusal};
-use crate::outbox::PendingState;
+use crate::outbox::{Lane, PendingState};
 
 const ROOT: FileId = FileId::ROOT;
 
@@ -285,7 +285,7 @@ fn large_files_travel_in_ranges() {
     let ino = bench.ino(&at("large"));
     bench.put_remote(ino, 1_000_000, b"in the middle");
     bench.outbox.sync().unwrap();
-    let op = bench.outbox.take(PEER, crate::outbox::Lane::Small, 1, 1 << 20).pop().unwrap();
+    let op = bench.outbox.take(PEER, Lane::Small, 1, 1 << 20).pop().unwrap();
     assert_eq!(op.change.content().unwrap().written_bytes(), 13, "only what changed");
     bench.outbox.connection_lost(PEER);
     bench.settle_all(&mut owner);
@@ -379,6 +379,112 @@ fn a_late_error_is_told_at_the_next_fsync_once() {
     bench.drive.release(opened.handle);
 }
 
+const SYNC: OpenFlags = OpenFlags { sync: true, ..READ_WRITE };
+
+impl Bench {
+    /// Writes through a handle that wants its owner to have it; `meanwhile` the program waits.
+    fn write_through(
+        &self,
+        handle: HandleId,
+        bytes: &[u8],
+        meanwhile: impl FnOnce(),
+    ) -> FsResult<()> {
+        self.drive.write(handle, 0, bytes).unwrap();
+        let mut waiting = std::pin::pin!(self.drive.arrived(handle, || false));
+        let some_time =
+            async { tokio::time::timeout(Duration::from_millis(250), &mut waiting).await };
+        let early = self.runtime.block_on(some_time);
+        assert!(early.is_err(), "its owner has not got it, and it says {early:?}");
+        meanwhile();
+        self.runtime.block_on(waiting)
+    }
+
+    /// The same, where there is nothing to wait for.
+    fn write_here(&self, handle: HandleId, bytes: &[u8]) -> FsResult<()> {
+        self.drive.write(handle, 0, bytes).unwrap();
+        let began = Instant::now();
+        let arrived = self.runtime.block_on(self.drive.arrived(handle, || false));
+        assert!(began.elapsed() < Duration::from_millis(250), "{:?}", began.elapsed());
+        arrived
+    }
+}
+
+#[test]
+fn a_synchronous_write_waits_for_an_owner_that_is_there() {
+    let (bench, mut owner) = with_owner();
+    let ino = bench.ino(&at("old"));
+    let plain = bench.drive.open(ino, READ_WRITE).unwrap();
+    assert!(!bench.drive.waits_for_owner(plain.handle));
+    bench.drive.release(plain.handle);
+    for flags in [SYNC, OpenFlags { sync: false, data_sync: true, ..SYNC }] {
+        let opened = bench.drive.open(ino, flags).unwrap();
+        assert!(bench.drive.waits_for_owner(opened.handle));
+        let deliver = || assert_eq!(bench.deliver(&mut owner), 1);
+        bench.write_through(opened.handle, b"new", deliver).unwrap();
+        assert_eq!(owner.bytes_at("old"), Some(&b"new bytes"[..]));
+        bench.drive.release(opened.handle);
+    }
+    let (_, made) = bench.drive.create(&caller(), bench.theirs(), b"made", 0o644, SYNC).unwrap();
+    let deliver = || assert_eq!(bench.deliver(&mut owner), 1);
+    bench.write_through(made.handle, b"made", deliver).unwrap();
+    assert_eq!(owner.bytes_at("made"), Some(&b"made"[..]));
+    bench.peer.online.store(false, Ordering::SeqCst);
+    bench.write_here(made.handle, b"here").unwrap();
+    assert!(!bench.outbox.pending().is_empty());
+    bench.drive.release(made.handle);
+}
+
+#[test]
+fn who_waits_for_an_owner_is_not_kept_by_one_that_goes_or_is_silent() {
+    let (bench, mut owner) = with_owner();
+    let opened = bench.drive.open(bench.ino(&at("old")), SYNC).unwrap();
+    let handle = opened.handle;
+    let goes = || bench.peer.online.store(false, Ordering::SeqCst);
+    bench.write_through(handle, b"one", goes).unwrap();
+    assert_eq!(bench.outbox.pending().len(), 1, "it is kept");
+    bench.peer.online.store(true, Ordering::SeqCst);
+    bench.drive.write(handle, 0, b"two").unwrap();
+    let killed = bench.drive.arrived(handle, || true);
+    bench
+        .runtime
+        .block_on(async { tokio::time::timeout(Duration::from_secs(1), killed).await })
+        .expect("a program that is to end waits no more")
+        .unwrap();
+    let began = Instant::now();
+    bench.write_through(handle, b"six", || {}).unwrap();
+    assert!(began.elapsed() >= Duration::from_secs(2), "the deadline of this test");
+    bench.write_here(handle, b"ten").expect("nobody waits twice for a silent owner");
+    bench.deliver(&mut owner);
+    assert_eq!(owner.bytes_at("old"), Some(&b"ten bytes"[..]));
+    let deliver = || assert_eq!(bench.deliver(&mut owner), 1);
+    bench.write_through(handle, b"now", deliver).expect("once it is heard it is waited for");
+    bench.drive.release(handle);
+}
+
+#[test]
+fn who_waits_for_an_owner_is_told_what_it_says() {
+    for (refuses, obstacle, expected) in [
+        (Some(Refusal::Permission), None, Err(Kind::AccessDenied)),
+        (Some(Refusal::ReadOnly), None, Err(Kind::ReadOnly)),
+        (None, Some(Obstacle::NoSpace), Err(Kind::NoSpace)),
+        (None, Some(Obstacle::Failed("x".into())), Err(Kind::Io)),
+        (None, Some(Obstacle::Offline), Ok(())),
+    ] {
+        let (bench, mut owner) = with_owner();
+        let opened = bench.drive.open(bench.ino(&at("old")), SYNC).unwrap();
+        (owner.refuses, owner.obstacle) = (refuses, obstacle);
+        let deliver = || assert_eq!(bench.deliver(&mut owner), 1);
+        let told = bench.write_through(opened.handle, b"one", deliver);
+        assert_eq!(told.map_err(|e| e.kind()), expected);
+        // So is who writes on, until the owner takes it; what was written is kept.
+        let told = bench.runtime.block_on(bench.drive.arrived(opened.handle, || false));
+        assert_eq!(told.map_err(|e| e.kind()), expected);
+        assert_eq!(bench.content_of("old"), b"one bytes");
+        assert_eq!(bench.outbox.pending().len(), 1);
+        bench.drive.release(opened.handle);
+    }
+}
+
 #[test]
 fn what_was_refused_is_tried_again_when_asked() {
     let (bench, mut owner) = with_owner();
@@ -407,4 +513,65 @@ fn refused_bytes_stay_and_other_refusals_are_told() {
     assert_eq!(bench.names(bench.ino(&at("dir"))), [".", "..", "inner"]);
     assert_eq!(bench.outbox.conflicts()[0].what, "delete");
     assert!(owner.names.contains_key(&place(FileId(11), "inner")));
+}
+
+#[test]
+fn what_was_written_from_its_end_to_its_beginning_is_one_part() {
+    let (bench, mut owner) = with_owner();
+    let bytes: Vec<u8> = (0..200_000_u32).map(|n| (n % 251) as u8).collect();
+    for len in [2_000, bytes.len()] {
+        let name = format!("backwards-{len}");
+        let made =
+            bench.drive.create(&caller(), bench.theirs(), name.as_bytes(), 0o644, READ_WRITE);
+        let (_, opened) = made.unwrap();
+        for (n, part) in bytes[..len].chunks(1_000).enumerate().rev() {
+            bench.drive.write(opened.handle, n as u64 * 1_000, part).unwrap();
+        }
+        bench.drive.flush(opened.handle).unwrap();
+        bench.drive.release(opened.handle);
+        let lane = if len < 64 << 10 { Lane::Small } else { Lane::Bulk };
+        let op = bench.outbox.take(PEER, lane, 1, 1 << 20).pop().unwrap();
+        assert_eq!(op.change.content().unwrap().extents, [0..len as u64]);
+        let across = bench.outbox.read(PEER, op.no, 500..1_500).unwrap();
+        assert_eq!(across, bytes[500..1_500]);
+        assert_eq!(kind(bench.outbox.read(PEER, op.no, 500..len as u64 + 1)), Kind::Invalid);
+        bench.outbox.connection_lost(PEER);
+        bench.deliver(&mut owner);
+        assert_eq!(owner.bytes_at(&name), Some(&bytes[..len]));
+    }
+}
+
+/// Every other byte of a file; this bench allows 1,000 ranges.
+#[test]
+fn what_was_written_in_too_many_parts_goes_whole_and_holds_up_nothing() {
+    let (bench, mut owner) = with_owner();
+    let parts = 40_000_u64;
+    owner.put(ROOT, "image", 20, &vec![b'.'; 2 * parts as usize]);
+    bench.owner_tells(&mut owner);
+    let scatter = |opened: &Opened| {
+        for n in 0..parts {
+            bench.drive.write(opened.handle, 2 * n, b"x").unwrap();
+        }
+        bench.drive.flush(opened.handle).unwrap();
+        bench.drive.release(opened.handle);
+    };
+    scatter(&bench.drive.open(bench.ino(&at("image")), WRITE).unwrap());
+    let made = bench.drive.create(&caller(), bench.theirs(), b"holes", 0o644, READ_WRITE);
+    scatter(&made.unwrap().1);
+    bench.make("beside", b"small");
+    let owner = std::cell::RefCell::new(owner);
+    let arrives = |name: &str, bytes: &[u8]| {
+        wait_until(name, || {
+            bench.deliver(&mut owner.borrow_mut());
+            owner.borrow().bytes_at(name) == Some(bytes)
+        });
+    };
+    arrives("beside", b"small");
+    // What has a base is sent as a whole; of what has holes a person is told.
+    arrives("image", &b"x.".repeat(parts as usize));
+    let pending = bench.outbox.pending();
+    assert_eq!(pending.len(), 1);
+    assert!(pending[0].stuck && pending[0].path[0].display() == "holes");
+    assert!(matches!(&pending[0].state, PendingState::Blocked(why) if why.contains("parts")));
+    assert_eq!(bench.read_all(bench.ino(&at("holes"))).unwrap().len() as u64, 2 * parts - 1);
 }
