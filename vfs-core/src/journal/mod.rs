@@ -65,6 +65,8 @@ pub struct Recovered {
     pub torn_tail: bool,
     /// Ranges that had been durable and cannot be read any more.
     pub damage: Vec<Damage>,
+    /// What is left of the payload of the last record, when the last of `damage` is that.
+    pub damaged_tail: Option<Vec<u8>>,
 }
 
 /// A range of a segment that is not what was written.
@@ -342,6 +344,7 @@ impl State {
             records: Vec::new(),
             torn_tail: found.torn_tail,
             damage: found.damage.clone(),
+            damaged_tail: found.damaged_tail.clone(),
         };
         let last = found.last;
         let (mut log, mut pool) = found.into_parts();

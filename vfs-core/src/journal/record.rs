@@ -155,6 +155,13 @@ pub(super) fn begins(bytes: &[u8], use_id: u64) -> bool {
         && (u64_at(bytes, 32) == use_id || bytes[..4] == RECORD_MARKER && !whole_of_another())
 }
 
+/// How much a record that is not whole says to take, if that can be; it may be what is damaged.
+pub(super) fn told_bytes(bytes: &[u8]) -> usize {
+    const SOME: usize = 4096;
+    let told = record_bytes(u32_at(bytes, 8) as usize) as usize;
+    if told <= bytes.len() { told } else { bytes.len().min(SOME) }
+}
+
 /// The use of the file that a whole record here belongs to, when the segment's header is lost.
 pub(super) fn use_of(bytes: &[u8]) -> Option<u64> {
     let marked = bytes.len() >= RECORD_HEADER && bytes[..4] == RECORD_MARKER;

@@ -9,7 +9,8 @@
 //! - **A checkpoint that was not finished.** The log before it is still there and counts.
 //!
 //! Tail and damage are told apart by what later records say was durable when they were written,
-//! and by the machine's boot id: without a crash of the machine nothing is torn.
+//! and by the machine's boot id: without a crash of the machine nothing is torn, but for a record
+//! that was being written when its process was killed.
 
 use super::disk::{LogDisk, LogFile};
 use super::log::{Log, Pool, Segment, UNFINISHED, draw_use_id};
@@ -29,6 +30,7 @@ pub(super) struct Found {
     pub last: Lsn,
     pub torn_tail: bool,
     pub damage: Vec<Damage>,
+    pub damaged_tail: Option<Vec<u8>>,
     records: Vec<(Arc<dyn LogFile>, Record)>,
 }
 
@@ -76,8 +78,8 @@ struct Scanned {
     base: u64,
     use_id: u64,
     records: Vec<Record>,
-    /// A record begins after the last whole one.
-    begun: bool,
+    /// Where a record seems to be that begins after the last whole one.
+    begun: Option<Range<u64>>,
 }
 
 impl Scanned {
@@ -158,7 +160,7 @@ fn scan(disk: &dyn LogDisk, no: u64) -> Result<Result<Scanned, u64>, JournalErro
     }
     let use_id = header.map_or_else(|| last_use(&bytes), |header| header.use_id);
     let mut scanned =
-        Scanned { no, size, file, header, base: 0, use_id, records: Vec::new(), begun: false };
+        Scanned { no, size, file, header, base: 0, use_id, records: Vec::new(), begun: None };
     let mut at = SEGMENT_HEADER as usize;
     let mut last = Lsn(0);
     while let Some(rest) = bytes.get(at..).filter(|rest| rest.len() >= RECORD_HEADER) {
@@ -183,7 +185,8 @@ fn scan(disk: &dyn LogDisk, no: u64) -> Result<Result<Scanned, u64>, JournalErro
         }
     }
     let end = scanned.end() as usize;
-    scanned.begun = bytes.get(end..).is_some_and(|rest| record::begins(rest, use_id));
+    let rest = bytes.get(end..).filter(|rest| record::begins(rest, use_id));
+    scanned.begun = rest.map(|rest| scanned.end()..scanned.end() + record::told_bytes(rest) as u64);
     Ok(Ok(scanned))
 }
 
@@ -259,9 +262,18 @@ fn assemble(mut segments: Vec<Scanned>, mut pool: Pool) -> io::Result<Found> {
     let cut = holes.iter().position(|hole| !proven(hole));
     let damage = holes[..cut.unwrap_or(holes.len())].iter().flat_map(|h| h.ranges.clone());
     let headers = segments.iter().filter(|s| s.header.is_none()).map(|s| (s.no, 0..SEGMENT_HEADER));
+    let tail = match cut {
+        None if written_since_boot(&segments, pool.disk.boot()) => {
+            segments.last().and_then(|last| damaged_end(&*pool.disk, last))
+        }
+        _ => None,
+    };
+    let (tail, damaged_tail) = tail.unzip();
+    let tail = segments.last().map(|last| last.no).zip(tail);
     let damage = headers
         .into_iter()
         .chain(damage)
+        .chain(tail)
         .map(|(no, range)| set_aside(&*pool.disk, no, range))
         .collect();
     if let Some(cut) = cut {
@@ -278,7 +290,7 @@ fn assemble(mut segments: Vec<Scanned>, mut pool: Pool) -> io::Result<Found> {
     let last = segments.iter().flat_map(|s| &s.records).map(|r| r.lsn).max();
     let last = last.unwrap_or(Lsn(first.unwrap_or(0)));
     mend_headers(&mut segments, last)?;
-    let begun = segments.last().is_some_and(|s| s.begun);
+    let begun = segments.last().is_some_and(|s| s.begun.is_some());
     let torn_tail = cut.is_some() || begun;
     let records = segments
         .iter()
@@ -297,7 +309,7 @@ fn assemble(mut segments: Vec<Scanned>, mut pool: Pool) -> io::Result<Found> {
     for segment in &segments {
         segment.file.sync()?;
     }
-    Ok(Found { log, pool, last, torn_tail, damage, records })
+    Ok(Found { log, pool, last, torn_tail, damage, damaged_tail, records })
 }
 
 /// Where numbers are missing.
@@ -357,6 +369,32 @@ fn is_proven(hole: &Hole, segments: &[Scanned], boot: [u8; 16]) -> bool {
     written_since_boot
 }
 
+/// Whether the machine has not crashed since the log was written to.
+fn written_since_boot(segments: &[Scanned], boot: [u8; 16]) -> bool {
+    let mut told = segments.iter().flat_map(|s| &s.records).filter_map(|r| r.checkpoint);
+    told.next_back().is_some_and(|told| told.boot == boot)
+}
+
+/// What begins after the last whole record, and its payload, unless its process was killed while
+/// it wrote it: then it ends where a page of memory did.
+fn damaged_end(disk: &dyn LogDisk, last: &Scanned) -> Option<(Range<u64>, Vec<u8>)> {
+    let range = last.begun.clone()?;
+    let bytes = copy(disk, last.no, &range).ok()?;
+    let to_page = range.start.next_multiple_of(BLOCK_BYTES as u64) - range.start;
+    let mut pages = (to_page as usize..bytes.len()).step_by(BLOCK_BYTES);
+    let is_cut_short = pages.any(|page| bytes[page..].iter().all(|byte| *byte == 0));
+    let payload = bytes.get(RECORD_HEADER..).unwrap_or_default().to_vec();
+    (!is_cut_short).then_some((range, payload))
+}
+
+fn copy(disk: &dyn LogDisk, no: u64, range: &Range<u64>) -> io::Result<Vec<u8>> {
+    let file = disk.open(&segment_name(no))?;
+    let mut bytes = vec![0; (range.end - range.start) as usize];
+    // Of what cannot be read there is nothing to keep.
+    let _ = file.read_at(&mut bytes, range.start);
+    Ok(bytes)
+}
+
 /// Writes damaged headers anew, so that more records can follow.
 fn mend_headers(segments: &mut [Scanned], last: Lsn) -> io::Result<()> {
     for segment in segments.iter_mut().filter(|s| s.header.is_none()) {
@@ -373,14 +411,8 @@ fn mend_headers(segments: &mut [Scanned], last: Lsn) -> io::Result<()> {
 }
 
 fn set_aside(disk: &dyn LogDisk, no: u64, range: Range<u64>) -> Damage {
-    let copy = disk.open(&segment_name(no)).map(|file| {
-        let mut bytes = vec![0; (range.end - range.start) as usize];
-        // Of what cannot be read there is nothing to keep.
-        let _ = file.read_at(&mut bytes, range.start);
-        bytes
-    });
     let name = format!("{no:08}-{}", range.start);
-    let kept = copy.and_then(|bytes| disk.set_aside(&name, &bytes));
+    let kept = copy(disk, no, &range).and_then(|bytes| disk.set_aside(&name, &bytes));
     let set_aside = kept.unwrap_or_else(|error| {
         tracing::warn!(segment = no, %error, "damaged range of the journal could not be copied");
         segment_name(no).into()

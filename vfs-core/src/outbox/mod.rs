@@ -241,6 +241,7 @@ impl Outbox {
             digest: None,
             obstacle: None,
             answered: None,
+            is_damaged: false,
             late: None,
         });
         Ok(no)

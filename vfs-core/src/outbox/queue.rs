@@ -29,6 +29,8 @@ pub(super) struct Queued {
     pub obstacle: Option<String>,
     /// The same for who waits until it has arrived; `HostDown`: the location's disk is away.
     pub answered: Option<Kind>,
+    /// Its last record was damaged.
+    pub is_damaged: bool,
     /// What its writer is yet to be told of that, at the next `fsync` or `close`.
     pub late: Option<Kind>,
 }
@@ -145,7 +147,7 @@ impl Queued {
     /// Whether its owner refused it, and may take it another time.
     pub fn may_be_tried_again(&self) -> bool {
         let has_its_bytes = self.bytes.is_some() || self.record.snapshot.is_none();
-        self.progress == Progress::Blocked && has_its_bytes
+        self.progress == Progress::Blocked && has_its_bytes && !self.is_damaged
     }
 
     /// Whether it may still be changed, or taken back.

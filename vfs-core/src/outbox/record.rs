@@ -30,6 +30,8 @@ pub(super) enum Record<'a> {
     Conflict(Cow<'a, ConflictRecord>),
     /// A person has looked at it.
     Resolved { id: u64 },
+    /// What an operation says is not what it last said, because that record was damaged.
+    Damaged { no: u64 },
 }
 
 /// An accepted operation.

@@ -7,6 +7,7 @@ use super::record::{OpRecord, Record};
 use super::tend::Tender;
 use super::written::Written;
 use super::{Outbox, OutboxConfig, OutboxError, Report};
+use crate::error::Kind;
 use crate::index::Index;
 use crate::journal::{Journal, JournalError, Lsn, Recovered};
 use crate::model::{LocationId, LocationNo};
@@ -20,6 +21,9 @@ use std::sync::{Arc, Mutex};
 
 /// The bytes of drafts that only the journal has.
 type Fills = HashMap<u64, Vec<(u64, Bytes)>>;
+
+/// More operations than one block of a disk has records of.
+const LOST_AT_THE_END: u64 = 1 << 16;
 
 /// Gets each record of the journal.
 type Visit<'a> = dyn FnMut(Lsn, Vec<u8>) + 'a;
@@ -106,9 +110,22 @@ impl Outbox {
                 None => report.lost.push(format!("record {} is of no known form", lsn.0)),
             }
         }
+        let damaged = recovered.damaged_tail.as_ref();
+        if let Some(no) = damaged.and_then(|record| damaged_op(&state, record)) {
+            self.note(&mut state, &Record::Damaged { no })?;
+            block_damaged(&mut state, no);
+        }
+        let damaged_before = recovered.damage.len() > usize::from(damaged.is_some());
         // A number that was lost may have been sent: under another epoch it is nobody's.
-        if state.epoch == 0 || !recovered.damage.is_empty() || !report.lost.is_empty() {
+        let is_another = state.epoch == 0 || damaged_before || !report.lost.is_empty();
+        if is_another {
             state.epoch = random().max(1);
+        }
+        if recovered.torn_tail {
+            // If they were damaged, not torn, they may have been sent.
+            state.next_no += LOST_AT_THE_END;
+        }
+        if is_another || recovered.torn_tail {
             let begin = Record::Begin { epoch: state.epoch, next_no: state.next_no };
             let lsn = self.note(&mut state, &begin)?;
             self.journal.sync(lsn)?;
@@ -147,6 +164,7 @@ impl Outbox {
                 state.conflicts.insert(conflict.id, conflict.into_owned());
             }
             Record::Resolved { id } => drop(state.conflicts.remove(&id)),
+            Record::Damaged { no } => block_damaged(state, no),
         }
     }
 
@@ -275,8 +293,31 @@ fn replay_op(state: &mut State, lsn: Lsn, record: OpRecord) {
         digest: None,
         obstacle: None,
         answered: None,
+        is_damaged: false,
         late: None,
     });
+}
+
+/// The last record is damaged: of which operation it was, as far as can be told. What the records
+/// before say of it is not what a program was told; a new file would be there empty.
+fn damaged_op(state: &State, record: &[u8]) -> Option<u64> {
+    let told = match Record::decode(record) {
+        Some(Record::Op(op)) => Some(op.no),
+        _ => None,
+    };
+    let is_empty_file =
+        |op: &Queued| op.record.snapshot.is_none() && op.record.change.content().is_some();
+    let last = state.ops.iter().next_back().filter(|(_, op)| is_empty_file(op));
+    told.filter(|no| state.ops.contains_key(no)).or(last.map(|(no, _)| *no))
+}
+
+fn block_damaged(state: &mut State, no: u64) {
+    let Some(op) = state.ops.get_mut(&no) else { return };
+    let why = "the last record of what was written is damaged";
+    let path: Vec<_> = op.record.path.iter().map(|n| n.display()).collect();
+    tracing::error!(no, path = path.join("/"), "{why}; it is not delivered");
+    (op.obstacle, op.answered, op.is_damaged) = (Some(why.into()), Some(Kind::Io), true);
+    state.set(no, Progress::Blocked);
 }
 
 fn bytes_lost(state: &mut State, no: u64, error: &crate::error::FsError, report: &mut Report) {

@@ -389,6 +389,9 @@ fn live_records(state: &State) -> FsResult<Vec<Vec<u8>>> {
     }
     for op in state.ops.values() {
         push_op(&mut records, &op.record, op.bytes.as_ref())?;
+        if op.is_damaged {
+            records.push(Record::Damaged { no: op.record.no }.encode());
+        }
     }
     Ok(records)
 }

@@ -494,3 +494,101 @@ fn a_file_that_its_owner_calls_otherwise_stays_one_file() {
     outbox.unlink(bench.no, (ROOT, &moved)).unwrap();
     assert!(outbox.view().node(bench.no, ours).unwrap().is_none());
 }
+
+/// What a daemon leaves that is killed now: of redb's memory nothing.
+fn killed(bench: &Bench) -> tempfile::TempDir {
+    fn copy(from: &std::path::Path, to: &std::path::Path) {
+        std::fs::create_dir_all(to).unwrap();
+        for entry in std::fs::read_dir(from).unwrap() {
+            let (entry, to) = entry.map(|e| (e.path(), to.join(e.file_name()))).unwrap();
+            match entry.is_dir() {
+                true => copy(&entry, &to),
+                false => drop(std::fs::copy(&entry, &to).unwrap()),
+            }
+        }
+    }
+    let left = tempfile::tempdir().unwrap();
+    copy(bench.dir.path(), left.path());
+    left
+}
+
+fn opened_again(left: &tempfile::TempDir) -> (Arc<Outbox>, Report) {
+    let store = open_store(&left.path().join("index")).unwrap().store;
+    let index = Index::open(store, DeviceId([1; 32])).unwrap();
+    Outbox::open_untended(&left.path().join("outbox"), index, OutboxConfig::default()).unwrap()
+}
+
+#[test]
+fn what_was_let_go_is_in_the_index_of_a_daemon_that_is_killed_then() {
+    let bench = Bench::new();
+    bench.make("large", &vec![7; 300_000]);
+    let op = bench.outbox().take(OWNER, Lane::Bulk, 1, 1 << 20).pop().unwrap();
+    let row = entry(12, FileType::File, 300_000);
+    let (file, version) = (Some(row.file_id), Some(row.stamp()));
+    let applied = Applied { file, version, seq: Seq(4), log_id: LOG, conflict: None };
+    bench.outbox().settle(OWNER, op.no, Outcome::Applied(applied));
+    // After this the rows of a second are in memory only.
+    bench.index.flush().unwrap();
+    let row = LogRow { seq: Seq(4), parent: ROOT, name: name("large"), entry: Some(row) };
+    bench.index.apply_replica(bench.no, LOG, vec![row], Seq(4)).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !bench.outbox().is_quiet() {
+        assert!(Instant::now() < deadline, "it is not let go");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let (outbox, _) = opened_again(&killed(&bench));
+    let shown = outbox.view().entry(bench.no, ROOT, b"large").unwrap();
+    assert_eq!(shown.map(|shown| (shown.file_id, shown.attr.size)), Some((FileId(12), 300_000)));
+}
+
+/// The last record of the journal, with one bit of its payload another.
+fn flip_a_bit_at_the_end(outbox: &std::path::Path) {
+    let logs = std::fs::read_dir(outbox.join("journal")).unwrap().map(|e| e.unwrap().path());
+    let logs = logs.filter(|path| path.extension().is_some_and(|e| e == "log"));
+    let last = logs.max().unwrap();
+    let mut bytes = std::fs::read(&last).unwrap();
+    let at = bytes.windows(4).rposition(|w| w == [0xb5, b'J', b'R', 0xe2]).unwrap();
+    let len = u32::from_le_bytes(bytes[at + 8..at + 12].try_into().unwrap()) as usize;
+    bytes[at + 64 + len / 2] ^= 1;
+    std::fs::write(&last, bytes).unwrap();
+}
+
+#[test]
+fn a_file_whose_last_record_is_damaged_is_not_delivered_empty() {
+    let bench = Bench::new();
+    bench.make("before", b"whole");
+    bench.make("new", b"bytes that a program was told are kept");
+    let numbers: Vec<_> = bench.outbox().pending().iter().map(|p| p.no).collect();
+    let epoch = bench.outbox().epoch();
+    let left = killed(&bench);
+    flip_a_bit_at_the_end(&left.path().join("outbox"));
+    let (outbox, report) = opened_again(&left);
+    assert_eq!((report.set_aside.len(), report.pending), (1, 2), "{report:?}");
+    let aside = std::fs::read(&report.set_aside[0]).unwrap();
+    assert!(aside.starts_with(&[0xb5, b'J', b'R', 0xe2]), "the whole record is kept");
+    let check = |outbox: &Outbox| {
+        outbox.sync().unwrap();
+        outbox.try_again();
+        outbox.connection_lost(OWNER);
+        let sent = outbox.take(OWNER, Lane::Small, 10, 1 << 20);
+        assert_eq!(sent.iter().map(|op| op.no).collect::<Vec<_>>(), numbers[..1]);
+        assert_eq!(inline(&sent[0]), b"whole");
+        let pending = outbox.pending();
+        assert!(pending[1].stuck, "{:?}", pending[1]);
+        assert!(matches!(&pending[1].state, PendingState::Blocked(why) if why.contains("damaged")));
+    };
+    check(&outbox);
+    drop(outbox);
+    // So it is after the next start, and after the journal was written anew.
+    for _ in 0..2 {
+        let (outbox, report) = opened_again(&left);
+        assert!(report.set_aside.is_empty() && !report.torn_tail, "{report:?}");
+        check(&outbox);
+        outbox.checkpoint().unwrap();
+    }
+    // It may have been sent: its number is nobody else's, and the others' are known to their owner.
+    let (outbox, _) = opened_again(&left);
+    assert_eq!(outbox.epoch(), epoch);
+    outbox.make(bench.no, (ROOT, &name("after")), Made::Directory, 0o755).unwrap();
+    assert!(outbox.pending().last().unwrap().no > numbers[1] + 1);
+}
