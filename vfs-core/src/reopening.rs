@@ -79,6 +79,11 @@ impl RedbFile {
         }
     }
 
+    /// Whether its disk failed and was not found to work since.
+    pub fn has_failed(&self) -> bool {
+        matches!(*self.lock(), State::Failed { .. })
+    }
+
     /// A transaction of this file ended so; it is opened anew if its disk failed.
     pub fn met(&self, of: &Arc<Database>, error: &redb::Error) {
         if !matches!(error, redb::Error::Io(_) | redb::Error::PreviousIo) {

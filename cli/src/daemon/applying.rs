@@ -38,10 +38,11 @@ impl Applying {
 
     /// Why writes of other devices have to wait, if they have to.
     pub fn obstacle(&self) -> Option<String> {
-        self.applier().err().map(|obstacle| match obstacle {
-            Obstacle::Failed(why) => why,
-            _ => "the disk is full".into(),
-        })
+        match self.applier() {
+            Ok(applier) => applier.has_failed().then(|| "the disk fails".into()),
+            Err(Obstacle::Failed(why)) => Some(why),
+            Err(_) => Some("the disk is full".into()),
+        }
     }
 
     fn applier(&self) -> Result<Arc<Applier>, Obstacle> {

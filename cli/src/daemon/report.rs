@@ -221,11 +221,18 @@ impl Daemon {
                 "nothing is lost; remove that file when nobody wants to look into it",
             );
         }
+        if self.index.has_failed() {
+            add(
+                "index_disk",
+                "the disk with the index fails; what needs it waits or is refused".into(),
+                "see the log and the disk's health; it is used again as soon as it works",
+            );
+        }
         if let Some(why) = self.applying.obstacle() {
             add(
                 "writes_refused",
                 format!("other devices cannot write to this one: {why}"),
-                "free space on the disk with the data directory; what they wrote waits with them",
+                "look at the disk with the data directory; what they wrote waits with them",
             );
         }
         for location in status.locations.iter().filter(|l| l.own) {

@@ -146,6 +146,11 @@ impl Ledger {
         }
     }
 
+    /// Whether its disk failed and was not found to work since.
+    pub fn has_failed(&self) -> bool {
+        self.file.has_failed()
+    }
+
     /// What was answered to an operation.
     pub fn outcome(&self, op: &OpId) -> FsResult<Option<Applied>> {
         self.get(OUTCOMES, &op_key(op))
@@ -400,10 +405,10 @@ mod tests {
             ledger.commit(Entry { outcomes: others, ..Entry::default() }).unwrap();
             let mut last = 0;
             for settled in [1024, 4096, 5000, 9000] {
-                for no in (last + 1..=settled + 100).step_by(10) {
-                    let outcomes = (no..no + 10).map(|no| (id(no), outcome(no))).collect();
+                for no in (last + 1..=settled + 100).step_by(100) {
+                    let outcomes = (no..no + 100).map(|no| (id(no), outcome(no))).collect();
                     ledger.commit(Entry { outcomes, ..Entry::default() }).unwrap();
-                    last = no + 9;
+                    last = no + 99;
                 }
                 ledger.forget_below(WRITER, epoch, settled).unwrap();
                 let kept = (1..=last).filter(|no| ledger.outcome(&id(*no)).unwrap().is_some());

@@ -157,6 +157,11 @@ impl Applier {
         Ok(Arc::new(applier))
     }
 
+    /// Whether the disk of what is remembered of others' operations failed, so that they wait.
+    pub fn has_failed(&self) -> bool {
+        self.ledger.has_failed()
+    }
+
     /// What of an operation's bytes must travel; asked again after a reconnect, it goes on
     /// where it was. An operation that is refused anyway needs nothing.
     pub fn need(&self, writer: DeviceId, id: OpId, op: &Op) -> Need {

@@ -268,6 +268,11 @@ impl Index {
         Ok(self.0.flush(&mut writer)?)
     }
 
+    /// Whether its disk failed and was not found to work since.
+    pub fn has_failed(&self) -> bool {
+        self.store().has_failed()
+    }
+
     fn store(&self) -> &dyn Store {
         &*self.0.store
     }

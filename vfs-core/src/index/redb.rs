@@ -183,6 +183,10 @@ impl Store for RedbStore {
         self.write(batch, durability).map_err(|e| self.failure(e))
     }
 
+    fn has_failed(&self) -> bool {
+        self.file.has_failed()
+    }
+
     fn era(&self) -> u64 {
         self.era.load(Ordering::Acquire)
     }
@@ -320,12 +324,14 @@ mod tests {
                 let flushed = store.commit(Batch::default(), Durability::Durable);
                 assert!(flushed.is_err(), "nothing is durable on a disk that fails");
                 assert!(store.commit(batch(0..1, "never"), Durability::Durable).is_err());
+                assert!(store.has_failed());
                 disk.work();
                 // Who still reads the old state keeps the file from being opened anew.
                 drop(before);
                 let era = store.era();
                 soon(|| store.commit(batch(300..301, "after"), Durability::Relaxed));
                 assert_ne!(store.era(), era);
+                assert!(!store.has_failed());
                 let check = |store: &RedbStore| {
                     let value = |key| read(store, key).unwrap();
                     assert_eq!(value(39).as_deref(), Some("durable"));

@@ -110,6 +110,11 @@ pub trait Store: Send + Sync {
     /// Bytes on the disk.
     fn size_bytes(&self) -> u64;
 
+    /// Whether its disk failed and was not found to work since.
+    fn has_failed(&self) -> bool {
+        false
+    }
+
     /// Another number since a commit that failed may have taken effect after all: what is known
     /// of the store is to be read again.
     fn era(&self) -> u64 {
