@@ -8,6 +8,7 @@
 //! announces a new session ([`Turns`]), and what was left of the one before, on whatever
 //! connection, has ended before the new one's first operation is looked at.
 
+use crate::deliver::{MAX_PATH_BYTES, path_bytes};
 use crate::fetch::{Failure, receive_bytes};
 use crate::node::Shared;
 use crate::presence::{Link, Peer, reply};
@@ -603,7 +604,12 @@ async fn answer(send: &mut SendStream, outcomes: Vec<(u64, Outcome)>) -> Result<
 
 /// Keeps the bounds of what a peer takes.
 fn clip(mut outcome: Outcome) -> Outcome {
-    let clip_path = |path: &mut Vec<_>| drop(path.drain(..path.len().saturating_sub(MAX_DEPTH)));
+    let clip_path = |path: &mut Vec<_>| {
+        path.drain(..path.len().saturating_sub(MAX_DEPTH));
+        while path_bytes(path) > MAX_PATH_BYTES {
+            path.remove(0);
+        }
+    };
     match &mut outcome {
         Outcome::Applied(applied) => match &mut applied.conflict {
             Some(Conflict::KeptAs(path) | Conflict::MadeAgain(path)) => clip_path(path),

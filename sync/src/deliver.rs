@@ -32,7 +32,7 @@ use tokio::sync::{Notify, OwnedMutexGuard, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use vfs_core::error::FsResult;
-use vfs_core::model::DeviceId;
+use vfs_core::model::{DeviceId, FileId, Name, Stamp};
 use vfs_core::ops::{self, Conflict, MAX_DEPTH, Obstacle, Op, Outcome};
 use vfs_core::outbox::{Lane, Outbox};
 
@@ -115,6 +115,14 @@ impl Outgoing for Outbox {
     fn connection_lost(&self, owner: DeviceId) {
         self.connection_lost(owner);
     }
+}
+
+/// The longest path in an answer, with a byte between two names; longer ones lose their beginning.
+pub(crate) const MAX_PATH_BYTES: usize = 4096;
+
+/// Bytes of a path.
+pub(crate) fn path_bytes(path: &[Name]) -> usize {
+    path.iter().map(|name| name.as_bytes().len() + 1).sum()
 }
 
 /// Why a session ended.
@@ -514,13 +522,19 @@ fn parts(op: &Op) -> Result<Vec<Operations>, DeliverError> {
 
 /// Whether an outcome from a peer keeps its bounds.
 fn is_bounded(outcome: &Outcome) -> bool {
-    let path = |p: &Vec<_>| (1..=MAX_DEPTH).contains(&p.len());
+    let path = |p: &[Name]| (1..=MAX_DEPTH).contains(&p.len()) && path_bytes(p) <= MAX_PATH_BYTES;
     match outcome {
-        Outcome::Applied(applied) => match &applied.conflict {
-            Some(Conflict::KeptAs(p) | Conflict::MadeAgain(p)) => path(p),
-            Some(Conflict::OwnerStands(reason)) => reason.len() <= MAX_REASON,
-            None => true,
-        },
+        Outcome::Applied(applied) => {
+            let is_id = |file: FileId| (FileId::ROOT.0..FileId::LIMIT).contains(&file.0);
+            let is_size = |version: Stamp| i64::try_from(version.size).is_ok();
+            applied.file.is_none_or(is_id)
+                && applied.version.is_none_or(is_size)
+                && match &applied.conflict {
+                    Some(Conflict::KeptAs(p) | Conflict::MadeAgain(p)) => path(p),
+                    Some(Conflict::OwnerStands(reason)) => reason.len() <= MAX_REASON,
+                    None => true,
+                }
+        }
         Outcome::Refused(ops::Refusal::Impossible(reason))
         | Outcome::Later(Obstacle::Failed(reason)) => reason.len() <= MAX_REASON,
         Outcome::Refused(_) | Outcome::Later(_) => true,

@@ -350,7 +350,8 @@ fn a_synchronous_write_to_a_frozen_owner_can_be_killed_and_ends() {
         wait_until("it to have written", DELIVERY, || waiting_writes() == 1);
         assert!(child.try_wait().unwrap().is_none(), "it waits for its owner");
         proc::signal(&child, signal);
-        wait_until(format!("{signal:?} to end it"), Duration::from_secs(2), || {
+        // Before the deadline of the write itself.
+        wait_until(format!("{signal:?} to end it"), Duration::from_secs(5), || {
             child.try_wait().unwrap().is_some()
         });
         pair.owner.thaw();

@@ -173,7 +173,11 @@ impl Applier {
             return Need::Nothing;
         }
         if let Some(receiving) = self.receptions.get(&id, content) {
-            return Need::Bytes(receiving);
+            let missing = receiving.wanted().iter().map(|r| r.end - r.start).sum();
+            return match receiving.body().has_room(missing) {
+                true => Need::Bytes(receiving),
+                false => Need::Nothing,
+            };
         }
         // What fails here fails again when it is applied, and is answered then.
         match self.receive(writer, id, op, content) {

@@ -13,10 +13,13 @@ use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Operations of one writer whose bytes are kept; the one that waits longest goes first.
 const MAX_OF_WRITER: usize = 64;
+
+/// How long bytes are kept of an operation of which no more come.
+const KEPT_FOR: Duration = Duration::from_secs(3600);
 
 /// What an operation needs before it can be applied.
 #[derive(Debug)]
@@ -144,6 +147,7 @@ impl Receptions {
 
     pub fn insert(&self, op: OpId, receiving: Receiving) {
         let mut receptions = self.lock();
+        receptions.retain(|_, earlier| earlier.0.lock().used.elapsed() < KEPT_FOR);
         receptions.insert(op, receiving);
         let of_writer = |id: &&OpId| id.writer == op.writer && **id != op;
         if receptions.keys().filter(of_writer).count() >= MAX_OF_WRITER {

@@ -48,7 +48,8 @@ impl Waiting {
     pub fn note(&self, id: &OpId, op: &Op, outcome: &Outcome) {
         let changes = match (outcome, &op.change) {
             (Outcome::Applied(_), _) => return,
-            (Outcome::Later(_) | Outcome::Refused(Refusal::NeedsWhole), _) => changes(op),
+            (Outcome::Later(_) | Outcome::Refused(Refusal::NeedsWhole), _)
+            | (Outcome::Refused(_), Change::Write { .. }) => changes(op),
             // What was never made cannot have anything in it, nor be changed.
             (Outcome::Refused(_), Change::Create { file, .. }) => {
                 vec![Thing::File(op.location, *file)]
@@ -59,6 +60,10 @@ impl Waiting {
             // It comes again, with all its bytes.
             Outcome::Refused(Refusal::NeedsWhole) => {
                 Outcome::Later(Obstacle::Failed("a change before it is sent again".into()))
+            }
+            // What builds on its bytes would be taken for a change of other ones.
+            Outcome::Refused(_) if matches!(op.change, Change::Write { .. }) => {
+                Outcome::Later(Obstacle::Failed("a change before it was refused".into()))
             }
             outcome => outcome.clone(),
         };

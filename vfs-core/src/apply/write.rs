@@ -177,6 +177,9 @@ impl Site<'_> {
             })),
             Some(source) => {
                 let body = self.body(dir)?;
+                if !body.has_room(content.size) {
+                    return Err(Fail::Later(Obstacle::NoSpace));
+                }
                 super::body::copy_data(&source, &body.file, 0..content.size)?;
                 body.complete(content, None)?;
                 match body.verify(content)? {

@@ -40,6 +40,10 @@ impl OfHandles {
 
 impl Drive {
     fn place(&self, handle: HandleId) -> FsResult<Place> {
+        // Locks that a handle has set stay where they are, whatever its file is called by now.
+        if let Some(set) = self.locks.set.get(&handle) {
+            return Ok(set.0.clone());
+        }
         match &*self.handles.get(handle)? {
             Handle::Own(open) => {
                 let stat = rustix::fs::fstat(&open.file)
@@ -54,7 +58,8 @@ impl Drive {
             Handle::Remote(open) => {
                 let ino = open.ino();
                 let location = self.remote.location(ino.location)?;
-                Ok(Place::Remote { owner: location.owner, location: location.id, file: ino.file })
+                let file = self.remote.outbox.view().now(ino.location, ino.file);
+                Ok(Place::Remote { owner: location.owner, location: location.id, file })
             }
             Handle::Dir(_) => Err(is_a_directory()),
         }

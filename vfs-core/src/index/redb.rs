@@ -95,6 +95,11 @@ impl RedbStore {
             Ok(transaction.commit()?)
         });
         match (&committed, durability) {
+            // The disk may have it: then what was committed before it must not come after it.
+            (Err(redb::Error::Io(_)), Durability::Durable) => {
+                kept.batches.push(batch);
+                kept.bytes = bytes;
+            }
             (Err(_), _) => {}
             (Ok(()), Durability::Durable) => *kept = Kept::default(),
             (Ok(()), Durability::Relaxed) => {

@@ -75,6 +75,14 @@ impl Pool {
         let use_id = draw_use_id();
         let header = SegmentHeader { no, base: base.unwrap_or(no), use_id, first };
         file.write_at(&header.encode(), 0)?;
+        let mut first = [0; 8];
+        file.read_at(&mut first, SEGMENT_HEADER)?;
+        if first != [0; 8] {
+            // What a killed process does not come to write is zero then, and nothing of the
+            // earlier use: so damage is told from a record that was cut short.
+            let rest = self.segment_bytes.saturating_sub(SEGMENT_HEADER);
+            file.write_at(&vec![0; rest as usize], SEGMENT_HEADER)?;
+        }
         // Durable before the name is: under its name a file never has the header, and so the
         // records, of an earlier use.
         file.sync()?;

@@ -164,11 +164,16 @@ impl Outbox {
     pub fn connection_lost(&self, owner: DeviceId) {
         let mut state = self.state();
         let owed = state.owed.get(&owner).into_iter().flatten().copied();
-        // What it refused it may take by the time that it is back.
-        let goes_again = |op: &Queued| op.progress == Progress::Sent || op.may_be_tried_again();
-        let goes_again = |no: &u64| state.ops.get(no).is_some_and(goes_again);
-        for no in owed.filter(goes_again).collect::<Vec<_>>() {
-            state.set(no, Progress::Waiting(None));
+        let owed: Vec<_> = owed.filter_map(|no| Some((no, state.ops.get(&no)?))).collect();
+        let goes_again = owed.into_iter().filter_map(|(no, op)| {
+            let is_sent = op.progress == Progress::Sent;
+            // What it refused it may take by the time that it is back; after a pause, as it may
+            // break off each time.
+            let later = || Some(Instant::now() + pause(op.attempts));
+            (is_sent || op.may_be_tried_again()).then(|| (no, if is_sent { None } else { later() }))
+        });
+        for (no, when) in goes_again.collect::<Vec<_>>() {
+            state.set(no, Progress::Waiting(when));
         }
         drop(state);
         self.tick();
@@ -274,18 +279,26 @@ impl Outbox {
         let version = version.or(before).filter(|_| makes_version(&op.record.change));
         let no_of = state.locations.get(&location).copied();
         let op_draft = op.bytes.as_ref().map(|bytes| Arc::clone(&bytes.draft));
-        let elsewhere = applied.file.filter(|new| *new != file);
+        let home = state.home(location, file);
+        // What followed bytes into a copy is answered with the copy, which is another file here.
+        let is_its_own = |new: &FileId| {
+            let is_other = *new != file && state.home(location, *new) != home;
+            is_other && *new != FileId::ROOT && file != FileId::ROOT
+        };
+        let elsewhere = applied.file.filter(is_its_own);
+        let how = elsewhere.and_then(|_| renamed_how(&op.record.change, applied));
         if let Some(version) = &version {
-            state.rebase(no, (location, file), version);
+            // The owner knows what else is meant by it: the copy, with the writer's bytes.
+            let which = if how == Some(Renamed::InWrites) { how } else { None };
+            state.rebase(no, (location, file), version, which);
             if state.versions.get(&(location, file)).is_none_or(|(n, _)| *n < no) {
                 state.versions.insert((location, file), (no, version.clone()));
             }
         }
         if let (Some(version), Some(no_of)) = (&version, no_of) {
-            let home = state.home(location, file);
-            self.learned(no_of, home, no, version, elsewhere);
+            self.learned(no_of, home, no, version, elsewhere.filter(|_| how.is_some()));
             if matches!(applied.conflict, Some(Conflict::KeptAs(_))) {
-                self.step_aside(no_of, home, op_draft.as_ref());
+                self.step_aside(no_of, home, op_draft.as_ref(), elsewhere);
             }
         }
         let Some(op) = state.remove(no) else { return };
@@ -296,22 +309,20 @@ impl Outbox {
             self.met(state, &op, no, conflict.clone(), at);
         }
         let Queued { mut record, bytes, digest, .. } = op;
-        if let Some(new) = elsewhere {
-            let how = match (&record.change, &applied.conflict) {
-                (Change::Write { .. }, Some(Conflict::KeptAs(_))) => Renamed::InWrites,
-                _ => Renamed::Everywhere,
-            };
+        let renaming = elsewhere.zip(how);
+        if let Some((new, how)) = renaming {
             state.rename_file(location, file, new, how);
             if how == Renamed::Everywhere {
                 rename(&mut record.change, file, new);
-                no_of.inspect(|no_of| self.renamed(*no_of, file, new));
             }
         }
         let (applied, whole) = (applied.clone(), digest.and_then(|(_, whole)| whole));
         let (settled, reached) = (Instant::now(), None);
         state.retiring.insert(no, Retiring { record, bytes, applied, whole, settled, reached });
-        if elsewhere.is_some() {
-            self.show_again(state, location);
+        match renaming {
+            Some((new, Renamed::Everywhere)) => self.show_renamed(state, location, (file, new)),
+            Some((_, Renamed::InWrites)) => self.show_again(state, location),
+            None => {}
         }
         self.tender.wake();
     }
@@ -329,16 +340,14 @@ impl Outbox {
         let Base::Seen { stamp, content } = version else { return };
         for written in open.written.iter().chain(&open.older) {
             if written.learned(no, version, elsewhere) {
-                let file = elsewhere.unwrap_or(file);
-                written.rest_on(version_row(file, written.generation(), stamp, *content));
+                let row = version_row(written.target(), written.generation(), stamp, *content);
+                written.rest_on(row);
             }
         }
     }
 
-    /// Programs go on with a file that its owner calls otherwise.
-    fn renamed(&self, location: LocationNo, old: FileId, new: FileId) {
-        // First, so that nobody looks for the file where it was.
-        self.overlay().rename_file(location, old, new);
+    /// Programs go on with a file that its owner calls otherwise, and is shown so by now.
+    pub(super) fn renamed(&self, location: LocationNo, old: FileId, new: FileId) {
         let Some((_, open)) = self.files.remove(&(location, old)) else { return };
         open.written.iter().chain(&open.older).for_each(|written| written.renamed(new));
         let mut there = self.files.entry((location, new)).or_default();
@@ -353,11 +362,22 @@ impl Outbox {
 
     /// Who has the file open goes on in the copy that its owner made of these bytes; whoever
     /// opens it from now on gets the owner's.
-    fn step_aside(&self, location: LocationNo, file: FileId, draft: Option<&Arc<Draft>>) {
+    fn step_aside(
+        &self,
+        location: LocationNo,
+        file: FileId,
+        draft: Option<&Arc<Draft>>,
+        copy: Option<FileId>,
+    ) {
         let Some(mut open) = self.files.get_mut(&(location, file)) else { return };
         let is_it = |w: &mut Arc<Written>| draft.is_some_and(|draft| Arc::ptr_eq(&w.draft, draft));
         let aside = open.written.take_if(is_it);
         open.older.extend(aside);
+        // Whatever they build on by now: it went into the copy, too.
+        if let Some(copy) = copy {
+            let its = open.older.iter_mut().filter_map(|w| is_it(w).then_some(w));
+            its.for_each(|written| written.goes_to(copy));
+        }
     }
 
     /// Keeps for people that two changes met.
@@ -400,6 +420,17 @@ impl Picked {
             digest: op.digest,
             lane: op.lane(),
         }
+    }
+}
+
+/// Which operations follow the file to the id that its owner answered; `None`: that one is
+/// another file.
+fn renamed_how(change: &Change, applied: &Applied) -> Option<Renamed> {
+    match (change, &applied.conflict) {
+        (Change::Create { .. }, _) => Some(Renamed::Everywhere),
+        (Change::Write { .. }, Some(Conflict::KeptAs(_))) => Some(Renamed::InWrites),
+        (Change::Write { .. }, _) => Some(Renamed::Everywhere),
+        _ => None,
     }
 }
 

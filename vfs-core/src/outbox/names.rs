@@ -218,6 +218,7 @@ impl Outbox {
             let change = Change::Unlink { file, at, base };
             self.accept_name(&mut state, (location, path), change, false)?;
         }
+        self.unnamed(no, file)?;
         self.let_go_if_unused(&mut state, no, file);
         Ok(())
     }
@@ -297,6 +298,7 @@ impl Outbox {
         let is_directory = moved.attr.file_type == FileType::Directory;
         self.accept_name(&mut state, (location, path), change, is_directory)?;
         if let Some(gone) = gone {
+            self.unnamed(no, gone)?;
             self.let_go_if_unused(&mut state, no, gone);
         }
         Ok(())

@@ -147,7 +147,8 @@ impl Queued {
     /// Whether its owner refused it, and may take it another time.
     pub fn may_be_tried_again(&self) -> bool {
         let has_its_bytes = self.bytes.is_some() || self.record.snapshot.is_none();
-        self.progress == Progress::Blocked && has_its_bytes && !self.is_damaged
+        let is_for_good = self.answered == Some(Kind::FileTooLarge);
+        self.progress == Progress::Blocked && has_its_bytes && !is_for_good && !self.is_damaged
     }
 
     /// Whether it may still be changed, or taken back.
@@ -312,11 +313,21 @@ impl State {
     }
 
     /// The version that an operation left is known: those that build on it say so.
-    pub fn rebase(&mut self, no: u64, (location, file): (LocationId, FileId), seen: &Base) {
+    pub fn rebase(
+        &mut self,
+        no: u64,
+        (location, file): (LocationId, FileId),
+        seen: &Base,
+        which: Option<Renamed>,
+    ) {
         let after = Base::After(no);
         // Not only those that wait for it: one that sets a time may stand between.
         for later in self.order.changes_after(no, location, file) {
             let Some(op) = self.ops.get_mut(&later) else { continue };
+            let is_write = matches!(op.record.change, Change::Write { .. });
+            if which == Some(Renamed::InWrites) && !is_write {
+                continue;
+            }
             for base in bases_mut(&mut op.record.change) {
                 if *base == after {
                     *base = seen.clone();
@@ -349,8 +360,16 @@ impl State {
             self.versions.insert((location, new), version);
         }
         match how {
-            Renamed::InWrites => drop(self.copies.insert((location, new), old)),
+            Renamed::InWrites => {
+                let home = self.home(location, old);
+                self.copies.insert((location, new), home);
+            }
             Renamed::Everywhere => {
+                if let Some(home) = self.copies.remove(&(location, old)) {
+                    self.copies.insert((location, new), home);
+                }
+                let homes = self.copies.iter_mut().filter(|((l, _), _)| *l == location);
+                homes.filter(|(_, home)| **home == old).for_each(|(_, home)| *home = new);
                 let done = self.retiring.values_mut().map(|done| &mut done.record);
                 done.filter(|record| record.location == location).for_each(|record| {
                     rename(&mut record.change, old, new);

@@ -12,6 +12,7 @@ use crate::failpoint::fail_point;
 use crate::model::{Entry, FileId, LocationNo, Name, Stamp};
 use crate::ops::{Change, Place};
 use std::borrow::Cow;
+use std::collections::BTreeSet;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -27,6 +28,8 @@ const COVERED_FOR: Duration = Duration::from_millis(300);
 const OTHER_LOG_AFTER: Duration = Duration::from_secs(30);
 /// How often a journal is written anew whose disk failed.
 const WRITE_ANEW_EVERY: Duration = Duration::from_secs(1);
+/// Operations that are made whole at once: each waits for the network in a thread.
+const MAKING_MAX: usize = 4;
 /// A journal this long is worth a checkpoint.
 const CHECKPOINT_BYTES: u64 = 16 << 20;
 
@@ -41,7 +44,9 @@ pub(super) struct Tender {
 struct Signals {
     wake: bool,
     stop: bool,
-    needs_whole: Vec<u64>,
+    needs_whole: BTreeSet<u64>,
+    /// Those that are just made whole.
+    making: BTreeSet<u64>,
 }
 
 impl Default for Tender {
@@ -65,7 +70,13 @@ impl Tender {
 
     /// An operation's bytes are needed from the first to the last.
     pub fn needs_whole(&self, no: u64) {
-        self.lock().needs_whole.push(no);
+        self.lock().needs_whole.insert(no);
+        self.wake();
+    }
+
+    /// One that was made whole, or could not be.
+    pub fn is_made(&self, no: u64) {
+        self.lock().making.remove(&no);
         self.wake();
     }
 
@@ -108,7 +119,13 @@ impl Tender {
             return None;
         }
         signals.wake = false;
-        Some(std::mem::take(&mut signals.needs_whole))
+        let Signals { needs_whole, making, .. } = &mut *signals;
+        let room = MAKING_MAX.saturating_sub(making.len());
+        let next: Vec<_> =
+            needs_whole.iter().filter(|no| !making.contains(no)).take(room).copied().collect();
+        needs_whole.retain(|no| !next.contains(no));
+        making.extend(&next);
+        Some(next)
     }
 }
 
@@ -332,6 +349,28 @@ impl Outbox {
 
     /// Shows all that waits for a location anew, at once: nobody is to miss a name meanwhile.
     pub(super) fn show_again(&self, state: &mut State, id: crate::model::LocationId) {
+        self.show_all(state, id, None);
+    }
+
+    /// The same, with a file that its owner calls otherwise.
+    pub(super) fn show_renamed(
+        &self,
+        state: &mut State,
+        id: crate::model::LocationId,
+        (old, new): (FileId, FileId),
+    ) {
+        self.show_all(state, id, Some((old, new)));
+        if let Some(no) = state.locations.get(&id) {
+            self.renamed(*no, old, new);
+        }
+    }
+
+    fn show_all(
+        &self,
+        state: &mut State,
+        id: crate::model::LocationId,
+        renamed: Option<(FileId, FileId)>,
+    ) {
         let now = self.index.location_by_id(id).map(|location| location.no);
         let before = state.locations.remove(&id).filter(|before| now != Some(*before));
         before.into_iter().for_each(|before| self.overlay().clear(before));
@@ -343,7 +382,12 @@ impl Outbox {
             done.chain(waiting).filter(|(record, _)| record.location == id).collect();
         all.sort_by_key(|(record, _)| record.no);
         let all = all.into_iter().map(|(record, bytes)| super::shown(record, bytes));
-        self.overlay().replace(no, all);
+        let mut overlay = self.overlay();
+        if let Some((old, new)) = renamed {
+            overlay.rename_file(no, old, new);
+        }
+        overlay.replace(no, all);
+        drop(overlay);
         self.publish(vec![Shown::Locations]);
     }
 

@@ -1,9 +1,10 @@
 //! The outbox without a drive: what survives a restart, and what is sent when.
 
+use super::attributes::Attributes;
 use super::*;
 use crate::index::{LogRow, NewLocation, ROOT_PARENT, open_store};
 use crate::model::{Attr, ContentId, DeviceId, FileType, LocationId, Seq, Stamp};
-use crate::ops::{Applied, Base, Obstacle, Op, Outcome};
+use crate::ops::{Applied, Base, Conflict, Obstacle, Op, Outcome};
 use std::time::{Duration, Instant};
 
 const OWNER: DeviceId = DeviceId([2; 32]);
@@ -591,4 +592,93 @@ fn a_file_whose_last_record_is_damaged_is_not_delivered_empty() {
     assert_eq!(outbox.epoch(), epoch);
     outbox.make(bench.no, (ROOT, &name("after")), Made::Directory, 0o755).unwrap();
     assert!(outbox.pending().last().unwrap().no > numbers[1] + 1);
+}
+
+/// An answer about another file than the one that was named.
+fn answered(file: u64, size: u64, seq: u64, conflict: Option<Conflict>) -> Outcome {
+    let mtime = Time { secs: seq as i64, nanos: 0 };
+    let version = Some(Stamp { disk_ino: file, size, mtime, ctime: mtime });
+    let file = Some(FileId(file));
+    Outcome::Applied(Applied { file, version, seq: Seq(seq), log_id: LOG, conflict })
+}
+
+fn kept_as() -> Option<Conflict> {
+    Some(Conflict::KeptAs(vec![name("old (conflicted copy)")]))
+}
+
+fn written_file(op: &Op) -> FileId {
+    assert!(matches!(op.change, Change::Write { .. }), "{op:?}");
+    op.change.file()
+}
+
+#[test]
+fn what_is_written_on_in_a_file_that_was_made_again_is_kept_before_its_row_comes() {
+    let bench = Bench::new();
+    let written = bench.change_old(0, b"one");
+    let first = bench.take().pop().unwrap();
+    // Its owner has deleted it, says so, and makes it again.
+    let gone = LogRow { seq: Seq(4), parent: ROOT, name: name("old"), entry: None };
+    bench.index.apply_replica(bench.no, LOG, vec![gone], Seq(4)).unwrap();
+    let again = Some(Conflict::MadeAgain(vec![name("old")]));
+    bench.outbox().settle(OWNER, first.no, answered(77, 8, 5, again));
+    bench.outbox().write(&written, Offset::At(0), b"two").unwrap();
+    bench.outbox().flush(&written).unwrap();
+    let second = bench.take().pop().expect("it is pending");
+    assert_eq!(written_file(&second), FileId(77));
+    assert_eq!(inline(&second), b"two");
+}
+
+#[test]
+fn what_a_program_deleted_while_it_wrote_to_it_goes() {
+    let bench = Bench::new();
+    let written = bench.change_old(0, b"one");
+    let first = bench.take().pop().unwrap();
+    bench.outbox().unlink(bench.no, (ROOT, &name("old"))).unwrap();
+    bench.outbox().write(&written, Offset::At(0), b"two").unwrap();
+    bench.outbox().flush(&written).unwrap();
+    let pending: Vec<_> = bench.outbox().pending().into_iter().map(|p| p.what).collect();
+    assert_eq!(pending, ["write", "delete"], "not the bytes that came later");
+    bench.settle(first.no, 4);
+}
+
+#[test]
+fn what_follows_bytes_into_a_conflict_copy_leaves_the_file_what_it_is() {
+    let bench = Bench::new();
+    let outbox = bench.outbox();
+    bench.change_old(0, b"mine");
+    let first = bench.take().pop().unwrap();
+    let set = Attributes { perm: Some(0o600), ..Attributes::default() };
+    outbox.set_attributes(bench.no, FileId(10), set).unwrap();
+    let attributes = bench.take().pop().unwrap();
+    outbox.settle(OWNER, first.no, answered(90, 8, 4, kept_as()));
+    // It builds on the bytes that went into the copy.
+    outbox.settle(OWNER, attributes.no, answered(90, 8, 5, None));
+    assert_eq!(outbox.view().now(bench.no, FileId(10)), FileId(10));
+    let shown = outbox.view().entry(bench.no, ROOT, b"old").unwrap().unwrap();
+    assert_eq!(shown.file_id, FileId(10));
+}
+
+#[test]
+fn all_that_a_program_writes_after_a_conflict_goes_into_one_copy() {
+    let bench = Bench::new();
+    let written = bench.change_old(0, b"mine");
+    let outbox = bench.outbox();
+    let mut last = bench.take().pop().unwrap();
+    let write = |bytes: &[u8]| {
+        outbox.write(&written, Offset::At(0), bytes).unwrap();
+        outbox.flush(&written).unwrap();
+    };
+    // One is always under way when the answer to the one before comes.
+    write(b"more");
+    outbox.settle(OWNER, last.no, answered(90, 8, 4, kept_as()));
+    for (seq, bytes) in [(5, b"abcd"), (6, b"efgh"), (7, b"ijkl")] {
+        last = bench.take().pop().unwrap();
+        assert_eq!(written_file(&last), FileId(90));
+        write(bytes);
+        outbox.settle(OWNER, last.no, answered(90, 8, seq, None));
+    }
+    let rest = bench.take().pop().unwrap();
+    assert_eq!(written_file(&rest), FileId(90));
+    let Change::Write { base: Base::Seen { stamp, .. }, .. } = rest.change else { panic!() };
+    assert_eq!(stamp.disk_ino, 90);
 }

@@ -30,9 +30,13 @@ impl Outbox {
         let outbox = Arc::clone(self);
         // It may wait for the network for long, and what happens by itself must go on.
         let builder = std::thread::Builder::new().name("outbox-whole".into());
-        let started = builder.spawn(move || outbox.send_whole_or_say(no));
+        let started = builder.spawn(move || {
+            outbox.send_whole_or_say(no);
+            outbox.tender.is_made(no);
+        });
         if let Err(error) = started {
             tracing::error!(%error, "a thread could not be started");
+            self.tender.is_made(no);
         }
     }
 
@@ -121,6 +125,9 @@ impl Outbox {
     fn fill_from_base(&self, written: &Written) -> FsResult<()> {
         let content = self.content.get();
         let content = content.ok_or_else(|| FsError::new(Kind::Io, "read before it is ready"))?;
+        if written.draft.size() > self.free_bytes() {
+            return Err(FsError::new(Kind::NoSpace, "fetch the rest of a file"));
+        }
         let mut at = 0;
         while at < written.draft.size() {
             let missing = base_ranges(written, at)?;

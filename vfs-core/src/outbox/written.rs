@@ -15,7 +15,7 @@ use super::{NewBytes, NewOp, Outbox, State};
 use crate::content::Reader;
 use crate::error::{FsError, FsResult, Kind};
 use crate::journal::Lsn;
-use crate::model::{Entry, FileId, LocationNo, Time};
+use crate::model::{Entry, FileId, LocationNo, Name, Time};
 use crate::ops::{Base, Change, INLINE_MAX_BYTES};
 use crate::overlay::{self, Live};
 use crate::staging::{Committed, Draft, Piece};
@@ -46,6 +46,8 @@ pub struct Written {
     pub(super) state: Mutex<Writing>,
     /// What the next operation is based on. A leaf among the locks.
     basis: Mutex<Basis>,
+    /// Where it was last seen; `None` when a program of this device deleted it. A leaf.
+    path: Mutex<Option<Vec<Name>>>,
     /// The version whose bytes are read where nothing was written. A leaf among the locks.
     entry: Mutex<Under>,
     /// The operation that somebody waited for until it took too long; 0 if there is none.
@@ -95,6 +97,7 @@ impl Written {
             shown,
             state: Mutex::new(state),
             basis: Mutex::new(basis),
+            path: Mutex::default(),
             entry: Mutex::new(Under { entry, reader: None }),
             in_vain: AtomicU64::new(0),
         })
@@ -157,6 +160,16 @@ impl Written {
     /// The file that programs have open.
     pub(super) fn file(&self) -> FileId {
         lock(&self.basis).file
+    }
+
+    /// What is written to.
+    pub(super) fn target(&self) -> FileId {
+        lock(&self.basis).target
+    }
+
+    /// What was written went into a copy, and so does all that follows.
+    pub(super) fn goes_to(&self, copy: FileId) {
+        lock(&self.basis).target = copy;
     }
 
     /// Its owner calls the file otherwise.
@@ -340,11 +353,13 @@ impl Outbox {
 
     /// A handle of a file was closed.
     pub(crate) fn closed(&self, location: LocationNo, file: FileId, may_write: bool) {
+        // Nothing is renamed meanwhile.
+        let mut state = self.state();
         self.open_file(location, file).and_modify(|open| {
             open.handles = open.handles.saturating_sub(1);
             open.writers = open.writers.saturating_sub(usize::from(may_write));
         });
-        self.let_go_if_unused(&mut self.state(), location, file);
+        self.let_go_if_unused(&mut state, location, file);
     }
 
     /// Whether a handle is open whose close will commit what was changed.
@@ -395,6 +410,8 @@ impl Outbox {
         state.drafts.hold(&draft);
         let before = open.written.replace(Arc::clone(&written));
         open.older.extend(before);
+        drop(open);
+        self.path_of(&written)?;
         Ok(written)
     }
 
@@ -500,8 +517,9 @@ impl Outbox {
             self.release_hold(state, no);
             return Ok(self.lsn_of(state, Some(no)));
         }
-        let Some(path) = self.view().path(of.location, of.file())? else {
-            // Deleted while it was open: nobody will ever look for its bytes.
+        let location = self.writable(of.location)?;
+        let Some(path) = self.path_of(of)? else {
+            // Deleted here while it was open: nobody will ever look for its bytes.
             of.draft.release(&committed.snapshot);
             self.overlay().hide_uncommitted(of.location, of.file());
             return Ok(state.last);
@@ -521,7 +539,6 @@ impl Outbox {
             snapshot: Some(committed.snapshot),
             fill: committed.fill,
         };
-        let location = self.writable(of.location)?;
         let no = self.accept(
             state,
             NewOp {
@@ -541,6 +558,30 @@ impl Outbox {
             self.overlay().hide_uncommitted(of.location, of.file());
         }
         Ok(self.lsn_of(state, Some(no)))
+    }
+
+    /// Where the file is, or was when it was last there; `None`: a program of this device deleted
+    /// it. Its owner may have deleted it as well, or its rows may be behind what it answers: what
+    /// is written counts all the same.
+    fn path_of(&self, written: &Written) -> FsResult<Option<Vec<Name>>> {
+        let seen = self.view().path(written.location, written.file())?;
+        let mut last = lock(&written.path);
+        if seen.is_some() {
+            last.clone_from(&seen);
+        }
+        Ok(seen.or_else(|| last.clone()))
+    }
+
+    /// A program of this device removed a name of the file.
+    pub(super) fn unnamed(&self, location: LocationNo, file: FileId) -> FsResult<()> {
+        if self.view().path(location, file)?.is_some() {
+            return Ok(());
+        }
+        if let Some(open) = self.files.get(&(location, self.now(location, file))) {
+            let all = open.written.iter().chain(&open.older);
+            all.for_each(|written| *lock(&written.path) = None);
+        }
+        Ok(())
     }
 
     /// Whether an operation was neither sent nor built upon, so that more bytes may join it.

@@ -27,12 +27,9 @@ impl Ids {
             *self = Self::default();
         }
         let first = self.first.remove(&old).unwrap_or(old);
+        self.now.values_mut().filter(|now| **now == old).for_each(|now| *now = new);
+        self.now.insert(old, new);
         self.now.remove(&new);
-        for earlier in [first, old] {
-            if earlier != new {
-                self.now.insert(earlier, new);
-            }
-        }
         if first != new {
             self.first.insert(new, first);
         }
@@ -62,6 +59,7 @@ mod tests {
             ids.rename(FileId(old), FileId(new));
             assert_eq!((ids.now(DRAWN), ids.now(FileId(old))), (FileId(new), FileId(new)));
             assert_eq!((ids.now(FileId(new)), ids.first(FileId(new))), (FileId(new), DRAWN));
+            assert_eq!(ids.now(FileId(5)), FileId(new));
         }
         assert_eq!((ids.now(FileId(1)), ids.first(FileId(1))), (FileId(1), FileId(1)));
     }
