@@ -33,3 +33,27 @@ impl Drop for SmallDisk {
         let _ = Command::new("umount").arg("-l").arg(&self.mountpoint).status();
     }
 }
+
+/// A file system in memory; unmounted when dropped. A device whose files are on one waits for no
+/// disk that another device uses.
+#[derive(Debug)]
+pub struct MemoryDisk {
+    mountpoint: PathBuf,
+}
+
+impl MemoryDisk {
+    /// Mounts one that is empty.
+    #[track_caller]
+    pub fn mount(mountpoint: &Path) -> Self {
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", "mode=755", "none"]).arg(mountpoint);
+        proc::run(&mut mount, MAKING).ok();
+        Self { mountpoint: mountpoint.to_owned() }
+    }
+}
+
+impl Drop for MemoryDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.mountpoint).status();
+    }
+}

@@ -5,6 +5,7 @@
 //! of the machine hits both.
 
 use anyhow::{Context, Result, ensure};
+use e2e::disk::MemoryDisk;
 use e2e::{Device, Lab, Need, files, peer, proc};
 use iroh::endpoint::Connection;
 use serde_json::{Value, json};
@@ -329,6 +330,8 @@ fn far() -> Result<Vec<Row>> {
     let options = ["--delay", "10", "--rate", "200"];
     let lab = lab_or_reason(Lab::emulated(&[Need::Root, Need::Fuse], &options))?;
     let source = lab.folder("source");
+    // Devices that are far from each other have a disk each.
+    let _owners = [MemoryDisk::mount(&source), MemoryDisk::mount(&lab.folder("owner"))];
     files::random_file(&source.join("big"), 100 * MIB, 3);
     for n in 0..16 {
         files::random_file(&source.join(format!("small-{n}")), 16 * MIB, n);
