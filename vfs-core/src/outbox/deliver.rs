@@ -3,7 +3,7 @@
 use super::queue::{
     OpBytes, Progress, Queued, Renamed, Retiring, makes_version, rename, written_bytes,
 };
-use super::record::{Record, content_mut, word};
+use super::record::{OpRecord, Record, content_mut, word};
 use super::{ConflictRecord, Lane, Outbox, State, Written};
 use crate::error::{FsError, FsResult, Kind};
 use crate::failpoint::fail_point;
@@ -280,23 +280,19 @@ impl Outbox {
         let no_of = state.locations.get(&location).copied();
         let op_draft = op.bytes.as_ref().map(|bytes| Arc::clone(&bytes.draft));
         let home = state.home(location, file);
-        // What followed bytes into a copy is answered with the copy, which is another file here.
-        let is_its_own = |new: &FileId| {
-            let is_other = *new != file && state.home(location, *new) != home;
-            is_other && *new != FileId::ROOT && file != FileId::ROOT
-        };
-        let elsewhere = applied.file.filter(is_its_own);
-        let how = elsewhere.and_then(|_| renamed_how(&op.record.change, applied));
+        let renaming = renaming(state, &op.record, applied);
+        let (elsewhere, how) = renaming.unzip();
         if let Some(version) = &version {
-            // The owner knows what else is meant by it: the copy, with the writer's bytes.
-            let which = if how == Some(Renamed::InWrites) { how } else { None };
-            state.rebase(no, (location, file), version, which);
+            // What else builds on bytes in a copy goes on naming the operation: the owner knows
+            // that the copy is meant.
+            let only_writes = how == Some(Renamed::InWrites);
+            state.rebase(no, (location, file), version, only_writes);
             if state.versions.get(&(location, file)).is_none_or(|(n, _)| *n < no) {
                 state.versions.insert((location, file), (no, version.clone()));
             }
         }
         if let (Some(version), Some(no_of)) = (&version, no_of) {
-            self.learned(no_of, home, no, version, elsewhere.filter(|_| how.is_some()));
+            self.learned(no_of, home, no, version, elsewhere);
             if matches!(applied.conflict, Some(Conflict::KeptAs(_))) {
                 self.step_aside(no_of, home, op_draft.as_ref(), elsewhere);
             }
@@ -309,7 +305,6 @@ impl Outbox {
             self.met(state, &op, no, conflict.clone(), at);
         }
         let Queued { mut record, bytes, digest, .. } = op;
-        let renaming = elsewhere.zip(how);
         if let Some((new, how)) = renaming {
             state.rename_file(location, file, new, how);
             if how == Renamed::Everywhere {
@@ -319,10 +314,9 @@ impl Outbox {
         let (applied, whole) = (applied.clone(), digest.and_then(|(_, whole)| whole));
         let (settled, reached) = (Instant::now(), None);
         state.retiring.insert(no, Retiring { record, bytes, applied, whole, settled, reached });
-        match renaming {
-            Some((new, Renamed::Everywhere)) => self.show_renamed(state, location, (file, new)),
-            Some((_, Renamed::InWrites)) => self.show_again(state, location),
-            None => {}
+        if let Some((new, how)) = renaming {
+            let renamed = (how == Renamed::Everywhere).then_some((file, new));
+            self.show_again(state, location, renamed);
         }
         self.tender.wake();
     }
@@ -423,15 +417,20 @@ impl Picked {
     }
 }
 
-/// Which operations follow the file to the id that its owner answered; `None`: that one is
-/// another file.
-fn renamed_how(change: &Change, applied: &Applied) -> Option<Renamed> {
-    match (change, &applied.conflict) {
-        (Change::Create { .. }, _) => Some(Renamed::Everywhere),
-        (Change::Write { .. }, Some(Conflict::KeptAs(_))) => Some(Renamed::InWrites),
-        (Change::Write { .. }, _) => Some(Renamed::Everywhere),
-        _ => None,
-    }
+/// The other id by which the owner answered, and which operations follow the file there; `None`:
+/// it is the same, or that of another file.
+fn renaming(state: &State, of: &OpRecord, applied: &Applied) -> Option<(FileId, Renamed)> {
+    let how = match (&of.change, &applied.conflict) {
+        (Change::Create { .. }, _) => Renamed::Everywhere,
+        (Change::Write { .. }, Some(Conflict::KeptAs(_))) => Renamed::InWrites,
+        (Change::Write { .. }, _) => Renamed::Everywhere,
+        _ => return None,
+    };
+    let (old, new) = (of.change.file(), applied.file?);
+    // What followed bytes into a copy is answered with the copy, which is another file here.
+    let is_copy = state.home(of.location, new) == state.home(of.location, old);
+    let is_other = old != new && !is_copy && old != FileId::ROOT && new != FileId::ROOT;
+    is_other.then_some((new, how))
 }
 
 /// Whether other operations may build on what this one makes.

@@ -318,14 +318,14 @@ impl State {
         no: u64,
         (location, file): (LocationId, FileId),
         seen: &Base,
-        which: Option<Renamed>,
+        only_writes: bool,
     ) {
         let after = Base::After(no);
         // Not only those that wait for it: one that sets a time may stand between.
         for later in self.order.changes_after(no, location, file) {
             let Some(op) = self.ops.get_mut(&later) else { continue };
             let is_write = matches!(op.record.change, Change::Write { .. });
-            if which == Some(Renamed::InWrites) && !is_write {
+            if only_writes && !is_write {
                 continue;
             }
             for base in bases_mut(&mut op.record.change) {

@@ -223,7 +223,7 @@ impl Outbox {
 
     /// Shows what waits for a location that nobody could use until now.
     pub(super) fn take_over(&self, state: &mut State, id: LocationId) {
-        self.show_again(state, id);
+        self.show_again(state, id, None);
         let Some(location) = state.locations.get(&id).copied() else { return };
         let waiting = state.ops.values().map(|op| (&op.record, op.bytes.as_ref(), None));
         let done = state.retiring.values();

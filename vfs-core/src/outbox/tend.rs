@@ -348,24 +348,8 @@ impl Outbox {
     }
 
     /// Shows all that waits for a location anew, at once: nobody is to miss a name meanwhile.
-    pub(super) fn show_again(&self, state: &mut State, id: crate::model::LocationId) {
-        self.show_all(state, id, None);
-    }
-
-    /// The same, with a file that its owner calls otherwise.
-    pub(super) fn show_renamed(
-        &self,
-        state: &mut State,
-        id: crate::model::LocationId,
-        (old, new): (FileId, FileId),
-    ) {
-        self.show_all(state, id, Some((old, new)));
-        if let Some(no) = state.locations.get(&id) {
-            self.renamed(*no, old, new);
-        }
-    }
-
-    fn show_all(
+    /// With `renamed` also a file whose owner calls the first of these the second.
+    pub(super) fn show_again(
         &self,
         state: &mut State,
         id: crate::model::LocationId,
@@ -388,6 +372,9 @@ impl Outbox {
         }
         overlay.replace(no, all);
         drop(overlay);
+        if let Some((old, new)) = renamed {
+            self.renamed(no, old, new);
+        }
         self.publish(vec![Shown::Locations]);
     }
 
