@@ -147,6 +147,40 @@ fn an_unplugged_disk_gets_what_was_written_for_it_and_its_mount_point_nothing() 
 }
 
 #[test]
+fn another_disk_in_the_place_is_not_taken_for_the_location() {
+    let Some(lab) = Lab::local(&[Need::Fuse, Need::LoopDevices]) else { return };
+    let (theirs, aside) = (lab.folder("source"), lab.folder("aside"));
+    let (image, other) = (lab.dir().join("disk.img"), lab.dir().join("other.img"));
+    let disk = SmallDisk::mount(&image, &theirs, 64 << 20);
+    fs::write(theirs.join("file"), "as it was").unwrap();
+    drop(SmallDisk::mount(&other, &aside, 64 << 20));
+    let (owner, reader, ours) = pair(&lab, &theirs);
+    let state = || owner.location_row("owner", "files").expect("the location")["state"].clone();
+    let mount = |image: &Path| {
+        let mut mount = Command::new("mount");
+        proc::run(mount.args(["-o", "loop"]).args([image, &theirs]), PATIENCE).ok();
+    };
+    umount(&theirs);
+    mount(&other);
+    let born = |path: &Path| fs::metadata(path).unwrap().created().unwrap();
+    let birth = born(&theirs);
+    owner.sd(&["location", "rescan", "files"]).ok();
+    wait_until("the disk to be missed", PATIENCE, || state() == "offline");
+    fs::write(ours.join("new"), "for the disk that is away").unwrap();
+    told(&reader, "new", "not connected");
+    assert_eq!(fs::read_dir(&theirs).unwrap().count(), 0, "nothing is put on another disk");
+    umount(&theirs);
+    mount(&image);
+    assert_eq!(born(&theirs), birth, "only their names tell the disks apart");
+    wait_until("the disk to be seen", PATIENCE, || {
+        reader.sd(&["sync", "--timeout", "5s"]).status.success()
+    });
+    assert_eq!(fs::read(ours.join("file")).unwrap(), b"as it was");
+    assert_eq!(fs::read(theirs.join("new")).unwrap(), b"for the disk that is away");
+    drop(disk);
+}
+
+#[test]
 fn what_was_written_survives_what_its_owner_did_to_the_place() {
     let Some(lab) = Lab::local(&[Need::Fuse]) else { return };
     let theirs = lab.folder("source");

@@ -99,7 +99,9 @@ impl Root {
 
     /// What tells this folder from another one at its path, also after a restart.
     pub fn id(&self) -> FsResult<RootId> {
-        Ok(RootId::of(&stat_of(self.folder.as_fd())?, self.fs_type))
+        let disk = rustix::fs::fstatvfs(&self.folder)
+            .map_err(|e| FsError::os(format!("ask for the disk of {}", self.path.display()), e))?;
+        Ok(RootId::of(&stat_of(self.folder.as_fd())?, self.fs_type, disk.f_fsid))
     }
 
     /// Whether closing a file may tell that its disk refused bytes.

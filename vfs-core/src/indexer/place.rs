@@ -380,7 +380,8 @@ impl Place {
             return Err(FsError::new(Kind::NotFound, format!("{} {why}", self.path.display())));
         }
         index.observe_root(self.no, &root.observe_root()?)?;
-        if noted.is_none() {
+        // One that an earlier build noted may tell less.
+        if noted.is_none_or(|noted| noted.fs_id.is_none() && found.fs_id.is_some()) {
             (self.first_found)(&found);
             *lock(&self.identity) = Some(found);
         }

@@ -39,15 +39,20 @@ pub struct RootId {
     pub ino: Option<u64>,
     /// When the folder was made.
     pub btime: Option<Time>,
+    /// The number of the file system, where it is made of the name that is written on it: of
+    /// disks that were formatted in one second nothing else tells which is which.
+    pub fs_id: Option<u64>,
 }
 
 impl RootId {
-    /// Of what `statx` says about a folder on a file system of this type.
-    pub(super) fn of(stat: &Statx, fs_type: u64) -> Self {
+    /// Of what `statx` says about a folder on a file system of this type and number.
+    pub(super) fn of(stat: &Statx, fs_type: u64, fs_id: u64) -> Self {
         let attr = super::attr_of(stat);
         let device = rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor);
         let mut id = Self::of_row(super::ino_of(stat), attr.btime);
         id.volume = volume_of(Path::new(VOLUMES), device);
+        // Of others it is made of the device's number, which is another one at the next mount.
+        id.fs_id = Some(fs_id).filter(|id| *id != 0 && matches!(fs_type, EXT | BTRFS));
         if matches!(fs_type, FAT | EXFAT) {
             id.ino = None;
         }
@@ -61,7 +66,8 @@ impl RootId {
     /// Of what the row of a folder says.
     pub fn of_row(disk_ino: u64, btime: Option<Time>) -> Self {
         // A root of FAT has no times on the disk; all of them were born in 1970.
-        Self { volume: None, ino: Some(disk_ino), btime: btime.filter(|t| t.secs != 0) }
+        let btime = btime.filter(|t| t.secs != 0);
+        Self { volume: None, ino: Some(disk_ino), btime, fs_id: None }
     }
 
     /// Whether both are one folder; `None`: there is nothing that would tell.
@@ -70,6 +76,7 @@ impl RootId {
             both(self.volume.as_ref(), other.volume.as_ref()),
             both(self.ino.as_ref(), other.ino.as_ref()),
             both(self.btime.as_ref(), other.btime.as_ref()),
+            both(self.fs_id.as_ref(), other.fs_id.as_ref()),
         ];
         signs.into_iter().flatten().reduce(|all, sign| all && sign)
     }
@@ -115,7 +122,9 @@ mod tests {
             volume: volume.map(str::to_owned),
             ino,
             btime: birth.map(|secs| Time { secs, nanos: 0 }),
+            fs_id: None,
         };
+        let on = |fs_id| RootId { fs_id: Some(fs_id), ..id(None, Some(2), Some(5)) };
         let cases = [
             // Two sticks of FAT, mounted one after the other.
             (id(Some("A"), None, None), id(Some("B"), None, None), Some(false)),
@@ -132,6 +141,10 @@ mod tests {
             (id(None, Some(2), Some(5)), id(None, Some(2), Some(5)), Some(true)),
             (id(None, Some(2), None), id(None, Some(2), Some(5)), Some(true)),
             (id(None, Some(2), None), id(None, Some(3), None), Some(false)),
+            // Formatted in the same second.
+            (on(7), on(8), Some(false)),
+            (on(7), on(7), Some(true)),
+            (on(7), id(None, Some(2), Some(5)), Some(true)),
             // Seen without `udev` the first time.
             (id(None, Some(2), Some(5)), id(Some("A"), Some(2), Some(5)), Some(true)),
         ];
