@@ -33,6 +33,9 @@ const MIN_PATIENCE: Duration = Duration::from_millis(2500);
 const MAX_PATIENCE: Duration = Duration::from_secs(8);
 /// One attempt to connect, `Hello` included.
 const DIAL: Duration = Duration::from_secs(4);
+/// A connection that lived no longer counts as one that failed: a peer that hangs up each time
+/// is not dialled without pause.
+const FLEETING: Duration = Duration::from_millis(300);
 /// For so long after a connection broke off its peer may well be reached by a fresh dial.
 pub(crate) const HOPE: Duration = Duration::from_millis(1500);
 /// How long a peer that connected may take to say `Hello`.
@@ -348,8 +351,11 @@ pub(crate) async fn keep(shared: Arc<Shared>, peer: Arc<Peer>) {
         for delay in backoff {
             match dial(&shared, &peer).await {
                 Ok((link, hello)) => {
+                    let begun = Instant::now();
                     live(&shared, &peer, &link, hello).await;
-                    break;
+                    if begun.elapsed() > FLEETING {
+                        break;
+                    }
                 }
                 Err(DialError::Duplicate) => {}
                 Err(error) => peer.failed(error),

@@ -76,3 +76,37 @@ async fn a_peer_that_does_not_answer_is_given_up_in_seconds() {
     until("it is offline", || !device.is_online(id)).await;
     assert!(since.elapsed() < Duration::from_secs(6), "{:?}", since.elapsed());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_that_hangs_up_each_time_is_dialled_ever_more_rarely() {
+    let device = Device::first("desk").await;
+    let key = rand::random();
+    let rude = crate::device::raw_endpoint(key).await;
+    device.admit(crate::device::id_of(&key), "rude");
+    let addresses = rude.bound_sockets();
+    device
+        .library
+        .update(|s| {
+            let mut member = s.member(crate::device::id_of(&key)).unwrap().clone();
+            member.addresses = addresses;
+            member.stamp = s.next_stamp();
+            s.merge(member);
+        })
+        .unwrap();
+    device.node.members_changed();
+    let mut dials = 0;
+    let hang_up = async {
+        loop {
+            let connection = rude.accept().await.unwrap().await.unwrap();
+            let (mut send, mut recv) = connection.accept_bi().await.unwrap();
+            let _: Request = wire::receive_request(&mut recv).await.unwrap();
+            wire::send_frame(&mut send, &Response::Hello(hello())).await.unwrap();
+            let _ = send.finish();
+            let _ = send.stopped().await;
+            connection.close(0_u8.into(), b"");
+            dials += 1;
+        }
+    };
+    assert!(tokio::time::timeout(Duration::from_secs(3), hang_up).await.is_err());
+    assert!((2..20).contains(&dials), "{dials}");
+}
