@@ -8,7 +8,7 @@
 //! **Interruption.** `fuser` 0.18 does not pass `INTERRUPT` on, so a request
 //! that has reached the daemon is over only when it is answered. Programs that
 //! wait for bytes can be killed nonetheless, because remote files are read
-//! through the page cache (never `FOPEN_DIRECT_IO`): the program then does not
+//! through the page cache (`FOPEN_DIRECT_IO` is for handles that only write): the program then does not
 //! wait for the request but, killably, for the page that the request fills.
 //! A program that opened a file with `O_DIRECT` itself waits for the drive's
 //! own deadline. Who waits for a lock, or for an owner to have what was written
@@ -220,8 +220,15 @@ fn is_staged(opened: &Opened, flags: OpenFlags) -> bool {
 
 /// FLUSH, a request at each `close`, is for those who have something to report then, or record
 /// locks to give back: readers are spared it, and give theirs back with the open file.
+///
+/// What is written through a handle that only writes goes past the page cache: a request for each
+/// `write` either way, but without a copy, and without the kernel asking each new file for the
+/// attribute that holds its capabilities. Other handles' pages are dropped by the kernel. With
+/// `O_SYNC` it is the page cache's way that ends with an FSYNC.
 fn cached_flags(opened: &Opened, flags: OpenFlags) -> FopenFlags {
     let mut fopen = FopenFlags::empty();
+    let only_writes = flags.write && !flags.read && !flags.sync && !flags.data_sync;
+    fopen.set(FopenFlags::FOPEN_DIRECT_IO, only_writes);
     fopen.set(FopenFlags::FOPEN_KEEP_CACHE, matches!(opened.io, Io::Calls { keep_cache: true }));
     fopen.set(FopenFlags::FOPEN_NOFLUSH, !flags.may_change());
     fopen

@@ -53,9 +53,11 @@ const SILENCE: Duration = Duration::from_secs(60);
 /// How often the outbox is asked again while it has something for the peer but gives nothing:
 /// it may only wait for a time to come.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
-/// After it was sent what there was, what comes next has this time to gather: the owner makes
-/// durable together what comes together, and nobody waits for its answers.
+/// After it was sent what there was, what comes next gathers until nothing has come for this
+/// long: what comes together costs both devices, and the network, much less, and nobody waits.
 const GATHER: Duration = Duration::from_millis(10);
+/// The longest that it gathers while a program goes on writing.
+const GATHER_MOST: Duration = Duration::from_millis(250);
 /// After so long without a failure the next one counts as the first.
 const CALM: Duration = Duration::from_secs(60);
 /// Beside rows and pings, which go first, and beside the content that a program waits for.
@@ -81,6 +83,8 @@ pub trait Outgoing: Send + Sync {
     fn settle(&self, owner: DeviceId, no: u64, outcome: Outcome);
     /// [`Outbox::connection_lost`].
     fn connection_lost(&self, owner: DeviceId);
+    /// [`Outbox::is_awaited`].
+    fn is_awaited(&self) -> bool;
 }
 
 impl Outgoing for Outbox {
@@ -114,6 +118,10 @@ impl Outgoing for Outbox {
 
     fn connection_lost(&self, owner: DeviceId) {
         self.connection_lost(owner);
+    }
+
+    fn is_awaited(&self) -> bool {
+        self.is_awaited()
     }
 }
 
@@ -319,7 +327,7 @@ impl Session {
             send_frames(&mut send, settled_below, ops).await?;
             told = settled_below;
             if is_all {
-                sleep(GATHER).await;
+                gather(&mut changed, || self.outbox.is_awaited()).await;
             }
         }
     }
@@ -380,6 +388,18 @@ impl Session {
                 }
                 _ => return Err(DeliverError::Breach("an outcome of another operation")),
             }
+        }
+    }
+}
+
+/// Lets what programs are just writing come together, unless somebody waits for it.
+async fn gather(changed: &mut watch::Receiver<u64>, is_awaited: impl Fn() -> bool) {
+    let began = Instant::now();
+    while began.elapsed() < GATHER_MOST && !is_awaited() {
+        changed.mark_unchanged();
+        sleep(GATHER).await;
+        if !changed.has_changed().unwrap_or(false) {
+            return;
         }
     }
 }
@@ -594,4 +614,30 @@ fn read_ranges(outbox: &dyn Outgoing, owner: DeviceId, staged: &Staged) -> FsRes
         all.extend_from_slice(&outbox.read(owner, staged.no, range.clone())?);
     }
     Ok(all.freeze())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_nobody_waits_for_gathers_until_it_is_quiet_or_takes_long() {
+        let (ticks, mut changed) = watch::channel(0);
+        let at_once = timeout(Duration::ZERO, gather(&mut changed, || false)).await;
+        assert!(at_once.is_err());
+        let awaited = timeout(Duration::ZERO, gather(&mut changed, || true)).await;
+        assert!(awaited.is_ok());
+
+        gather(&mut changed, || false).await;
+        let writer = async {
+            loop {
+                ticks.send_modify(|n| *n += 1);
+                sleep(GATHER / 4).await;
+            }
+        };
+        tokio::select! {
+            () = gather(&mut changed, || false) => {}
+            () = writer => {}
+        }
+    }
 }

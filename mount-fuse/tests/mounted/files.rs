@@ -215,6 +215,29 @@ fn a_shared_mapping_writes_the_file() {
 }
 
 #[test]
+fn a_mapping_shows_what_is_written_past_the_page_cache() {
+    use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+    const LEN: usize = 8192;
+    for rig in Rig::both("a_mapping_shows_what_is_written_past_the_page_cache") {
+        fs::write(rig.path("a"), pattern(LEN, 5)).unwrap();
+        let file = File::open(rig.path("a")).unwrap();
+        // SAFETY: a new mapping at an address that the kernel chooses aliases nothing.
+        let map = unsafe {
+            mmap(std::ptr::null_mut(), LEN, ProtFlags::READ, MapFlags::SHARED, &file, 0).unwrap()
+        };
+        // SAFETY: within the mapping, which lives until `munmap` below.
+        let byte = |at: usize| unsafe { map.cast::<u8>().add(at).read_volatile() };
+        assert_eq!(byte(5000), pattern(LEN, 5)[5000]);
+        let writer = OpenOptions::new().write(true).open(rig.path("a")).unwrap();
+        writer.write_all_at(&[pattern(LEN, 5)[5000] ^ 0xff], 5000).unwrap();
+        assert_eq!(byte(5000), pattern(LEN, 5)[5000] ^ 0xff);
+        assert_eq!(fs::read(rig.path("a")).unwrap()[5000], byte(5000));
+        // SAFETY: exactly the mapping from above; it is not read afterwards.
+        unsafe { munmap(map, LEN).unwrap() };
+    }
+}
+
+#[test]
 fn attributes_are_set_and_seen() {
     use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, utimensat};
     for rig in Rig::both("attributes_are_set_and_seen") {

@@ -185,6 +185,10 @@ impl Outgoing for Out {
             letter.is_sent = false;
         }
     }
+
+    fn is_awaited(&self) -> bool {
+        true
+    }
 }
 
 pub fn drawn() -> FileId {

@@ -109,6 +109,11 @@ impl Outbox {
         waiting.iter().filter_map(|no| state.ops.get(no)).map(|op| pending(&state, op)).collect()
     }
 
+    /// Whether anybody waits for owners to have something.
+    pub fn is_awaited(&self) -> bool {
+        self.settled.receiver_count() > 0
+    }
+
     /// Returns when none of these operations waits any more.
     pub async fn reached(&self, mut waits: BTreeSet<u64>) {
         let mut settled = self.settled.subscribe();
