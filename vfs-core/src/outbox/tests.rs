@@ -429,14 +429,11 @@ fn drained_waits_for_what_is_below() {
     assert!(drained(vec![name("elsewhere")]).is_ok());
     assert_eq!(drained(vec![]).unwrap_err().len(), 1);
     assert!(!bench.outbox().is_awaited());
-    let waits = bench.outbox().reached([1].into());
-    let waits = runtime.block_on(async {
-        let mut waits = Box::pin(waits);
+    runtime.block_on(async {
+        let mut waits = std::pin::pin!(bench.outbox().reached([1].into()));
         assert!(tokio::time::timeout(Duration::ZERO, &mut waits).await.is_err());
-        waits
+        assert!(bench.outbox().is_awaited());
     });
-    assert!(bench.outbox().is_awaited());
-    drop(waits);
     assert!(!bench.outbox().is_awaited());
     let no = bench.take().pop().unwrap().no;
     bench.settle(no, 4);
