@@ -3,6 +3,7 @@
 
 mod bad_input;
 mod bytes;
+mod coherence;
 mod conflicts;
 mod gone_owner;
 mod kills;
