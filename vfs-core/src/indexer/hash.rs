@@ -126,19 +126,19 @@ impl HashQueue {
     }
 
     fn refill(&mut self, files: Vec<FileId>, limit: usize, now: Instant) {
-        self.look = files.len() >= limit;
+        let is_cut = files.len() >= limit;
         self.looked = Some(now);
-        if files.len() < limit {
+        if !is_cut {
             // What is not in the index's queue any more was deleted.
             let known: HashSet<_> = files.iter().copied().collect();
             self.waiting.retain(|file, _| known.contains(file));
         }
         let waits = |file: &FileId| self.waiting.get(file).is_some_and(|wait| wait.until > now);
-        self.ready = files
-            .into_iter()
-            .filter(|file| !waits(file) && !self.running.contains(file))
-            .take(FETCH)
-            .collect();
+        self.ready =
+            files.into_iter().filter(|file| !waits(file) && !self.running.contains(file)).collect();
+        // More than asked for, where the index has some of the running ones no more.
+        self.look = is_cut || self.ready.len() > FETCH;
+        self.ready.truncate(FETCH);
     }
 
     fn take(&mut self) -> Option<FileId> {
@@ -398,6 +398,19 @@ mod tests {
         assert!(queue.written.contains(&file));
         queue.end(file, Outcome::Changed(Duration::ZERO), Duration::ZERO);
         assert!(queue.written.is_empty());
+    }
+
+    #[test]
+    fn files_that_find_no_room_are_looked_for_again() {
+        let mut queue = HashQueue::default();
+        let files = |numbers: std::ops::Range<usize>| numbers.map(|n| FileId(n as u64)).collect();
+        queue.refill(files(0..BATCH_FILES), FETCH, Instant::now());
+        while queue.take().is_some() {}
+        // Their hashes were recorded, and they still count as running.
+        let limit = queue.fetch_limit();
+        queue.refill(files(BATCH_FILES..BATCH_FILES + limit - 1), limit, Instant::now());
+        assert_eq!(queue.ready.len(), FETCH);
+        assert!(queue.look, "{} of {} have no place", limit - 1 - FETCH, limit - 1);
     }
 
     #[test]
