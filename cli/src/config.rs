@@ -105,6 +105,13 @@ pub const KEYS: &[Key] = &[
         form: Form::Count { max: 64 },
     },
     Key {
+        name: "index.rescan_after",
+        default: "60s",
+        about: "how long after a whole scan a location that cannot be fully watched is scanned again; \
+                more after a scan that took long, so that scanning takes at most a tenth of the time",
+        form: Form::Duration,
+    },
+    Key {
         name: "mount.passthrough",
         default: "auto",
         about: "let the kernel read and write complete local files without this program; \
@@ -248,6 +255,11 @@ impl Config {
     /// `read.deadline`
     pub fn read_deadline(&self) -> Duration {
         parse_duration(self.text("read.deadline")).expect("checked when loaded")
+    }
+
+    /// `index.rescan_after`
+    pub fn rescan_after(&self) -> Duration {
+        parse_duration(self.text("index.rescan_after")).expect("checked when loaded")
     }
 
     /// A whole number; `None` lets the program choose.

@@ -14,6 +14,7 @@ mod mend;
 mod names;
 mod obstacles;
 mod own_files;
+mod scale;
 mod steps;
 mod strangers;
 mod tree;

@@ -160,11 +160,27 @@ impl Device {
 
     #[track_caller]
     fn start_with(&mut self, variables: &[(&str, &str)]) {
+        let mut command = self.command(Self::program());
+        command.args(["daemon", "run"]).envs(variables.iter().copied());
+        self.start_command(command);
+    }
+
+    /// As [`Device::start`]; the daemon can watch only so many directories. Its user namespace has
+    /// a limit of its own, so that no other program meets it.
+    #[track_caller]
+    pub fn start_with_watches(&mut self, most: u32) {
+        let mut command = self.command("unshare");
+        let limit = format!("echo {most} >/proc/sys/user/max_inotify_watches");
+        command.args(["--user", "--map-root-user", "sh", "-c"]);
+        command.arg(format!("{limit} && exec \"$0\" daemon run")).arg(Self::program());
+        self.start_command(command);
+    }
+
+    #[track_caller]
+    fn start_command(&mut self, mut command: Command) {
         assert!(self.daemon.is_none(), "{} runs already", self.name);
         let log = File::options().create(true).append(true).open(self.home.join("daemon.out"));
         let log = log.expect("a file for the daemon's output");
-        let mut command = self.command(Self::program());
-        command.args(["daemon", "run"]).envs(variables.iter().copied());
         command.stdout(log.try_clone().expect("a descriptor")).stderr(log);
         self.daemon = Some(proc::spawn(&mut command));
         wait_until(format!("the daemon of {}", self.name), Duration::from_secs(20), || {
@@ -223,6 +239,26 @@ impl Device {
         let ticket = printed.strip_suffix('\n').expect("a line");
         assert!(!ticket.is_empty() && !ticket.contains(char::is_whitespace), "{printed:?}");
         ticket.to_owned()
+    }
+
+    /// The lines of the daemon's log that have these words.
+    #[track_caller]
+    pub fn logged(&self, words: &str) -> Vec<String> {
+        let log = std::fs::read(self.home.join("daemon.out")).expect("the daemon's log");
+        let log = String::from_utf8_lossy(&log);
+        log.lines().filter(|line| line.contains(words)).map(str::to_owned).collect()
+    }
+
+    /// How long the last first scan of a location took, by the daemon's log.
+    #[track_caller]
+    pub fn last_scan(&self) -> Option<Duration> {
+        let line = self.logged(" scanned ").pop()?;
+        let took = line.split("took=").nth(1)?.split_whitespace().next()?;
+        let seconds = match took.strip_suffix("ms") {
+            Some(ms) => ms.parse::<f64>().ok()? / 1000.0,
+            None => took.strip_suffix('s')?.parse().ok()?,
+        };
+        Some(Duration::from_secs_f64(seconds))
     }
 
     /// Waits until this device sees the other one online.

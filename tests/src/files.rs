@@ -88,9 +88,22 @@ pub fn files_in(folder: &Path) -> usize {
 /// anything, so records end in NUL.
 #[track_caller]
 pub fn listing(folder: &Path) -> Vec<String> {
-    let mut find = Command::new("find");
-    find.arg(folder).args(["-printf", "%P %y %m %s %T@ %l\\0"]);
-    let listed = proc::run(&mut find, TREE).ok().stdout;
+    records(&find(folder).ok().stdout)
+}
+
+/// The same of a tree that may be changing; `None` when `find` met a name that was just going.
+#[track_caller]
+pub fn try_listing(folder: &Path) -> Option<Vec<String>> {
+    let found = find(folder);
+    found.status.success().then(|| records(&found.stdout))
+}
+
+fn find(folder: &Path) -> proc::Finished {
+    let format = "%P %y %m %s %T@ %l\\0";
+    proc::run(Command::new("find").arg(folder).args(["-printf", format]), TREE)
+}
+
+fn records(listed: &[u8]) -> Vec<String> {
     let records = listed.split(|byte| *byte == 0).filter(|record| !record.is_empty());
     let mut records: Vec<String> =
         records.map(|record| String::from_utf8_lossy(record).into_owned()).collect();

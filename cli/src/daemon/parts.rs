@@ -251,6 +251,7 @@ fn indexer_config(config: &Config) -> IndexerConfig {
             true => config.count("index.hash_threads").unwrap_or(default.hash_threads),
             false => 0,
         },
+        rescan_after: config.rescan_after(),
         ..default
     }
 }

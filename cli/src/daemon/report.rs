@@ -247,7 +247,7 @@ impl Daemon {
                 add(
                     "watch_degraded",
                     format!("changes in “{}” are seen late: {why}", location.name),
-                    "raise fs.inotify.max_user_watches, or rescan it: sd location rescan NAME",
+                    "raise that limit; else rescans find them, now by: sd location rescan NAME",
                 );
             }
         }

@@ -171,6 +171,7 @@ impl Core {
     }
 
     fn events_lost(&self, why: &str) {
+        tracing::warn!("{why}; scanning everything again");
         for place in self.places() {
             lock(&place.degraded).lost_events = Some(format!("{why}; scanning everything again"));
             if place.root().is_ok() {

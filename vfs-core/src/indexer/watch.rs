@@ -160,9 +160,16 @@ impl Watcher {
 }
 
 fn limit_reached(watches: usize) -> String {
-    let limit = std::fs::read_to_string("/proc/sys/fs/inotify/max_user_watches");
-    let limit = limit.map_or_else(|_| "its limit".to_owned(), |n| n.trim().to_owned());
-    format!(
-        "the system allows {limit} watches (fs.inotify.max_user_watches), {watches} of them are used here"
-    )
+    // A container may have a lower limit of its own.
+    let limits = ["fs.inotify.max_user_watches", "user.max_inotify_watches"].map(|name| {
+        let text = std::fs::read_to_string(format!("/proc/sys/{}", name.replace('.', "/")));
+        (text.ok().and_then(|text| text.trim().parse::<u64>().ok()), name)
+    });
+    let lowest =
+        limits.into_iter().filter_map(|(limit, name)| Some((limit?, name))).min_by_key(|l| l.0);
+    let allowed = match lowest {
+        Some((limit, name)) => format!("{limit} watches ({name})"),
+        None => "no more watches".to_owned(),
+    };
+    format!("the system allows {allowed}, {watches} of them are used here")
 }
