@@ -11,7 +11,11 @@
 use super::store::{Batch, Durability, Snapshot, Store, StoreError, Table, Visit, mark_damaged};
 use crate::local::check_room;
 use crate::reopening::{Opener, RedbFile, opener};
-use redb::{Database, ReadTransaction, ReadableDatabase, TableDefinition, WriteTransaction};
+use redb::{
+    Database, ReadOnlyTable, ReadTransaction, ReadableDatabase, TableDefinition, WriteTransaction,
+};
+use std::cell::OnceCell;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,6 +26,7 @@ const CACHE_BYTES: usize = 32 << 20;
 const KEPT_BYTES: usize = 16 << 20;
 
 type Definition = TableDefinition<'static, &'static [u8], &'static [u8]>;
+type OpenTable = ReadOnlyTable<&'static [u8], &'static [u8]>;
 
 fn definition(table: Table) -> Definition {
     TableDefinition::new(match table {
@@ -177,7 +182,10 @@ impl Store for RedbStore {
     fn snapshot(&self) -> Result<Box<dyn Snapshot + '_>, StoreError> {
         let db = self.db().map_err(|e| self.failure(e))?;
         match db.begin_read() {
-            Ok(transaction) => Ok(Box::new(RedbSnapshot { transaction, store: self, db })),
+            Ok(transaction) => {
+                let tables = Default::default();
+                Ok(Box::new(RedbSnapshot { tables, transaction, store: self, db }))
+            }
             Err(error) => Err(self.failed(&db, error.into())),
         }
     }
@@ -197,11 +205,14 @@ impl Store for RedbStore {
     }
 
     fn size_bytes(&self) -> u64 {
-        std::fs::metadata(&self.path).map_or(0, |m| m.len())
+        // The file has holes where redb has room yet; blocks are of 512 bytes whatever the disk has.
+        std::fs::metadata(&self.path).map_or(0, |m| m.blocks() * 512)
     }
 }
 
 struct RedbSnapshot<'a> {
+    /// Those that were asked for: opening one costs as much as reading from it.
+    tables: [OnceCell<OpenTable>; Table::ALL.len()],
     transaction: ReadTransaction,
     store: &'a RedbStore,
     /// Longer than the transaction.
@@ -209,8 +220,19 @@ struct RedbSnapshot<'a> {
 }
 
 impl RedbSnapshot<'_> {
+    fn table(&self, table: Table) -> Result<&OpenTable, redb::Error> {
+        let cell = &self.tables[table as usize];
+        match cell.get() {
+            Some(open) => Ok(open),
+            None => {
+                let open = self.transaction.open_table(definition(table))?;
+                Ok(cell.get_or_init(|| open))
+            }
+        }
+    }
+
     fn read(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, redb::Error> {
-        let open = self.transaction.open_table(definition(table))?;
+        let open = self.table(table)?;
         Ok(open.get(key)?.map(|value| value.value().to_vec()))
     }
 
@@ -221,7 +243,7 @@ impl RedbSnapshot<'_> {
         to: Option<&[u8]>,
         visit: Visit<'_>,
     ) -> Result<(), redb::Error> {
-        let open = self.transaction.open_table(definition(table))?;
+        let open = self.table(table)?;
         let range = match to {
             Some(to) if to <= from => return Ok(()),
             Some(to) => open.range(from..to)?,
