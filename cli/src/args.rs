@@ -357,6 +357,9 @@ pub enum DaemonCommand {
     /// Ends the daemon's mounts when it was killed; the daemon starts it
     #[command(hide = true)]
     Guard,
+    /// Makes calls through a mount for the sake of their events; the daemon starts it
+    #[command(hide = true)]
+    Events,
     /// Stop it cleanly: unmount, flush
     Stop {
         /// Detach mounts that programs still use

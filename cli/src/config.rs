@@ -125,6 +125,13 @@ pub const KEYS: &[Key] = &[
         form: Form::Count { max: 64 },
     },
     Key {
+        name: "mount.events",
+        default: "auto",
+        about: "auto: programs that watch a folder of the drive (inotify) are told of changes made \
+                on other devices; off: only of those made through the mount",
+        form: Form::Word(&["auto", "off"]),
+    },
+    Key {
         name: "mount.foreign_symlinks",
         default: "contained",
         about: "contained: another device's link that leads out of its location cannot be followed; \
@@ -271,6 +278,11 @@ impl Config {
     /// `mount.passthrough`
     pub fn passthrough(&self) -> bool {
         self.text("mount.passthrough") == "auto"
+    }
+
+    /// `mount.events`
+    pub fn tells_events(&self) -> bool {
+        self.text("mount.events") == "auto"
     }
 
     /// `mount.foreign_symlinks`

@@ -82,6 +82,8 @@ pub struct MountStatus {
     pub allow_other: bool,
     /// `active`, or why the kernel does not read local files by itself.
     pub passthrough: String,
+    /// `active`, `off`, which programs alone are told of changes that they watch for, or why none.
+    pub events: String,
     pub alive: bool,
 }
 

@@ -25,6 +25,7 @@ use crate::listings::Listings;
 use crate::locking;
 use crate::negotiate::Negotiated;
 use crate::signals;
+use crate::stage::{Act, Look, Stage};
 use fuser::{
     AccessFlags, BackingId, BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem,
     FopenFlags, Generation, INodeNo, KernelConfig, LockOwner, ReplyAttr, ReplyCreate, ReplyData,
@@ -58,7 +59,11 @@ pub(crate) struct Adapter {
     negotiated: Arc<Negotiated>,
     modes: IoModes<BackingId>,
     listings: Arc<Listings>,
+    stage: Arc<Stage>,
 }
+
+/// What the helper opens, only to close it.
+const NO_HANDLE: FileHandle = FileHandle(u64::MAX);
 
 /// The call's result as the kernel wants it; a panic is `EIO`.
 fn run<T>(operation: &'static str, call: impl FnOnce() -> FsResult<T>) -> Result<T, Errno> {
@@ -93,8 +98,29 @@ impl Adapter {
         runtime: Handle,
         negotiated: Arc<Negotiated>,
         listings: Arc<Listings>,
+        stage: Arc<Stage>,
     ) -> Self {
-        Self { drive, runtime, negotiated, modes: IoModes::default(), listings }
+        Self { drive, runtime, negotiated, modes: IoModes::default(), listings, stage }
+    }
+
+    /// The helper makes a name that is there.
+    fn play_make(&self, dir: INodeNo, name: &OsStr) -> Result<Found, Errno> {
+        let (dir, name) = (ino(dir), name.as_bytes());
+        self.stage.play(|act| matches!(act, Act::Make(at) if (at.0, &at.1[..]) == (dir, name)))?;
+        run("lookup", || self.drive.lookup(dir, name))
+    }
+
+    /// The helper removes a name that is gone.
+    fn play_remove(&self, dir: INodeNo, name: &OsStr) -> Result<(), Errno> {
+        let (dir, name) = (ino(dir), name.as_bytes());
+        self.stage.play(|act| matches!(act, Act::Remove(at, _) if (at.0, &at.1[..]) == (dir, name)))
+    }
+
+    /// The helper moves what has moved.
+    fn play_move(&self, from: (INodeNo, &OsStr), to: (INodeNo, &OsStr)) -> Result<(), Errno> {
+        let spot = |(dir, name): (INodeNo, &OsStr)| (ino(dir), name.as_bytes().to_owned());
+        let (from, to) = (spot(from), spot(to));
+        self.stage.play(|act| matches!(act, Act::Move(a, b, _) if (a, b) == (&from, &to)))
     }
 
     fn reply_entry(&self, reply: ReplyEntry, found: Result<Found, Errno>) {
@@ -270,16 +296,27 @@ impl Filesystem for Adapter {
         self.negotiated.init(config)
     }
 
-    fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        let parent = ino(parent);
-        let found = run("lookup", || match self.drive.lookup(parent, name.as_bytes()) {
+    fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let (mut parent, mut name) = (ino(parent), name.as_bytes().to_owned());
+        let longest = match self.stage.look(request, parent, &name) {
+            Look::Plain => Duration::MAX,
+            Look::Briefly => Duration::ZERO,
+            Look::As(other) => {
+                (parent, name) = other;
+                Duration::ZERO
+            }
+            Look::Absent => return reply.error(Errno::ENOENT),
+            Look::Ghost(ghost) => return self.reply_entry(reply, Ok(ghost)),
+        };
+        let found = run("lookup", || match self.drive.lookup(parent, &name) {
             Err(error) if error.kind() == Kind::NotFound => Ok(None),
-            result => result.map(Some),
+            result => result.map(|f| Some(Found { valid_for: f.valid_for.min(longest), ..f })),
         });
         match found.transpose() {
             Some(found) => self.reply_entry(reply, found),
             None => {
-                let valid = self.negotiated.valid_for(self.drive.negative_valid_for(parent));
+                let valid = self.drive.negative_valid_for(parent).min(longest);
+                let valid = self.negotiated.valid_for(valid);
                 reply.entry(&valid, &convert::negative(), Generation(0));
             }
         }
@@ -323,6 +360,12 @@ impl Filesystem for Adapter {
             atime: atime.map(convert::time_or_now),
             mtime: mtime.map(convert::time_or_now),
         };
+        if self.stage.is_helper(request) {
+            let found = self.stage.touch();
+            let found = found.and_then(|()| run("getattr", || self.drive.getattr(ino(node), None)));
+            return self.reply_attr(reply, found);
+        }
+        self.stage.did_to(ino(node));
         let caller = caller(request);
         let found = run("setattr", || {
             if set.size.is_some() && set.perm.is_none() {
@@ -350,6 +393,10 @@ impl Filesystem for Adapter {
         rdev: u32,
         reply: ReplyEntry,
     ) {
+        if self.stage.is_helper(request) {
+            return self.reply_entry(reply, self.play_make(parent, name));
+        }
+        self.stage.did(ino(parent), name.as_bytes());
         let caller = caller(request);
         let found = run("mknod", || {
             let file_type = convert::type_of_mode(mode).ok_or_else(|| invalid("mknod"))?;
@@ -368,6 +415,10 @@ impl Filesystem for Adapter {
         _umask: u32,
         reply: ReplyEntry,
     ) {
+        if self.stage.is_helper(request) {
+            return self.reply_entry(reply, self.play_make(parent, name));
+        }
+        self.stage.did(ino(parent), name.as_bytes());
         let caller = caller(request);
         let found = run("mkdir", || {
             self.drive.mkdir(&caller, ino(parent), name.as_bytes(), convert::perm(mode))
@@ -375,11 +426,19 @@ impl Filesystem for Adapter {
         self.reply_entry(reply, found);
     }
 
-    fn unlink(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+    fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        if self.stage.is_helper(request) {
+            return reply_empty(reply, self.play_remove(parent, name));
+        }
+        self.stage.did(ino(parent), name.as_bytes());
         reply_empty(reply, run("unlink", || self.drive.unlink(ino(parent), name.as_bytes())));
     }
 
-    fn rmdir(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+    fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        if self.stage.is_helper(request) {
+            return reply_empty(reply, self.play_remove(parent, name));
+        }
+        self.stage.did(ino(parent), name.as_bytes());
         reply_empty(reply, run("rmdir", || self.drive.rmdir(ino(parent), name.as_bytes())));
     }
 
@@ -391,6 +450,10 @@ impl Filesystem for Adapter {
         target: &Path,
         reply: ReplyEntry,
     ) {
+        if self.stage.is_helper(request) {
+            return self.reply_entry(reply, self.play_make(parent, name));
+        }
+        self.stage.did(ino(parent), name.as_bytes());
         let target = target.as_os_str().as_bytes();
         let found = run("symlink", || {
             self.drive.symlink(&caller(request), ino(parent), name.as_bytes(), target)
@@ -400,7 +463,7 @@ impl Filesystem for Adapter {
 
     fn rename(
         &self,
-        _: &Request,
+        request: &Request,
         parent: INodeNo,
         name: &OsStr,
         new_parent: INodeNo,
@@ -408,6 +471,12 @@ impl Filesystem for Adapter {
         flags: fuser::RenameFlags,
         reply: ReplyEmpty,
     ) {
+        if self.stage.is_helper(request) {
+            let played = self.play_move((parent, name), (new_parent, new_name));
+            return reply_empty(reply, played);
+        }
+        self.stage.did(ino(parent), name.as_bytes());
+        self.stage.did(ino(new_parent), new_name.as_bytes());
         let result = run("rename", || {
             let flags = convert::rename_flags(flags).ok_or_else(|| invalid("rename"))?;
             let (name, new_name) = (name.as_bytes(), new_name.as_bytes());
@@ -418,12 +487,16 @@ impl Filesystem for Adapter {
 
     fn link(
         &self,
-        _: &Request,
+        request: &Request,
         node: INodeNo,
         new_parent: INodeNo,
         new_name: &OsStr,
         reply: ReplyEntry,
     ) {
+        if self.stage.is_helper(request) {
+            return reply.error(Errno::EPERM);
+        }
+        self.stage.did(ino(new_parent), new_name.as_bytes());
         let found =
             run("link", || self.drive.link(ino(node), ino(new_parent), new_name.as_bytes()));
         self.reply_entry(reply, found);
@@ -432,6 +505,15 @@ impl Filesystem for Adapter {
     fn open(&self, request: &Request, node: INodeNo, flags: fuser::OpenFlags, reply: ReplyOpen) {
         let flags = convert::open_flags(flags.0);
         let node = ino(node);
+        if self.stage.is_helper(request) {
+            return match self.stage.touch() {
+                Ok(()) => reply.opened(NO_HANDLE, FopenFlags::FOPEN_DIRECT_IO),
+                Err(errno) => reply.error(errno),
+            };
+        }
+        if flags.may_change() {
+            self.stage.did_to(node);
+        }
         let opened = match run("open", || self.open_file(&caller(request), node, flags)) {
             Ok(opened) => opened,
             Err(errno) => return reply.error(errno),
@@ -459,6 +541,10 @@ impl Filesystem for Adapter {
         flags: i32,
         reply: ReplyCreate,
     ) {
+        if self.stage.is_helper(request) {
+            return reply.error(Errno::EPERM);
+        }
+        self.stage.did(ino(parent), name.as_bytes());
         let flags = convert::open_flags(flags);
         let created = run("create", || {
             let (caller, perm) = (caller(request), convert::perm(mode));
@@ -527,6 +613,7 @@ impl Filesystem for Adapter {
         reply: ReplyWrite,
     ) {
         let fh = handle(fh);
+        self.stage.did_to(ino(node));
         let written = run("write", || {
             if write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID) {
                 self.strip_set_id_bits(&caller(request), ino(node))?;
@@ -549,6 +636,9 @@ impl Filesystem for Adapter {
 
     /// Also the end of a process's record locks, whatever the bytes come to.
     fn flush(&self, _: &Request, _: INodeNo, fh: FileHandle, owner: LockOwner, reply: ReplyEmpty) {
+        if fh == NO_HANDLE {
+            return reply.ok();
+        }
         let fh = handle(fh);
         if !self.drive.may_be_locked(fh) {
             return self.aside(fh, reply, move |drive| run("flush", || drive.flush(fh)));
@@ -634,12 +724,18 @@ impl Filesystem for Adapter {
         _: &Request,
         node: INodeNo,
         fh: FileHandle,
-        _flags: fuser::OpenFlags,
+        flags: fuser::OpenFlags,
         _lock_owner: Option<LockOwner>,
         _flush: bool,
         reply: ReplyEmpty,
     ) {
+        if fh == NO_HANDLE {
+            return reply.ok();
+        }
         let fh = handle(fh);
+        if convert::open_flags(flags.0).may_change() {
+            self.stage.did_to(ino(node));
+        }
         self.modes.close(node.0, fh);
         let released = run("release", || {
             self.drive.release(fh);
@@ -787,7 +883,7 @@ impl Filesystem for Adapter {
 
     fn setxattr(
         &self,
-        _: &Request,
+        request: &Request,
         node: INodeNo,
         name: &OsStr,
         value: &[u8],
@@ -795,6 +891,9 @@ impl Filesystem for Adapter {
         _position: u32,
         reply: ReplyEmpty,
     ) {
+        if self.stage.is_helper(request) {
+            return reply.error(Errno::EPERM);
+        }
         let result = run("setxattr", || {
             let mode = convert::xattr_mode(flags).ok_or_else(|| invalid("setxattr"))?;
             self.drive.setxattr(ino(node), name.as_bytes(), value, mode)
@@ -802,8 +901,18 @@ impl Filesystem for Adapter {
         reply_empty(reply, result);
     }
 
-    fn getxattr(&self, _: &Request, node: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        let value = run("getxattr", || self.drive.getxattr(ino(node), name.as_bytes()));
+    fn getxattr(
+        &self,
+        request: &Request,
+        node: INodeNo,
+        name: &OsStr,
+        size: u32,
+        reply: ReplyXattr,
+    ) {
+        let value = match self.stage.prove(request, name.as_bytes()) {
+            Some(proof) => Ok(proof),
+            None => run("getxattr", || self.drive.getxattr(ino(node), name.as_bytes())),
+        };
         reply_xattr(reply, size, value);
     }
 
@@ -811,7 +920,10 @@ impl Filesystem for Adapter {
         reply_xattr(reply, size, run("listxattr", || self.drive.listxattr(ino(node))));
     }
 
-    fn removexattr(&self, _: &Request, node: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+    fn removexattr(&self, request: &Request, node: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        if self.stage.is_helper(request) {
+            return reply.error(Errno::EPERM);
+        }
         let removed = run("removexattr", || self.drive.removexattr(ino(node), name.as_bytes()));
         reply_empty(reply, removed);
     }

@@ -17,6 +17,10 @@
 //! | `listings` | which directories' listings the kernel may go on using |
 //! | `convert` | attributes, times, errors and flags |
 //! | `invalidate`, `notify` | changes, told to the kernel |
+//! | `events` | changes, told to the programs that watch |
+//! | `watches` | which inodes programs watch |
+//! | `helper` | the process that makes calls for the sake of their events |
+//! | `stage` | how these calls are answered |
 #![forbid(unsafe_code)]
 
 mod abort;
@@ -24,6 +28,8 @@ mod adapter;
 mod attach;
 mod convert;
 mod error;
+mod events;
+mod helper;
 mod invalidate;
 mod io_mode;
 mod listings;
@@ -33,8 +39,11 @@ mod negotiate;
 mod notify;
 mod session;
 mod signals;
+mod stage;
+mod watches;
 
 pub use abort::abort;
 pub use error::MountError;
+pub use helper::{HelperCommand, run_helper};
 pub use mounts::{DeviceNo, Holder, MountInfo, mounts};
-pub use session::{Mount, MountOptions, Passthrough, is_dead, mend, mount};
+pub use session::{Events, Mount, MountOptions, Passthrough, is_dead, mend, mount};

@@ -12,11 +12,14 @@
 use crate::adapter::Adapter;
 use crate::attach::{self, Detach};
 use crate::error::MountError;
+use crate::events::{self, Teller};
+use crate::helper::HelperCommand;
 use crate::invalidate::Invalidator;
 use crate::listings::Listings;
 use crate::mounts::{self, DeviceNo, MountInfo};
 use crate::negotiate::Negotiated;
 use crate::notify::Kernel;
+use crate::stage::Stage;
 use rustix::io::Errno;
 use std::fmt;
 use std::io;
@@ -48,12 +51,28 @@ pub struct MountOptions {
     pub threads: usize,
     /// Let the kernel read and write whole local files by itself, where it can.
     pub passthrough: bool,
+    /// How to start what tells programs that watch of changes made elsewhere; without it they
+    /// are not told. Needs a mount that can be written to.
+    pub helper: Option<HelperCommand>,
+}
+
+/// Whether programs that watch are told of changes made elsewhere.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Events {
+    /// They are.
+    Told,
+    /// Those of the user who mounted are: it cannot be seen what others watch.
+    ToldToOwn,
+    /// They are not, for this reason; it is tried again.
+    Failing(String),
+    /// They are not: the mount is read-only, or it was not asked for.
+    Off,
 }
 
 impl Default for MountOptions {
     fn default() -> Self {
         let threads = thread::available_parallelism().map_or(2, usize::from).clamp(2, 4);
-        Self { read_only: false, allow_other: false, threads, passthrough: true }
+        Self { read_only: false, allow_other: false, threads, passthrough: true, helper: None }
     }
 }
 
@@ -129,11 +148,13 @@ fn start(
     let number = mounts::on(mountpoint).map(|info| info.device);
     let negotiated = Arc::new(Negotiated::new(options.passthrough));
     let listings = Arc::new(Listings::default());
+    let stage = Arc::new(Stage::default());
     let adapter = Adapter::new(
         Arc::clone(&drive),
         runtime.clone(),
         Arc::clone(&negotiated),
         Arc::clone(&listings),
+        Arc::clone(&stage),
     );
     let session = fuser::Session::from_fd(
         adapter,
@@ -147,15 +168,26 @@ fn start(
     if let Some(number) = number {
         raise_read_ahead(number);
     }
-    let kernel = Kernel::new(Arc::downgrade(&device), negotiated.abi(), number);
+    let kernel = || Kernel::new(Arc::downgrade(&device), negotiated.abi(), number);
+    let told = (kernel(), kernel());
     let serving = Serving::start(session, device, mountpoint, number).map_err(failed)?;
-    let invalidator = Invalidator::start(drive, kernel, listings, &runtime).map_err(failed)?;
+    let teller = match (&options.helper, number) {
+        (Some(command), Some(device)) if !options.read_only => {
+            let (drive, kernel, command) = (Arc::clone(&drive), told.1, command.clone());
+            let mountpoint = mountpoint.to_owned();
+            let parts = events::Parts { drive, kernel, stage, mountpoint, device, command };
+            Some(Teller::start(parts, &runtime).map_err(failed)?)
+        }
+        _ => None,
+    };
+    let invalidator = Invalidator::start(drive, told.0, listings, &runtime).map_err(failed)?;
     Ok(Mount {
         mountpoint: mountpoint.to_owned(),
         number,
         negotiated,
         serving,
         _invalidator: invalidator,
+        teller,
     })
 }
 
@@ -244,6 +276,7 @@ pub struct Mount {
     negotiated: Arc<Negotiated>,
     serving: Serving,
     _invalidator: Invalidator,
+    teller: Option<Teller>,
 }
 
 impl fmt::Debug for Mount {
@@ -268,6 +301,16 @@ impl Mount {
         self.negotiated.passthrough()
     }
 
+    /// Whether programs that watch are told of changes made elsewhere.
+    pub fn events(&self) -> Events {
+        match self.teller.as_ref().map(Teller::trouble) {
+            None => Events::Off,
+            Some(Some(trouble)) => Events::Failing(trouble),
+            Some(None) if rustix::process::geteuid().is_root() => Events::Told,
+            Some(None) => Events::ToldToOwn,
+        }
+    }
+
     /// Whether the kernel is still served: false after anybody unmounted it, or after the
     /// session failed.
     pub fn is_alive(&self) -> bool {
@@ -286,7 +329,10 @@ impl Mount {
             // Nobody serves it; what is left of it, if anything, is dead.
             (false, _) => return mend(&self.mountpoint).map(drop),
             (true, true) => take_away(&self.mountpoint, self.number),
-            (true, false) => attach::detach(&self.mountpoint, Detach::WhenIdle),
+            (true, false) => {
+                let _quiet = self.teller.as_ref().map(Teller::quiet);
+                attach::detach(&self.mountpoint, Detach::WhenIdle)
+            }
         };
         match result {
             Ok(()) => {

@@ -6,7 +6,7 @@
 //! A subscriber that falls behind is told so ([`Next::Missed`]) and must treat
 //! everything as changed: nothing is ever silently dropped.
 
-use crate::model::{FileId, LocationNo, Name};
+use crate::model::{Entry, FileId, FileType, LocationNo, Name};
 use std::sync::Arc;
 use tokio::sync::broadcast;
 
@@ -24,8 +24,12 @@ pub enum Change {
         parent: FileId,
         /// The entry.
         name: Name,
+        /// What had the name before. When it neither was nor is, it is not known what changed.
+        was: Option<Brief>,
+        /// What has it now.
+        now: Option<Brief>,
     },
-    /// Attributes of a file or directory changed, its bytes did not.
+    /// Attributes of a file or directory changed; of its bytes none, but for some at the end.
     Attributes {
         /// The location.
         location: LocationNo,
@@ -33,6 +37,8 @@ pub enum Change {
         file: FileId,
         /// Its generation, part of its inode number.
         generation: u32,
+        /// What a program that watches it may be told; `None` when nothing.
+        noticed: Option<Noticed>,
     },
     /// A location appeared, disappeared or was renamed; so may have its device.
     Locations,
@@ -40,6 +46,90 @@ pub enum Change {
     Devices,
     /// A replica began anew under its old number: what its ids meant before, they mean no more.
     Reset,
+}
+
+/// What tells one file, and one version of it, from another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Brief {
+    /// The file.
+    pub file: FileId,
+    /// Its number on its owner's disk.
+    pub disk_ino: u64,
+    /// The version of its bytes, part of its inode number.
+    pub generation: u32,
+    /// Its type.
+    pub file_type: FileType,
+    /// Its size in bytes.
+    pub size: u64,
+}
+
+impl Change {
+    /// That attributes of a file changed, seen under this name.
+    pub fn of_attributes(
+        location: LocationNo,
+        (parent, name): (FileId, &Name),
+        old: &Entry,
+        new: &Entry,
+    ) -> Self {
+        let (file, generation) = (new.file_id, new.generation);
+        let noticed = Touched::between(old, new).map(|touched| Noticed {
+            parent,
+            name: name.clone(),
+            file: new.into(),
+            touched,
+        });
+        Self::Attributes { location, file, generation, noticed }
+    }
+}
+
+impl From<&Entry> for Brief {
+    fn from(entry: &Entry) -> Self {
+        Self {
+            file: entry.file_id,
+            disk_ino: entry.disk_ino,
+            generation: entry.generation,
+            file_type: entry.attr.file_type,
+            size: entry.attr.size,
+        }
+    }
+}
+
+/// What changed of a file, and under which name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Noticed {
+    /// The directory.
+    pub parent: FileId,
+    /// The name.
+    pub name: Name,
+    /// The file.
+    pub file: Brief,
+    /// What of it.
+    pub touched: Touched,
+}
+
+/// What of a file changed, its version being the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Touched {
+    /// Its mode or times.
+    Attributes,
+    /// Bytes were appended.
+    Bytes,
+}
+
+impl Touched {
+    /// What changed between two states of one version. It is nothing when only its hash became
+    /// known, or entries of a directory came or went.
+    pub fn between(old: &Entry, new: &Entry) -> Option<Self> {
+        let is_file = new.attr.file_type == FileType::File;
+        let (old, new) = (&old.attr, &new.attr);
+        let is_touched = (old.perm, old.uid, old.gid) != (new.perm, new.uid, new.gid)
+            || (is_file && old.mtime != new.mtime);
+        match is_file && old.size != new.size {
+            true => Some(Self::Bytes),
+            false if is_touched => Some(Self::Attributes),
+            false => None,
+        }
+    }
 }
 
 /// What a subscriber receives.

@@ -24,6 +24,9 @@ pub fn run(context: &Context, command: DaemonCommand) -> Outcome<()> {
             crate::daemon::run(&dir, &config, crate::daemon::LogTo::Stderr, || Ok(()))
         }
         DaemonCommand::Guard => crate::daemon::guard::run(),
+        DaemonCommand::Events => {
+            mount_fuse::run_helper().map_err(|e| Failure::io("cannot tell of changes", e))
+        }
         DaemonCommand::Stop { force } => stop(context, force),
         DaemonCommand::Status => status(context),
     }

@@ -87,14 +87,14 @@ fn mounts(status: &Status) -> String {
     if status.mounts.is_empty() {
         return "not mounted\n\n".into();
     }
-    let mut table = Columns::new(&["mounted on", "state", "passthrough"]);
+    let mut table = Columns::new(&["mounted on", "state", "passthrough", "events"]);
     for mount in &status.mounts {
         let state = match (mount.alive, mount.read_only) {
             (false, _) => "dead",
             (_, true) => "read-only",
             _ => "ready",
         };
-        table.row([&mount.mountpoint, state, &mount.passthrough]);
+        table.row([&mount.mountpoint, state, &mount.passthrough, &mount.events]);
     }
     format!("{table}\n")
 }

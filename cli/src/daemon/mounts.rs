@@ -11,7 +11,7 @@ use crate::data_dir::DataDir;
 use crate::failure::{Code, Failure, Outcome};
 use crate::paths::drive_around;
 use crate::reply::{MountReply, MountStatus, UnmountReply};
-use mount_fuse::{Mount, MountError, MountInfo, MountOptions, Passthrough};
+use mount_fuse::{Events, HelperCommand, Mount, MountError, MountInfo, MountOptions, Passthrough};
 use serde::{Deserialize, Serialize};
 use std::fs;
 use std::os::unix::fs::DirBuilderExt;
@@ -90,6 +90,12 @@ fn status_of(mounted: &Mounted) -> MountStatus {
             Passthrough::Active => "active".into(),
             Passthrough::Unavailable(why) => why,
         },
+        events: match mounted.mount.events() {
+            Events::ToldToOwn if mounted.allow_other => "this user's programs only".into(),
+            Events::Told | Events::ToldToOwn => "active".into(),
+            Events::Failing(why) => why,
+            Events::Off => "off".into(),
+        },
         alive: mounted.mount.is_alive(),
     }
 }
@@ -129,6 +135,10 @@ impl Daemon {
             allow_other,
             threads: self.config.count("mount.threads").unwrap_or(default.threads),
             passthrough: self.config.passthrough(),
+            helper: self.config.tells_events().then(|| HelperCommand {
+                program: "/proc/self/exe".into(),
+                arguments: ["daemon", "events"].map(Into::into).into(),
+            }),
         };
         let drive = self.drive(read_only);
         let mount = mount_fuse::mount(drive, path, options, self.runtime.clone())

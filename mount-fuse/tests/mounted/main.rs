@@ -1,6 +1,7 @@
 //! The drive through a real mount. One program, so that it is linked once.
 
 mod common;
+mod events;
 mod files;
 mod remote;
 mod session;

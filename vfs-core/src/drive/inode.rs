@@ -24,6 +24,7 @@
 //! of `by_identity`, then that of `by_no`, then a node's `places`.
 
 use super::types::InodeNo;
+use crate::changes::Brief;
 use crate::model::{DeviceId, Entry, FileId, FileType, LocationNo, Name, Time};
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry as Slot;
@@ -76,14 +77,19 @@ impl RemoteIno {
 
     /// An entry of a directory that lies `depth` levels below the location's folder.
     pub fn at_depth(location: LocationNo, depth: usize, entry: &Entry) -> Self {
+        Self::of_brief(location, depth, &Brief::from(entry))
+    }
+
+    /// As [`RemoteIno::at_depth`], of what a change says of an entry.
+    pub fn of_brief(location: LocationNo, depth: usize, entry: &Brief) -> Self {
         let byte = |depth| u8::try_from(depth).unwrap_or(u8::MAX);
-        let tag = match entry.attr.file_type {
+        let tag = match entry.file_type {
             FileType::File => entry.generation.to_le_bytes()[0],
             FileType::Directory => byte(depth + 1),
             FileType::Symlink => byte(depth),
             FileType::Fifo | FileType::Socket | FileType::CharDevice | FileType::BlockDevice => 0,
         };
-        Self { location, file: entry.file_id, tag }
+        Self { location, file: entry.file, tag }
     }
 
     /// An entry of this directory.
@@ -138,6 +144,11 @@ impl InodeNo {
     /// The folder of an own location.
     pub(super) fn own_root(location: LocationNo) -> Self {
         Self(OWN | (u64::from(location.0) & LOCATION_MASK) << OWN_BITS)
+    }
+
+    /// A number that no file has: no entry has the file id 0, and 1 is the root.
+    pub(super) fn of_nothing(count: u64) -> Self {
+        Self(2 + count % 254)
     }
 
     /// The number of an own inode: the disk's where it fits, else the `attempt`th stand-in.
@@ -363,6 +374,10 @@ mod tests {
         let first = RemoteIno::root(LocationNo(0));
         assert_eq!(first.no().class(), Class::Remote(first));
         assert_eq!(InodeNo::ROOT.class(), Class::Root);
+        for count in 0..1000 {
+            let Class::Remote(nothing) = InodeNo::of_nothing(count).class() else { panic!() };
+            assert_eq!(nothing.file, crate::index::ROOT_PARENT, "of no entry");
+        }
         assert_eq!(InodeNo::of_device(DeviceId([255; 32])).class(), Class::Device);
         assert_eq!(InodeNo::of_device(DeviceId([0; 32])).class(), Class::Device);
         assert_eq!(InodeNo::own_root(LOCATION).class(), Class::Own(LOCATION));

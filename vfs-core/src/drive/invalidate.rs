@@ -46,7 +46,7 @@ impl<'a> Translation<'a> {
 
     fn add(&mut self, change: &Change) -> FsResult<()> {
         match change {
-            Change::Entry { location, parent, name } => self.entry(*location, *parent, name),
+            Change::Entry { location, parent, name, .. } => self.entry(*location, *parent, name),
             Change::Attributes { location, file, .. } => self.attributes(*location, *file),
             // Devices come and go with members, locations with either.
             Change::Locations | Change::Devices => {

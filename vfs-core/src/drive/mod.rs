@@ -16,6 +16,7 @@
 //! | [`xattr`] | extended attributes of remote entries |
 //! | [`locks`] | locks that programs set through it |
 //! | [`invalidate`] | what a kernel must drop after a change |
+//! | [`events`] | what programs that watch a directory are told of a change |
 //!
 //! This module only decides who answers. Nothing waits for a network but
 //! [`Drive::read`]; everything else takes a disk's or a memory's time, and may
@@ -23,6 +24,7 @@
 //! in `docs/SEMANTICS.md`.
 
 mod cookie;
+mod events;
 mod handle;
 mod inode;
 mod invalidate;
@@ -39,6 +41,7 @@ mod xattr;
 #[cfg(test)]
 mod tests;
 
+pub use events::{Backlog, Event, Pending, Place};
 pub use links::ForeignSymlinks;
 pub use locks::LockOf;
 pub use types::{
@@ -62,6 +65,7 @@ use inode::{Class, OwnTable, RemoteIno};
 use invalidate::Translation;
 use own::Own;
 use remote::{Remote, read_only};
+use std::collections::HashSet;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -131,6 +135,11 @@ impl Drive {
     /// What a kernel must drop after the changes of one commit; cheaper than one by one.
     pub fn invalidations_of(&self, changes: &[Change]) -> Vec<Invalidation> {
         Translation::new(&self.top, &self.own, &self.remote).of(changes)
+    }
+
+    /// What programs that watch these inodes are told of what has changed meanwhile, in order.
+    pub fn events(&self, changed: Backlog, watched: &HashSet<InodeNo>) -> Vec<Event> {
+        events::Translation::new(&self.top, &self.own, &self.remote, watched).of(changed)
     }
 
     /// What a name of a directory refers to. Counts one lookup, to be undone by

@@ -2,6 +2,7 @@
 //! disk, and a peer's location that exists as rows of the index and bytes of a
 //! source that can be switched off.
 
+mod events;
 mod listing;
 mod own;
 mod owner;

@@ -65,6 +65,16 @@ impl Top {
         }
     }
 
+    /// The names that lead from the root to a location's folder, and the folder's number.
+    pub fn way_to(&self, location: &Location) -> Option<([Name; 2], InodeNo)> {
+        let (folder, device) = (self.folder(location), InodeNo::of_device(location.owner));
+        let named = |entries: Vec<(Name, InodeNo)>, ino| {
+            entries.into_iter().find_map(|(name, n)| (n == ino).then_some(name))
+        };
+        let location = named(self.locations(device).ok()?, folder)?;
+        Some(([named(self.devices(), device)?, location], folder))
+    }
+
     fn device(&self, ino: InodeNo) -> FsResult<Device> {
         self.library
             .with(|s| {

@@ -196,8 +196,11 @@ fn a_listing_that_is_as_before_costs_nothing() {
         Some(Observed { attr: Attr { size: 11, ..listing[1].attr }, ..listing[1].clone() }),
     );
     let Some(Next::Batch(batch)) = feed.blocking_next() else { panic!("nothing was announced") };
-    let change = Change::Entry { location: f.no, parent: FileId::ROOT, name: name("a") };
-    assert_eq!(*batch, [change], "the first change is that of the second observation");
+    let [Change::Entry { location, parent, name, was: Some(was), now: Some(now) }] = &*batch else {
+        panic!("the first change is that of the second observation: {batch:?}")
+    };
+    assert_eq!((*location, *parent, name.as_bytes()), (f.no, FileId::ROOT, &b"a"[..]));
+    assert_eq!((was.file, was.generation + 1, now.size), (now.file, now.generation, 11));
 }
 
 #[test]

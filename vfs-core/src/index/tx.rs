@@ -15,7 +15,7 @@ use super::read;
 use super::row::{Row, State, encode};
 use super::store::{Batch, Snapshot, StoreError, Table, Visit};
 use super::{Counts, IndexError, ROOT_PARENT};
-use crate::changes::Change;
+use crate::changes::{Brief, Change};
 use crate::model::{DeviceId, Entry, FileId, FileType, LocationNo, Name, Seq};
 use crate::ops::DRAWN_FILE_ID;
 use std::collections::BTreeMap;
@@ -168,7 +168,8 @@ impl<'a> Tx<'a> {
         self.erase_row(place, old)?;
         self.bury(place, seq)?;
         let Place { no: location, parent, name } = place;
-        self.changes.push(Change::Entry { location, parent, name: name.clone() });
+        let was = Some(Brief::from(&old.entry));
+        self.changes.push(Change::Entry { location, parent, name: name.clone(), was, now: None });
         Ok(())
     }
 
@@ -274,11 +275,13 @@ impl<'a> Tx<'a> {
 
     fn announce(&mut self, place: Place<'_>, old: Option<&Entry>, new: &Entry) {
         let Place { no: location, parent, name } = place;
-        let same = old.is_some_and(|o| (o.file_id, o.generation) == (new.file_id, new.generation));
-        self.changes.push(if same {
-            Change::Attributes { location, file: new.file_id, generation: new.generation }
-        } else {
-            Change::Entry { location, parent, name: name.clone() }
+        let same = |o: &&Entry| (o.file_id, o.generation) == (new.file_id, new.generation);
+        self.changes.push(match old.filter(same) {
+            Some(old) => Change::of_attributes(location, (parent, name), old, new),
+            None => {
+                let (was, now) = (old.map(Brief::from), Some(Brief::from(new)));
+                Change::Entry { location, parent, name: name.clone(), was, now }
+            }
         });
     }
 }

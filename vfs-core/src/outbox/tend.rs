@@ -6,10 +6,10 @@ use super::deliver::NEVER;
 use super::queue::{OpBytes, Progress, Retiring};
 use super::record::{OpRecord, Record};
 use super::{Outbox, State};
-use crate::changes::Change as Shown;
+use crate::changes::{Brief, Change as Shown};
 use crate::error::FsResult;
 use crate::failpoint::fail_point;
-use crate::model::{Entry, FileId, LocationNo, Name, Stamp};
+use crate::model::{Entry, FileId, LocationNo, Stamp};
 use crate::ops::{Change, Place};
 use std::borrow::Cow;
 use std::collections::BTreeSet;
@@ -454,9 +454,12 @@ pub(super) fn changes_of(location: LocationNo, change: &Change) -> Vec<Shown> {
     let file = change.file();
     let mut changes: Vec<_> = places_of(change)
         .into_iter()
-        .map(|Place { dir, name }| Shown::Entry { location, parent: dir, name })
+        .map(|Place { dir: parent, name }| {
+            let (was, now) = (None, None);
+            Shown::Entry { location, parent, name, was, now }
+        })
         .collect();
-    changes.push(Shown::Attributes { location, file, generation: 0 });
+    changes.push(Shown::Attributes { location, file, generation: 0, noticed: None });
     changes
 }
 
@@ -471,17 +474,13 @@ fn differences(
         let Place { dir: parent, name } = place;
         let number = |e: &Option<Entry>| e.as_ref().map(|e| (e.file_id, e.generation));
         if number(&before) != number(&after) {
-            changes.push(entry(location, parent, name));
+            let (was, now) = (before.as_ref().map(Brief::from), after.as_ref().map(Brief::from));
+            changes.push(Shown::Entry { location, parent, name, was, now });
         } else if let (Some(before), Some(after)) = (before, after)
             && before.attr != after.attr
         {
-            let (file, generation) = (after.file_id, after.generation);
-            changes.push(Shown::Attributes { location, file, generation });
+            changes.push(Shown::of_attributes(location, (parent, &name), &before, &after));
         }
     }
     changes
-}
-
-fn entry(location: LocationNo, parent: FileId, name: Name) -> Shown {
-    Shown::Entry { location, parent, name }
 }

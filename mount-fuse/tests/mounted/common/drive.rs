@@ -175,6 +175,9 @@ fn row(parent: u64, name: &str, entry: Entry) -> LogRow {
     LogRow { seq: Seq(0), parent: FileId(parent), name, entry: Some(entry) }
 }
 
+/// File id, generation and size.
+type Numbers = (u64, u32, u64);
+
 impl Parts {
     /// A hashed file of the peer, whose bytes it serves.
     pub fn add_peer_file(&self, id: u64, name: &str, bytes: &[u8]) {
@@ -193,6 +196,18 @@ impl Parts {
     pub fn remove_peer_file(&self, name: &str) {
         let gone = LogRow { entry: None, ..row(1, name, entry(2, FileType::File, 0)) };
         self.apply(vec![gone]);
+    }
+
+    /// Rows of the peer's folder: of each name its file id, generation and size, or that it is
+    /// gone. File ids from 1000 on are directories.
+    pub fn change_peer(&self, names: &[(&str, Option<Numbers>)]) {
+        let rows = names.iter().map(|(name, file)| {
+            let (id, generation, size) = file.unwrap_or((2, 1, 0));
+            let file_type = if id >= 1000 { FileType::Directory } else { FileType::File };
+            let now = Entry { generation, ..entry(id, file_type, size) };
+            LogRow { entry: file.map(|_| now.clone()), ..row(1, name, now) }
+        });
+        self.apply(rows.collect());
     }
 
     fn apply(&self, mut rows: Vec<LogRow>) {

@@ -104,7 +104,8 @@ fn a_name_is_told_although_its_file_is_written_here() {
     bench.put_remote(bench.ino(&at("old")), 0, b"ours");
     // As when the name comes back after it was hidden, while the bytes still wait.
     let name = Name::new(*b"old").unwrap();
-    let change = Change::Entry { location: bench.remote, parent: ROOT, name: name.clone() };
+    let (location, parent) = (bench.remote, ROOT);
+    let change = Change::Entry { location, parent, name: name.clone(), was: None, now: None };
     let told = bench.drive.invalidations(&change);
     assert_eq!(told, [Invalidation::Entry { parent: dir, name }, Invalidation::Directory(dir)]);
 }

@@ -1,0 +1,423 @@
+//! Telling programs that watch a directory what changed in it elsewhere.
+//!
+//! A thread of its own gathers changes, looks who watches, and has the
+//! [`Helper`](crate::helper) make the calls that [`Drive::events`] names, while the
+//! [`Stage`](crate::stage) answers them. It waits for the kernel, for the helper and so for
+//! the threads that serve the kernel; nothing ever waits for it.
+//!
+//! Who watches is looked up after the changes, so no watch is missed; and as seldom as keeps
+//! its cost small. When too much changes for that, those are told at once of whom it is known,
+//! and who is found later is told that much changed. Without a watch there is no helper.
+
+use crate::helper::{Helper, HelperCommand};
+use crate::mounts::DeviceNo;
+use crate::notify::Kernel;
+use crate::stage::{Act, Proof, Spot, Stage};
+use crate::watches;
+use rustix::io::Errno;
+use std::collections::HashSet;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::thread;
+use std::time::{Duration, Instant};
+use tokio::runtime::Handle;
+use tokio::sync::oneshot;
+use vfs_core::changes::Next;
+use vfs_core::drive::{Backlog, Drive, Event, Found, InodeNo, Pending, Place};
+use vfs_core::error::Kind;
+use vfs_core::model::FileType;
+
+/// Changes that belong together, as the two names of a move, come within this time.
+const SETTLE: Duration = Duration::from_millis(20);
+/// Looking who watches takes one part in so many of a processor's time, while nobody does…
+const LOOK_SHARE: u32 = 20;
+/// …while somebody does…
+const LOOK_SHARE_WATCHED: u32 = 10;
+/// …and where that would be more seldom than this, if nothing more than…
+const LOOK_EVERY: Duration = Duration::from_millis(600);
+/// …this part.
+const LOOK_SHARE_MAX: u32 = 5;
+/// How many calls are made before the mount may be taken away.
+const BATCH: usize = 64;
+/// How long who takes it away waits for that.
+const QUIET_PATIENCE: Duration = Duration::from_secs(2);
+/// How often a name is made anew that a program has looked up meanwhile.
+const TRIES: usize = 3;
+/// The next helper is started no sooner after the last one was.
+const RESTART_AFTER: Duration = Duration::from_secs(2);
+
+/// The thread; it ends when this is dropped, after the call that it is having made.
+pub(crate) struct Teller {
+    _stop: oneshot::Sender<()>,
+    shared: Arc<Shared>,
+}
+
+#[derive(Default)]
+struct Shared {
+    /// Held while the helper has the mount open.
+    quiet: Mutex<()>,
+    /// Why nobody is told.
+    trouble: Mutex<Option<String>>,
+}
+
+/// What the thread needs.
+pub(crate) struct Parts {
+    pub drive: Arc<Drive>,
+    pub kernel: Kernel,
+    pub stage: Arc<Stage>,
+    pub mountpoint: PathBuf,
+    pub device: DeviceNo,
+    pub command: HelperCommand,
+}
+
+impl Teller {
+    pub(crate) fn start(parts: Parts, runtime: &Handle) -> io::Result<Self> {
+        let changes = parts.drive.subscribe();
+        let (stop, stopped) = oneshot::channel();
+        let (shared, runtime) = (Arc::new(Shared::default()), runtime.clone());
+        let telling = Telling {
+            parts,
+            shared: Arc::clone(&shared),
+            helper: None,
+            restart_from: Instant::now(),
+            watched: HashSet::new(),
+            look_from: Instant::now(),
+            is_hurried: false,
+        };
+        let run = move || telling.run(&runtime, changes, stopped);
+        thread::Builder::new().name("sd-events".into()).spawn(run)?;
+        Ok(Self { _stop: stop, shared })
+    }
+
+    /// Why programs that watch are not told, if they are not.
+    pub(crate) fn trouble(&self) -> Option<String> {
+        self.shared.trouble().clone()
+    }
+
+    /// While this is held, the helper does not keep the mount busy.
+    pub(crate) fn quiet(&self) -> Option<MutexGuard<'_, ()>> {
+        let start = Instant::now();
+        loop {
+            match self.shared.quiet.try_lock() {
+                Ok(guard) => return Some(guard),
+                Err(TryLockError::Poisoned(poisoned)) => return Some(poisoned.into_inner()),
+                Err(TryLockError::WouldBlock) if start.elapsed() > QUIET_PATIENCE => return None,
+                Err(TryLockError::WouldBlock) => thread::sleep(Duration::from_millis(1)),
+            }
+        }
+    }
+}
+
+impl Shared {
+    fn trouble(&self) -> MutexGuard<'_, Option<String>> {
+        self.trouble.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+struct Telling {
+    parts: Parts,
+    shared: Arc<Shared>,
+    helper: Option<Helper>,
+    restart_from: Instant,
+    /// Who watched at the last look.
+    watched: HashSet<InodeNo>,
+    look_from: Instant,
+    /// Since then something was told to these alone.
+    is_hurried: bool,
+}
+
+/// Why the thread woke.
+enum Wake {
+    Change(Next),
+    Due,
+    Stop,
+}
+
+impl Telling {
+    fn run(
+        mut self,
+        runtime: &Handle,
+        mut changes: vfs_core::changes::Subscription,
+        mut stopped: oneshot::Receiver<()>,
+    ) {
+        let (mut pending, mut due) = (Pending::default(), None);
+        loop {
+            let wake = runtime.block_on(async {
+                tokio::select! {
+                    biased;
+                    _ = &mut stopped => Wake::Stop,
+                    () = at(due) => Wake::Due,
+                    next = changes.next() => next.map_or(Wake::Stop, Wake::Change),
+                }
+            });
+            match wake {
+                Wake::Change(Next::Batch(batch)) => pending.add(&batch),
+                Wake::Change(Next::Missed) => pending.missed(),
+                Wake::Due => self.tell(&mut pending, &mut stopped),
+                Wake::Stop => break,
+            }
+            due = match due {
+                _ if pending.is_empty() => None,
+                _ if pending.is_full() => Some(Instant::now()),
+                Some(due) if due > Instant::now() => Some(due),
+                _ => Some(self.look_from.max(Instant::now() + SETTLE)),
+            };
+        }
+        self.end_helper();
+    }
+
+    /// Tells who watches; what could not be told stays to be told in one.
+    fn tell(&mut self, pending: &mut Pending, stopped: &mut oneshot::Receiver<()>) {
+        let changed = pending.take();
+        let newcomers = match Instant::now() < self.look_from {
+            true => {
+                self.is_hurried = true;
+                HashSet::new()
+            }
+            false => self.look(),
+        };
+        if self.watched.is_empty() {
+            return self.end_helper();
+        }
+        if self.helper.is_none() && Instant::now() < self.restart_from {
+            return self.put_off(pending);
+        }
+        let drive = &self.parts.drive;
+        let mut events = drive.events(changed, &self.watched);
+        events.extend(drive.events(Backlog::of_everything(), &newcomers));
+        for batch in events.chunks(BATCH) {
+            if stopped.try_recv() != Err(oneshot::error::TryRecvError::Empty) {
+                return;
+            }
+            let told = self.tell_batch(batch);
+            self.note(&told);
+            if told.is_err() {
+                self.end_helper();
+                return self.put_off(pending);
+            }
+        }
+    }
+
+    /// When there may be a helper again, all are told that something changed.
+    fn put_off(&mut self, pending: &mut Pending) {
+        pending.missed();
+        self.look_from = self.look_from.max(self.restart_from);
+    }
+
+    /// Looks who watches; gives those of whom it was not known when others were told.
+    fn look(&mut self) -> HashSet<InodeNo> {
+        let start = processor_time();
+        let watched = watches::watched(self.parts.device);
+        let took = processor_time().saturating_sub(start);
+        self.look_from = Instant::now() + pause_after(took, watched.is_empty());
+        let before = std::mem::replace(&mut self.watched, watched);
+        match std::mem::take(&mut self.is_hurried) {
+            true => self.watched.difference(&before).copied().collect(),
+            false => HashSet::new(),
+        }
+    }
+
+    fn start_helper(&mut self) -> io::Result<()> {
+        self.restart_from = Instant::now() + RESTART_AFTER;
+        let proof = Proof::draw()?;
+        self.helper = Some(Helper::start(&self.parts.command, &proof)?);
+        self.parts.stage.expect(Some(proof));
+        Ok(())
+    }
+
+    fn end_helper(&mut self) {
+        if let Some(helper) = self.helper.take() {
+            helper.end(|| self.parts.stage.expect(None));
+        }
+    }
+
+    fn tell_batch(&mut self, events: &[Event]) -> io::Result<()> {
+        let shared = Arc::clone(&self.shared);
+        let _busy = shared.quiet.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.helper.is_none() {
+            self.start_helper()?;
+        }
+        self.helper.as_mut().map_or(Ok(()), |helper| tell_all(&self.parts, helper, events))
+    }
+
+    /// Says it once when nobody can be told.
+    fn note(&self, told: &io::Result<()>) {
+        let mut trouble = self.shared.trouble();
+        match told {
+            Ok(()) => *trouble = None,
+            Err(error) => {
+                if trouble.is_none() {
+                    tracing::warn!(%error, "programs that watch are not told of others' changes");
+                }
+                *trouble = Some(error.to_string());
+            }
+        }
+    }
+}
+
+/// What this thread has used of a processor.
+fn processor_time() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::try_from(time).unwrap_or_default()
+}
+
+/// How long after a look that took so much the next one may come.
+fn pause_after(look: Duration, is_unwatched: bool) -> Duration {
+    let share = if is_unwatched { LOOK_SHARE } else { LOOK_SHARE_WATCHED };
+    (look * share).min(LOOK_EVERY).max(look * LOOK_SHARE_MAX)
+}
+
+async fn at(due: Option<Instant>) {
+    match due {
+        Some(due) => tokio::time::sleep_until(due.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn tell_all(parts: &Parts, helper: &mut Helper, events: &[Event]) -> io::Result<()> {
+    helper.open(parts.mountpoint.as_os_str().as_bytes())?;
+    for event in events {
+        match tell(parts, helper, event)? {
+            Ok(()) => {}
+            // The user may not write there, but the directory is the user's.
+            Err(Errno::ACCESS | Errno::PERM) => {
+                for at in event.places() {
+                    let _ = play(parts, helper, Act::Touch, &[], &[b"touch", &at.path, b""])?;
+                }
+            }
+            // Something was faster: a directory is gone, a name is there again.
+            Err(error) => tracing::debug!(%error, ?event, "a change was not told"),
+        }
+    }
+    helper.close()
+}
+
+fn spot(place: &Place) -> Spot {
+    (place.dir, place.name.as_bytes().to_owned())
+}
+
+/// The inner result is that of the call.
+fn tell(parts: &Parts, helper: &mut Helper, event: &Event) -> io::Result<Result<(), Errno>> {
+    match event {
+        Event::Created(at) => tell_created(parts, helper, at),
+        Event::Deleted(at, ghost) if !is_told(parts, at, Some(ghost)) => {
+            let kind: &[u8] = if ghost.attr.file_type == FileType::Directory { b"d" } else { b"f" };
+            let act = Act::Remove(spot(at), *ghost);
+            play(parts, helper, act, &[at], &[b"remove", kind, &at.path, at.name.as_bytes()])
+        }
+        Event::Moved(from, to, over) if !is_told(parts, to, None) => {
+            let act = Act::Move(spot(from), spot(to), *over);
+            let names = (from.name.as_bytes(), to.name.as_bytes());
+            let fields: [&[u8]; 5] = [b"move", &from.path, names.0, &to.path, names.1];
+            let moved = play(parts, helper, act, &[from, to], &fields);
+            // What the kernel remembers of both names is from before the call.
+            for at in [from, to] {
+                parts.kernel.expire_entry(at.dir.0, at.name.as_bytes());
+            }
+            moved
+        }
+        Event::Modified(at) => tell_touched(parts, helper, at, b"modify"),
+        Event::Touched(at) => tell_touched(parts, helper, at, b"touch"),
+        Event::Directory { path, .. } => {
+            play(parts, helper, Act::Touch, &[], &[b"touch", path, b""])
+        }
+        Event::Deleted(..) | Event::Moved(..) => Ok(Ok(())),
+    }
+}
+
+fn is_told(parts: &Parts, at: &Place, found: Option<&Found>) -> bool {
+    parts.stage.is_told(at.dir, at.name.as_bytes(), found.map(|found| found.ino))
+}
+
+/// What has the name now.
+fn found_at(parts: &Parts, at: &Place) -> Result<Found, Errno> {
+    let found = parts
+        .drive
+        .lookup(at.dir, at.name.as_bytes())
+        .map_err(|error| if error.kind() == Kind::NotFound { Errno::NOENT } else { Errno::IO })?;
+    parts.drive.forget(found.ino, 1);
+    Ok(found)
+}
+
+fn tell_created(parts: &Parts, helper: &mut Helper, at: &Place) -> io::Result<Result<(), Errno>> {
+    let found = match found_at(parts, at) {
+        _ if is_told(parts, at, None) => return Ok(Ok(())),
+        Err(errno) => return Ok(Err(errno)),
+        Ok(found) => found,
+    };
+    let kind: &[u8] = match found.attr.file_type {
+        FileType::File => b"f",
+        FileType::Directory => b"d",
+        FileType::Symlink => b"l",
+        FileType::Fifo => b"p",
+        FileType::Socket => b"s",
+        // Making one takes a privilege.
+        FileType::CharDevice | FileType::BlockDevice => return Ok(Ok(())),
+    };
+    let fields: [&[u8]; 4] = [b"make", kind, &at.path, at.name.as_bytes()];
+    let mut made = Ok(());
+    for _ in 0..TRIES {
+        made = play(parts, helper, Act::Make(spot(at)), &[at], &fields)?;
+        // A program looked it up before, and the kernel had it still.
+        if made != Err(Errno::EXIST) {
+            break;
+        }
+    }
+    match made {
+        Ok(()) => tell_written(parts, helper, at, &found),
+        Err(errno) => Ok(Err(errno)),
+    }
+}
+
+fn tell_touched(
+    parts: &Parts,
+    helper: &mut Helper,
+    at: &Place,
+    how: &[u8],
+) -> io::Result<Result<(), Errno>> {
+    let found = match found_at(parts, at) {
+        Err(errno) => return Ok(Err(errno)),
+        Ok(found) if is_told(parts, at, Some(&found)) => return Ok(Ok(())),
+        Ok(found) => found,
+    };
+    parts.kernel.expire_attributes(found.ino.0);
+    match play(parts, helper, Act::Touch, &[at], &[how, &at.path, at.name.as_bytes()])? {
+        Ok(()) if how == b"modify" => tell_written(parts, helper, at, &found),
+        touched => Ok(touched),
+    }
+}
+
+/// Many programs look at a file when it was closed by who wrote to it. While it is open for
+/// writing it cannot be executed, so of programs they are not told.
+fn tell_written(
+    parts: &Parts,
+    helper: &mut Helper,
+    at: &Place,
+    found: &Found,
+) -> io::Result<Result<(), Errno>> {
+    if found.attr.file_type == FileType::File && found.attr.perm & 0o111 == 0 {
+        let fields: [&[u8]; 3] = [b"written", &at.path, at.name.as_bytes()];
+        // Some cannot be opened: one that nobody may write to, or that is read past the daemon.
+        if let Err(error) = play(parts, helper, Act::Touch, &[], &fields)? {
+            tracing::debug!(%error, ?at, "that it was closed was not told");
+        }
+    }
+    Ok(Ok(()))
+}
+
+/// Has one call made, after the kernel was told to ask anew for these names.
+fn play(
+    parts: &Parts,
+    helper: &mut Helper,
+    act: Act,
+    names: &[&Place],
+    fields: &[&[u8]],
+) -> io::Result<Result<(), Errno>> {
+    parts.stage.set(Some(act));
+    names.iter().for_each(|at| parts.kernel.expire_entry(at.dir.0, at.name.as_bytes()));
+    let called = helper.call(fields);
+    parts.stage.set(None);
+    called
+}
