@@ -324,9 +324,12 @@ impl Device {
     #[track_caller]
     pub fn mount(&self) -> PathBuf {
         let mountpoint = self.mountpoint();
-        if !is_mounted(&mountpoint) {
-            std::fs::create_dir_all(&mountpoint).expect("a mount point");
-            std::os::unix::fs::chown(&mountpoint, self.user, self.user).expect("its owner");
+        // Once it is there it may be a mount at any moment: a daemon revives what the last one left.
+        match std::fs::create_dir(&mountpoint) {
+            Ok(()) => {
+                std::os::unix::fs::chown(&mountpoint, self.user, self.user).expect("its owner");
+            }
+            Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::AlreadyExists),
         }
         self.sd(&["mount".as_ref(), mountpoint.as_os_str()]).ok();
         assert!(is_mounted(&mountpoint), "sd mount returned, and nothing is mounted");
