@@ -57,7 +57,7 @@ const ASK_AGAIN: Duration = Duration::from_secs(1);
 /// long: what comes together costs both devices, and the network, much less, and nobody waits.
 const GATHER: Duration = Duration::from_millis(10);
 /// The longest that it gathers while a program goes on writing.
-const GATHER_MOST: Duration = Duration::from_millis(250);
+const GATHER_MOST: Duration = Duration::from_millis(400);
 /// After so long without a failure the next one counts as the first.
 const CALM: Duration = Duration::from_secs(60);
 /// Beside rows and pings, which go first, and beside the content that a program waits for.
