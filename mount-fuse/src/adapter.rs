@@ -158,6 +158,18 @@ impl Adapter {
         })
     }
 
+    /// What is written through the handle that made a file, and only writes, is a request for each
+    /// `write` either way: past the page cache without a copy, and without one more request for
+    /// the attribute that would hold a new file's capabilities. With `O_SYNC` it is the page
+    /// cache's way that ends with an FSYNC.
+    fn past_the_page_cache(&self, flags: OpenFlags) -> FopenFlags {
+        let only_writes = flags.write && !flags.read && !flags.sync && !flags.data_sync;
+        match only_writes && self.negotiated.drops_written_pages() {
+            true => FopenFlags::FOPEN_DIRECT_IO,
+            false => FopenFlags::empty(),
+        }
+    }
+
     /// With `HANDLE_KILLPRIV_V2` set-id bits are the daemon's to take off a file that changes.
     /// The daemon's own write has that effect, unless it is privileged: then they go here, when
     /// a caller who is not root opens the file for writing or sets its size. Taking them off at
@@ -246,15 +258,8 @@ fn is_staged(opened: &Opened, flags: OpenFlags) -> bool {
 
 /// FLUSH, a request at each `close`, is for those who have something to report then, or record
 /// locks to give back: readers are spared it, and give theirs back with the open file.
-///
-/// What is written through a handle that only writes goes past the page cache: a request for each
-/// `write` either way, but without a copy, and without the kernel asking each new file for the
-/// attribute that holds its capabilities. Other handles' pages are dropped by the kernel. With
-/// `O_SYNC` it is the page cache's way that ends with an FSYNC.
 fn cached_flags(opened: &Opened, flags: OpenFlags) -> FopenFlags {
     let mut fopen = FopenFlags::empty();
-    let only_writes = flags.write && !flags.read && !flags.sync && !flags.data_sync;
-    fopen.set(FopenFlags::FOPEN_DIRECT_IO, only_writes);
     fopen.set(FopenFlags::FOPEN_KEEP_CACHE, matches!(opened.io, Io::Calls { keep_cache: true }));
     fopen.set(FopenFlags::FOPEN_NOFLUSH, !flags.may_change());
     fopen
@@ -568,7 +573,8 @@ impl Filesystem for Adapter {
                 reply.created_passthrough(&valid, &attr, generation, fh, flags, &id);
             }
             IoMode::Cached => {
-                reply.created(&valid, &attr, generation, fh, cached_flags(&opened, flags));
+                let flags = cached_flags(&opened, flags) | self.past_the_page_cache(flags);
+                reply.created(&valid, &attr, generation, fh, flags);
             }
         }
     }

@@ -119,6 +119,13 @@ impl Negotiated {
         }
     }
 
+    /// Whether the kernel drops the pages of other handles, and of mappings, that are written to
+    /// past them: from 6.6, the first that speaks this version.
+    pub(crate) fn drops_written_pages(&self) -> bool {
+        let Version(major, minor) = self.abi();
+        (major, minor) >= (7, 39)
+    }
+
     /// Whether set-id bits of a changed file must be taken off by the adapter: with
     /// `HANDLE_KILLPRIV_V2` the kernel leaves it to the daemon, whose own writes have that
     /// effect unless it has CAP_FSETID.

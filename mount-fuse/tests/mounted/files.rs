@@ -219,7 +219,8 @@ fn a_mapping_shows_what_is_written_past_the_page_cache() {
     use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
     const LEN: usize = 8192;
     for rig in Rig::both("a_mapping_shows_what_is_written_past_the_page_cache") {
-        fs::write(rig.path("a"), pattern(LEN, 5)).unwrap();
+        let writer = OpenOptions::new().write(true).create_new(true).open(rig.path("a")).unwrap();
+        writer.write_all_at(&pattern(LEN, 5), 0).unwrap();
         let file = File::open(rig.path("a")).unwrap();
         // SAFETY: a new mapping at an address that the kernel chooses aliases nothing.
         let map = unsafe {
@@ -228,7 +229,6 @@ fn a_mapping_shows_what_is_written_past_the_page_cache() {
         // SAFETY: within the mapping, which lives until `munmap` below.
         let byte = |at: usize| unsafe { map.cast::<u8>().add(at).read_volatile() };
         assert_eq!(byte(5000), pattern(LEN, 5)[5000]);
-        let writer = OpenOptions::new().write(true).open(rig.path("a")).unwrap();
         writer.write_all_at(&[pattern(LEN, 5)[5000] ^ 0xff], 5000).unwrap();
         assert_eq!(byte(5000), pattern(LEN, 5)[5000] ^ 0xff);
         assert_eq!(fs::read(rig.path("a")).unwrap()[5000], byte(5000));
