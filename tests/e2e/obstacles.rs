@@ -136,7 +136,8 @@ fn an_unplugged_disk_gets_what_was_written_for_it_and_its_mount_point_nothing() 
     told(&reader, "new", "not connected");
     assert_eq!(fs::read(ours.join("file")).unwrap(), b"written meanwhile");
     assert_eq!(fs::read_dir(&theirs).unwrap().count(), 0, "the empty mount point is no location");
-    mount(&image, &theirs);
+    let mut mount = Command::new("mount");
+    proc::run(mount.args(["-o", "loop"]).args([&image, &theirs]), PATIENCE).ok();
     wait_until("the disk to be seen", PATIENCE, || {
         reader.sd(&["sync", "--timeout", "5s"]).status.success()
     });
@@ -154,133 +155,28 @@ fn another_disk_in_the_place_is_not_taken_for_the_location() {
     fs::write(theirs.join("file"), "as it was").unwrap();
     drop(SmallDisk::mount(&other, &aside, 64 << 20));
     let (owner, reader, ours) = pair(&lab, &theirs);
+    let state = || owner.location_row("owner", "files").expect("the location")["state"].clone();
+    let mount = |image: &Path| {
+        let mut mount = Command::new("mount");
+        proc::run(mount.args(["-o", "loop"]).args([image, &theirs]), PATIENCE).ok();
+    };
     umount(&theirs);
-    mount(&other, &theirs);
+    mount(&other);
     let born = |path: &Path| fs::metadata(path).unwrap().created().unwrap();
     let birth = born(&theirs);
     owner.sd(&["location", "rescan", "files"]).ok();
-    wait_until("the disk to be missed", PATIENCE, || state(&owner, "state") == "offline");
+    wait_until("the disk to be missed", PATIENCE, || state() == "offline");
     fs::write(ours.join("new"), "for the disk that is away").unwrap();
     told(&reader, "new", "not connected");
     assert_eq!(fs::read_dir(&theirs).unwrap().count(), 0, "nothing is put on another disk");
     umount(&theirs);
-    mount(&image, &theirs);
+    mount(&image);
     assert_eq!(born(&theirs), birth, "only their names tell the disks apart");
     wait_until("the disk to be seen", PATIENCE, || {
         reader.sd(&["sync", "--timeout", "5s"]).status.success()
     });
     assert_eq!(fs::read(ours.join("file")).unwrap(), b"as it was");
     assert_eq!(fs::read(theirs.join("new")).unwrap(), b"for the disk that is away");
-    drop(disk);
-}
-
-fn mount(image: &Path, folder: &Path) {
-    let mut mount = Command::new("mount");
-    proc::run(mount.args(["-o", "loop"]).args([image, folder]), PATIENCE).ok();
-}
-
-/// What the owner's status says of the location.
-fn state(owner: &Device, field: &str) -> String {
-    let row = owner.location_row("owner", "files").expect("the location");
-    row[field].as_str().unwrap_or_default().to_owned()
-}
-
-#[test]
-fn a_disk_that_is_back_under_another_path_is_the_location() {
-    let Some(lab) = Lab::local(&[Need::Fuse, Need::LoopDevices]) else { return };
-    let (stick, elsewhere) = (lab.folder("stick"), lab.folder("else where"));
-    let image = lab.dir().join("disk.img");
-    let disk = SmallDisk::mount(&image, &stick, 64 << 20);
-    let theirs = stick.join("files");
-    fs::create_dir_all(theirs.join("sub")).unwrap();
-    for n in 0..50 {
-        fs::write(theirs.join(format!("sub/{n}")), format!("bytes of {n}")).unwrap();
-    }
-    let (owner, reader, ours) = pair(&lab, &theirs);
-    let applied = || {
-        let replicas = reader.device_row("owner").expect("the owner")["replicas"].clone();
-        replicas[0]["applied"].as_u64().expect("a number")
-    };
-    let inode = |name: &str| fs::symlink_metadata(ours.join(name)).unwrap().ino();
-    let (rows, number) = (applied(), inode("sub/7"));
-
-    umount(&stick);
-    wait_until("the disk to be missed", PATIENCE, || state(&owner, "state") == "offline");
-    fs::write(ours.join("new"), "written meanwhile").unwrap();
-    told(&reader, "new", "not connected");
-    assert_eq!(fs::read_dir(ours.join("sub")).unwrap().count(), 50, "browsed while it is away");
-    assert_eq!(fs::read_dir(&stick).unwrap().count(), 0);
-
-    mount(&image, &elsewhere);
-    let there = elsewhere.join("files");
-    let is_there = || fs::read(there.join("new")).is_ok_and(|found| found == b"written meanwhile");
-    wait_until("what waited to arrive", PATIENCE, is_there);
-    wait_until("where it is to be told", PATIENCE, || {
-        Path::new(&state(&owner, "path")) == there && state(&owner, "state") == "idle"
-    });
-    let listed = owner.json(&["location", "list"]);
-    assert_eq!(listed["locations"][0]["path"], there.to_str().unwrap());
-    assert_eq!(fs::read(ours.join("sub/7")).unwrap(), b"bytes of 7", "an uncached read");
-    // Nothing but the new file, its folder and the folder above was told of: no row was deleted
-    // or made again.
-    assert_eq!(inode("sub/7"), number);
-    assert!(applied() < rows + 20, "{rows} rows before, {} now", applied());
-    assert_eq!(fs::read_dir(ours.join("sub")).unwrap().count(), 50);
-    // It is one location, however it is called.
-    owner.fails(1, &["location", "add", there.to_str().unwrap(), "--name", "again"]);
-    fs::write(there.join("by the owner"), "seen").unwrap();
-    wait_until("a change to be seen", PATIENCE, || ours.join("by the owner").exists());
-
-    umount(&elsewhere);
-    wait_until("the disk to be missed", PATIENCE, || state(&owner, "state") == "offline");
-    fs::remove_file(ours.join("sub/3")).unwrap();
-    mount(&image, &stick);
-    wait_until("the delete to arrive", PATIENCE, || !theirs.join("sub/3").exists());
-    assert_eq!(Path::new(&state(&owner, "path")), theirs);
-    assert_eq!(fs::read_dir(theirs.join("sub")).unwrap().count(), 49);
-    drop(disk);
-}
-
-#[test]
-fn of_two_disks_that_are_copies_neither_is_taken() {
-    let Some(lab) = Lab::local(&[Need::Fuse, Need::LoopDevices]) else { return };
-    let (theirs, elsewhere) = (lab.folder("source"), lab.folder("elsewhere"));
-    let (image, copy) = (lab.dir().join("disk.img"), lab.dir().join("copy.img"));
-    let disk = SmallDisk::mount(&image, &theirs, 64 << 20);
-    fs::write(theirs.join("file"), "as it was").unwrap();
-    let (owner, reader, ours) = pair(&lab, &theirs);
-    umount(&theirs);
-    wait_until("the disk to be missed", PATIENCE, || state(&owner, "state") == "offline");
-    proc::run(Command::new("sync").arg("-f").arg(&image), PATIENCE).ok();
-    fs::copy(&image, &copy).unwrap();
-    // The copy is older than what happens to the disk from here on.
-    mount(&image, &elsewhere);
-    wait_until("the disk to be seen", PATIENCE, || state(&owner, "state") == "idle");
-    fs::write(elsewhere.join("later"), "not on the copy").unwrap();
-    wait_until("a change to be seen", PATIENCE, || ours.join("later").exists());
-    umount(&elsewhere);
-    wait_until("the disk to be missed", PATIENCE, || state(&owner, "state") == "offline");
-    // The daemon looks at no moment in which one of them is there alone.
-    owner.freeze();
-    mount(&copy, &theirs);
-    mount(&image, &elsewhere);
-    owner.thaw();
-    owner.sd(&["location", "rescan", "files"]).ok();
-    wait_until("the copy to be told", PATIENCE, || {
-        state(&owner, "state_reason").contains("copies of each other")
-    });
-    fs::write(ours.join("new"), "for one of them").unwrap();
-    told(&reader, "new", "not connected");
-    assert!(ours.join("later").exists(), "what the copy has not got is not deleted");
-    assert!(!theirs.join("new").exists() && !elsewhere.join("new").exists());
-    let problems = owner.status()["problems"].to_string();
-    assert!(problems.contains("location_offline") && problems.contains("unmount the copy"));
-
-    umount(&theirs);
-    let arrives = || fs::read(elsewhere.join("new")).is_ok_and(|found| found == b"for one of them");
-    wait_until("what waited to arrive", PATIENCE, arrives);
-    assert_eq!(fs::read(ours.join("later")).unwrap(), b"not on the copy");
-    umount(&elsewhere);
     drop(disk);
 }
 

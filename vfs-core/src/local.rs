@@ -13,10 +13,8 @@
 //! This module owns no state but the open folder, and knows no index rows.
 
 mod disk;
-mod mounts;
 
 pub use disk::RootId;
-pub use mounts::{Search, search};
 
 use crate::error::{FsError, FsResult, Kind};
 use crate::index::Observed;
@@ -63,7 +61,7 @@ pub struct Root {
 }
 
 /// Which folder it is: two disks may be mounted on one path, one after the other.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Identity {
     device: (u32, u32),
     ino: u64,
@@ -92,11 +90,6 @@ impl Root {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let folder = rustix::fs::open(path, flags, Mode::empty())
             .map_err(|e| FsError::os(format!("open the folder {}", path.display()), e))?;
-        Self::of(path, folder)
-    }
-
-    /// Of a folder that was opened by this path.
-    fn of(path: &Path, folder: OwnedFd) -> FsResult<Self> {
         let identity = Identity::of(&stat_of(folder.as_fd())?);
         let disk = rustix::fs::fstatfs(&folder)
             .map_err(|e| FsError::os(format!("ask for the disk of {}", path.display()), e))?;
@@ -108,8 +101,7 @@ impl Root {
     pub fn id(&self) -> FsResult<RootId> {
         let disk = rustix::fs::fstatvfs(&self.folder)
             .map_err(|e| FsError::os(format!("ask for the disk of {}", self.path.display()), e))?;
-        let id = RootId::of(&stat_of(self.folder.as_fd())?, self.fs_type, disk.f_fsid);
-        Ok(RootId { path_on_disk: mounts::path_on_disk(self.folder.as_fd()), ..id })
+        Ok(RootId::of(&stat_of(self.folder.as_fd())?, self.fs_type, disk.f_fsid))
     }
 
     /// Whether closing a file may tell that its disk refused bytes.

@@ -79,7 +79,7 @@ impl Daemon {
                 "add its folders one by one, or mount the drive elsewhere",
             );
         }
-        check_overlap(root, &self.folders())?;
+        self.library.with(|state| check_overlap(root, &state.locations))?;
         if root.starts_with(self.dir.path()) {
             return refuse(
                 format!("{shown} is inside sd's own data directory"),
@@ -173,7 +173,7 @@ impl Daemon {
             SdPath::File { device: me.name, location: Some(location.name.clone()), path: vec![] };
         Ok(LocationReply {
             name: location.name.clone(),
-            path: self.folder(location).map(|r| r.display().to_string()).unwrap_or_default(),
+            path: location.root.as_ref().map(|r| r.display().to_string()).unwrap_or_default(),
             address: address.to_string(),
             entries: counts.entries,
             files: counts.files,

@@ -32,7 +32,6 @@ use follow::Hints;
 pub(crate) use place::is_same_folder;
 use place::{Place, lock};
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
 use std::thread::JoinHandle;
@@ -217,9 +216,8 @@ impl Indexer {
     }
 
     /// The same for a location whose folder may be known from before: no other one that stands at
-    /// its path is taken for it, also when the index was lost, and it is looked for on other disks
-    /// that are mounted. What was not known of it `first_found` is told; it shall remember that
-    /// for as long as the location.
+    /// its path is taken for it, also when the index was lost. Else `first_found` is told which it
+    /// is; it shall remember that for as long as the location.
     pub fn watch_known(
         &self,
         location: LocationNo,
@@ -265,11 +263,6 @@ impl Indexer {
     /// The location's folder; `NotFound` when it is offline.
     pub fn root(&self, location: LocationNo) -> FsResult<Arc<Root>> {
         self.core.open(&*self.core.known_place(location)?, false)
-    }
-
-    /// Where the location's folder is now; `None` while that is not known.
-    pub fn folder(&self, location: LocationNo) -> Option<PathBuf> {
-        Some(self.core.place(location)?.root().ok()?.path().to_owned())
     }
 
     /// How far the location has come; offline when it is not watched.

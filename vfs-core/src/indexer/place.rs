@@ -12,7 +12,7 @@ use super::hash::HashQueue;
 use super::{IndexerConfig, State};
 use crate::error::{FsError, FsResult, Kind};
 use crate::index::Index;
-use crate::local::{self, Root, RootId, Search};
+use crate::local::{Root, RootId};
 use crate::model::{Entry, FileId, LocationNo};
 use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::path::PathBuf;
@@ -23,13 +23,12 @@ use std::time::{Duration, Instant};
 /// Locks that order the changes of one directory; two directories rarely share one.
 const STRIPES: usize = 1024;
 
-/// Told which folder a location has, when that was not known yet, or less of it.
+/// Told which folder a location has, when that was not known yet.
 pub(super) type FirstFound = Box<dyn Fn(&RootId) + Send + Sync>;
 
 /// One location.
 pub(super) struct Place {
     pub no: LocationNo,
-    /// Where the folder was added; its disk may be mounted elsewhere now.
     pub path: PathBuf,
     pub config: IndexerConfig,
     opening: Mutex<()>,
@@ -38,7 +37,6 @@ pub(super) struct Place {
     identity: Mutex<Option<RootId>>,
     first_found: FirstFound,
     retry_at: Mutex<Option<Instant>>,
-    look_at: Mutex<Option<Instant>>,
     pub scan: Mutex<ScanQueue>,
     pub scanned: Mutex<Scanned>,
     /// Directories that could not be read; their rows stay, and they are tried again.
@@ -285,7 +283,6 @@ impl Place {
             identity: Mutex::new(known),
             first_found,
             retry_at: Mutex::default(),
-            look_at: Mutex::default(),
             scan: Mutex::default(),
             scanned: Mutex::default(),
             unread: Mutex::default(),
@@ -366,30 +363,7 @@ impl Place {
         }
     }
 
-    /// The folder at its path, or elsewhere if its disk is mounted there.
     fn find(&self, index: &Index) -> FsResult<Root> {
-        let noted = lock(&self.identity).clone();
-        let known = match &noted {
-            Some(noted) => Some(noted.clone()),
-            None => id_in_index(index, self.no)?,
-        };
-        let home = self.find_at_home(known.as_ref());
-        let root = match &known {
-            Some(known) => self.find_anywhere(known, home)?,
-            // Its person has just said which it is.
-            None => home?,
-        };
-        let found = root.id()?;
-        index.observe_root(self.no, &root.observe_root()?)?;
-        let complete = noted.as_ref().map_or(found.clone(), |noted| noted.completed_by(&found));
-        if noted.as_ref() != Some(&complete) {
-            (self.first_found)(&complete);
-            *lock(&self.identity) = Some(complete);
-        }
-        Ok(root)
-    }
-
-    fn find_at_home(&self, known: Option<&RootId>) -> FsResult<Root> {
         let root = Root::open(&self.path)?;
         // Fails where the folder cannot be listed: no access, or a disk that is gone.
         root.open_dir(&[])?;
@@ -397,40 +371,26 @@ impl Place {
             return Err(FsError::new(Kind::NotFound, "the folder was just replaced"));
         }
         let found = root.id()?;
-        match known.and_then(|known| another_folder(known, &found)) {
-            Some(why) => {
-                Err(FsError::new(Kind::NotFound, format!("{} {why}", self.path.display())))
-            }
-            None => Ok(root),
-        }
-    }
-
-    fn find_anywhere(&self, known: &RootId, home: FsResult<Root>) -> FsResult<Root> {
-        let known = match &home {
-            Ok(root) => known.completed_by(&root.id()?),
-            Err(_) => known.clone(),
+        let noted = lock(&self.identity).clone();
+        let known = match &noted {
+            Some(noted) => Some(noted.clone()),
+            None => id_in_index(index, self.no)?,
         };
-        match local::search(&known, home.as_ref().ok()) {
-            Search::Nowhere => home,
-            Search::Here(elsewhere) => home.or(Ok(elsewhere)),
-            Search::Several(paths) => Err(FsError::new(Kind::NotFound, several(&paths))),
+        if let Some(why) = known.and_then(|known| another_folder(&known, &found)) {
+            return Err(FsError::new(Kind::NotFound, format!("{} {why}", self.path.display())));
         }
+        index.observe_root(self.no, &root.observe_root()?)?;
+        // One that an earlier build noted may tell less.
+        if noted.is_none_or(|noted| noted.fs_id.is_none() && found.fs_id.is_some()) {
+            (self.first_found)(&found);
+            *lock(&self.identity) = Some(found);
+        }
+        Ok(root)
     }
 
     /// Notes that the folder is gone.
     pub fn set_offline(&self, why: String) {
         *lock(&self.disk) = Disk::Offline(why);
-        *lock(&self.look_at) = None;
-    }
-
-    /// Whether it is time to look for a folder that is not there.
-    pub fn look_due(&self, now: Instant, every: Duration) -> bool {
-        let mut at = lock(&self.look_at);
-        let is_due = at.is_none_or(|at| at <= now);
-        if is_due {
-            *at = Some(now + every);
-        }
-        is_due
     }
 
     /// Whether it is time to try again what could not be read.
@@ -478,13 +438,6 @@ fn id_in_row(known: &Entry) -> RootId {
 fn id_in_index(index: &Index, no: LocationNo) -> FsResult<Option<RootId>> {
     let node = index.view()?.node(no, FileId::ROOT)?;
     Ok(node.map(|n| id_in_row(&n.entry)))
-}
-
-/// Why none of several folders is taken.
-fn several(paths: &[PathBuf]) -> String {
-    let paths: Vec<_> = paths.iter().map(|path| path.display().to_string()).collect();
-    let paths = paths.join(" and ");
-    format!("disks that are copies of each other have its folder: {paths}; unmount the copy")
 }
 
 /// Why the folder found cannot be taken for the one that is known.

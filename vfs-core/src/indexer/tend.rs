@@ -15,8 +15,6 @@ use std::time::{Duration, Instant};
 
 /// How often the index is made durable; without changes that costs nothing.
 const FLUSH_EVERY: Duration = Duration::from_secs(1);
-/// A folder that is not there is looked for on every disk, which is not done at each check.
-const CHECKS_BETWEEN_SEARCHES: u32 = 3;
 /// How often directories that could not be read are tried again.
 const RETRY_EVERY: Duration = Duration::from_secs(60);
 
@@ -122,13 +120,10 @@ impl Core {
     }
 
     fn is_there(&self, place: &Place) -> bool {
-        let Ok(root) = place.root() else {
-            let every = self.config.root_check * CHECKS_BETWEEN_SEARCHES;
-            return place.look_due(Instant::now(), every) && self.open(place, true).is_ok();
-        };
+        let Ok(root) = place.root() else { return self.open(place, true).is_ok() };
         let why = match root.is_current() {
             Ok(true) => return true,
-            Ok(false) => format!("another folder is at {}", root.path().display()),
+            Ok(false) => format!("another folder is at {}", place.path.display()),
             Err(e) => e.to_string(),
         };
         self.go_offline(place, why);

@@ -42,10 +42,6 @@ pub struct RootId {
     /// The number of the file system, where it is made of the name that is written on it: of
     /// disks that were formatted in one second nothing else tells which is which.
     pub fs_id: Option<u64>,
-    /// Its path from the root of its file system, by which it is looked for when the disk is
-    /// mounted elsewhere. No sign: disks have folders of the same names.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub path_on_disk: Option<String>,
 }
 
 impl RootId {
@@ -71,7 +67,7 @@ impl RootId {
     pub fn of_row(disk_ino: u64, btime: Option<Time>) -> Self {
         // A root of FAT has no times on the disk; all of them were born in 1970.
         let btime = btime.filter(|t| t.secs != 0);
-        Self { volume: None, ino: Some(disk_ino), btime, fs_id: None, path_on_disk: None }
+        Self { volume: None, ino: Some(disk_ino), btime, fs_id: None }
     }
 
     /// Whether both are one folder; `None`: there is nothing that would tell.
@@ -83,34 +79,6 @@ impl RootId {
             both(self.fs_id.as_ref(), other.fs_id.as_ref()),
         ];
         signs.into_iter().flatten().reduce(|all, sign| all && sign)
-    }
-
-    /// Whether the other one, found at another path than this was, is this one: no sign
-    /// differs, none of the folder's is missing, and the file system is told by one as well.
-    pub fn is_surely(&self, other: &Self) -> bool {
-        let folder = [
-            self.ino.is_none_or(|ino| other.ino == Some(ino)),
-            self.btime.is_none_or(|btime| other.btime == Some(btime)),
-        ];
-        let disk = [
-            both(self.volume.as_ref(), other.volume.as_ref()),
-            both(self.fs_id.as_ref(), other.fs_id.as_ref()),
-        ];
-        self.is_same(other) == Some(true)
-            && folder == [true; 2]
-            && disk.into_iter().flatten().next().is_some()
-    }
-
-    /// This one with what was found besides: one that was noted without `udev`, or by an
-    /// earlier build, tells less. Nothing that is known is given up.
-    pub fn completed_by(&self, found: &Self) -> Self {
-        Self {
-            volume: self.volume.clone().or_else(|| found.volume.clone()),
-            ino: self.ino.or(found.ino),
-            btime: self.btime.or(found.btime),
-            fs_id: self.fs_id.or(found.fs_id),
-            path_on_disk: found.path_on_disk.clone().or_else(|| self.path_on_disk.clone()),
-        }
     }
 }
 
@@ -155,7 +123,6 @@ mod tests {
             ino,
             btime: birth.map(|secs| Time { secs, nanos: 0 }),
             fs_id: None,
-            path_on_disk: None,
         };
         let on = |fs_id| RootId { fs_id: Some(fs_id), ..id(None, Some(2), Some(5)) };
         let cases = [
