@@ -94,8 +94,13 @@ fn pair_with(count: usize) -> Option<Pair> {
     }
     fs::create_dir(source.join("dir")).unwrap();
     fs::write(source.join("dir/first"), "one").unwrap();
-    let (owner, reader) = lab.owner_and_reader(&source);
+    let (owner, mut reader) = lab.owner_and_reader(&source);
     reader.wait_replicated(&owner, "files");
+    reader.sd(&["config", "set", "mount.events", "auto"]).ok();
+    reader.stop();
+    reader.start();
+    reader.mount();
+    reader.wait_online(owner.name());
     let (theirs, ours) = (source.join("dir"), reader.at("owner/files/dir"));
     assert_eq!(fs::read(ours.join("first")).unwrap(), b"one");
     Some(Pair { _lab: lab, _owner: owner, reader, theirs, ours })

@@ -35,6 +35,9 @@ const NAMES_FULL: usize = 4096;
 /// And how many directories in which more changed.
 const DIRECTORIES_MAX: usize = 256;
 
+/// `PATH_MAX`, less room for a name.
+const PATH_BYTES_MAX: usize = 4096 - 256;
+
 /// A directory of a location.
 type Dir = (LocationNo, FileId);
 
@@ -495,6 +498,10 @@ impl<'a> Translation<'a> {
             }
         };
         let names: Vec<_> = way.iter().chain(&below).map(Name::as_bytes).collect();
+        // No call could name what is in it; and an owner chooses how long its paths are.
+        if names.iter().map(|name| name.len() + 1).sum::<usize>() > PATH_BYTES_MAX {
+            return Ok(None);
+        }
         Ok(Some(Directory { ino, path: names.join(&b'/').into(), depth: below.len(), is_own }))
     }
 
@@ -537,12 +544,12 @@ impl<'a> Translation<'a> {
         Found { ino, generation, attr, atime: Time::default(), valid_for: Duration::ZERO }
     }
 
-    /// Whether no name leads to this inode any more. Own directories may have moved without the
-    /// index knowing where to yet.
+    /// Whether no name leads to this inode any more. A directory may have moved without the index
+    /// knowing where to yet, and the kernel would hold it for dead where it is now.
     fn is_dead(&self, ino: InodeNo, was: &Brief, change: &Changed) -> bool {
         match ino.class() {
+            _ if was.file_type == FileType::Directory => false,
             Class::Remote(remote) => self.remote.node(remote).is_err(),
-            Class::Own(_) if was.file_type == FileType::Directory => false,
             Class::Own(_) => {
                 let now = self.own.getattr(change.location, ino, None);
                 now.is_ok_and(|found| found.attr.nlink == 0)
