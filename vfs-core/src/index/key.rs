@@ -51,9 +51,25 @@ pub(super) fn disk(no: LocationNo, ino: u64) -> Vec<u8> {
     join(&[&location(no), &ino.to_be_bytes()])
 }
 
+const CONTENT_BYTES: usize = 32;
+
+/// A key of Content.
+pub(super) type ContentKey = [u8; CONTENT_BYTES + LOCATION_BYTES + FILE_BYTES];
+
 /// Content: a file that has these bytes.
-pub(super) fn content(content: ContentId, no: LocationNo, file: FileId) -> Vec<u8> {
-    join(&[&content.0, &location(no), &file_bytes(file)])
+pub(super) fn content(content: ContentId, no: LocationNo, file: FileId) -> ContentKey {
+    let mut key = [0; CONTENT_BYTES + LOCATION_BYTES + FILE_BYTES];
+    let (id, rest) = key.split_at_mut(CONTENT_BYTES);
+    id.copy_from_slice(&content.0);
+    rest[..LOCATION_BYTES].copy_from_slice(&location(no));
+    rest[LOCATION_BYTES..].copy_from_slice(&file_bytes(file));
+    key
+}
+
+/// The content id and the file of a key of Content.
+pub(super) fn split_content(key: &ContentKey) -> (ContentId, FileId) {
+    let (content, file) = (key.first_chunk(), last_file(key));
+    (ContentId(*content.expect("longer")), file.expect("longer"))
 }
 
 /// Unhashed: a file to hash; the latest change of bytes comes first.
@@ -71,6 +87,11 @@ pub(super) fn state(no: LocationNo) -> Vec<u8> {
 /// Meta: where a replica was last as its owner's whole log was.
 pub(super) fn whole(no: LocationNo) -> Vec<u8> {
     join(&[b"whole", &location(no)])
+}
+
+/// Meta: from where on Content lacks the rows of a replica.
+pub(super) fn unlisted(no: LocationNo) -> Vec<u8> {
+    join(&[b"unlisted", &location(no)])
 }
 
 /// Meta: how many numbers a device's locations were given.
@@ -127,7 +148,7 @@ pub(super) fn first_location(key: &[u8]) -> Option<LocationNo> {
 
 /// The location in a Content key.
 pub(super) fn content_location(key: &[u8]) -> Option<LocationNo> {
-    first_location(key.get(32..)?)
+    first_location(key.get(CONTENT_BYTES..)?)
 }
 
 /// The sequence number of a Log key.
@@ -156,7 +177,9 @@ mod tests {
         assert_eq!(node_name(&node(no, id, parent, name.as_bytes())), Some((parent, name)));
         assert_eq!(last_file(&unhashed(no, -5, id)), Some(id));
         assert_eq!(log_seq(&log(no, Seq(u64::MAX))), Some(Seq(u64::MAX)));
-        assert_eq!(content_location(&content(ContentId([9; 32]), no, id)), Some(no));
+        let held = content(ContentId([9; 32]), no, id);
+        assert_eq!(content_location(&held), Some(no));
+        assert_eq!(split_content(&held), (ContentId([9; 32]), id));
         assert_eq!(first_location(&file(no, id)), Some(no));
         assert_eq!(split_parent_and_name(b"abcd"), None);
     }

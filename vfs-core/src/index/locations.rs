@@ -103,6 +103,7 @@ impl Index {
         self.write(|tx| {
             tx.batch.delete(Table::Meta, key::state(no));
             tx.batch.delete(Table::Meta, key::whole(no));
+            tx.batch.delete(Table::Meta, key::unlisted(no));
             tx.batch.delete(Table::Locations, key::location(no));
             Ok(false)
         })

@@ -8,7 +8,7 @@
 //! | `locations` | the locations themselves |
 //! | `observe`, `sweep` | the owner's side: what its disk has; what nothing leads to any more |
 //! | `expect` | what this device itself is about to put on its disks |
-//! | `replica` | the other devices' locations |
+//! | `replica`, `holders` | the other devices' locations; who of them has which bytes |
 //! | `view` | queries |
 //!
 //! **Writers** (scanner, watcher, hasher, replication) are serialised by one lock; each
@@ -23,6 +23,7 @@
 //! seen is never given twice.
 
 mod expect;
+mod holders;
 mod key;
 mod locations;
 mod memory;
@@ -203,6 +204,7 @@ struct Inner {
     /// There are relaxed commits after the last durable one. Changed under `writer`.
     relaxed: AtomicBool,
     renumbered: replica::Renumbered,
+    listing: holders::Listing,
 }
 
 /// What decides when the next commit is a durable one.
@@ -228,13 +230,29 @@ impl Index {
     pub fn open(store: Arc<dyn Store>, me: DeviceId) -> Result<Self, IndexError> {
         let memory = Memory::default();
         let removing = locations::load(&*store.snapshot()?, &memory)?;
-        let (feed, relaxed, expected, renumbered) = Default::default();
+        let (feed, relaxed, expected, renumbered, listing) = Default::default();
         let era = store.era();
         let writer = Mutex::new(Writer { durable_at: Instant::now(), keys_since: 0, era });
-        let inner =
-            Arc::new(Inner { store, me, feed, writer, memory, expected, relaxed, renumbered });
+        let inner = Arc::new(Inner {
+            store,
+            me,
+            feed,
+            writer,
+            memory,
+            expected,
+            relaxed,
+            renumbered,
+            listing,
+        });
         locations::resume_removals(&inner, removing);
-        Ok(Self(inner))
+        let index = Self(inner);
+        for replica in index.locations().iter().filter(|l| l.owner != me) {
+            if let Err(error) = index.list_holders(replica.no) {
+                // Reading needs none of it, and a full disk must not keep the drive from starting.
+                tracing::warn!(no = ?replica.no, %error, "cannot note now who has which bytes");
+            }
+        }
+        Ok(index)
     }
 
     /// This device.

@@ -4,7 +4,7 @@ use super::IndexError;
 use super::key;
 use super::row::{Orphan, Row, decode};
 use super::store::{Snapshot, StoreError, Table};
-use crate::model::{FileId, LocationNo, Name};
+use crate::model::{FileId, LocationNo, Name, Seq};
 use std::ops::ControlFlow;
 
 /// The row of a name.
@@ -94,6 +94,30 @@ pub(super) fn scan_range(
         });
     scanned?;
     outcome
+}
+
+/// Sees a change: its place in the log, the directory and the name.
+type VisitChange<'a> = &'a mut dyn FnMut(Seq, FileId, Name) -> Result<ControlFlow<()>, IndexError>;
+
+/// Visits the log after a place, up to another.
+pub(super) fn log_range(
+    from: &dyn Snapshot,
+    no: LocationNo,
+    after: Seq,
+    upto: Seq,
+    visit: VisitChange<'_>,
+) -> Result<(), IndexError> {
+    let Some(first) = after.0.checked_add(1) else { return Ok(()) };
+    let end = match upto.0.checked_add(1) {
+        Some(end) => Some(key::log(no, Seq(end))),
+        None => key::after_prefix(&key::location(no)),
+    };
+    scan_range(from, Table::Log, &key::log(no, Seq(first)), end.as_deref(), &mut |k, value| {
+        let seq = key::log_seq(k).ok_or(IndexError::DamagedRow("a change"))?;
+        let place = key::split_parent_and_name(value);
+        let (parent, name) = place.ok_or(IndexError::DamagedRow("a change"))?;
+        visit(seq, parent, name)
+    })
 }
 
 /// At most `limit` keys that begin with `prefix`.

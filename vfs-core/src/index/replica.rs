@@ -4,6 +4,7 @@
 //! the order of their *last* change, so a row may come before the row of its
 //! directory, and in between two names of a renamed directory may both be there.
 
+use super::holders;
 use super::key;
 use super::observe::root_name;
 use super::read;
@@ -61,10 +62,11 @@ impl Index {
     ) -> Result<(), IndexError> {
         self.apply_rows(no, log_id, rows, upto, true)?;
         self.memory().put_whole(no, log_id, upto);
-        Ok(())
+        self.list_holders(no)
     }
 
-    /// The same of rows that more follow ([`Self::has_all`]).
+    /// The same of rows that more follow ([`Self::has_all`]). Whose bytes they have is noted
+    /// later, see `holders`.
     pub fn apply_replica_part(
         &self,
         no: LocationNo,
@@ -89,9 +91,10 @@ impl Index {
             let state = tx.state(no)?;
             follow(state, log_id)?;
             check_order(state.head, &rows, upto)?;
-            state.head = upto;
-            if is_whole {
-                tx.batch.put(Table::Meta, key::whole(no), encode(&(log_id, upto)));
+            let head = std::mem::replace(&mut state.head, upto);
+            match is_whole {
+                true => tx.batch.put(Table::Meta, key::whole(no), encode(&(log_id, upto))),
+                false => holders::put_off(tx, no, head)?,
             }
             rows.into_iter().try_for_each(|row| apply(tx, no, row))
         })?;
@@ -132,6 +135,7 @@ impl Index {
         self.replica(no)?;
         self.write(|tx| {
             tx.set_state(no, State { resetting: true, ..State::default() });
+            tx.batch.delete(Table::Meta, key::unlisted(no));
             tx.changes.push(Change::Reset);
             Ok(())
         })?;

@@ -191,7 +191,11 @@ enum Step {
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
-    let changes = prop::collection::vec((0..40u8, any::<Option<u8>>()), 0..12);
+    // Also many new keys beside each other, which stores insert in another way.
+    let few = prop::collection::vec((0..40u8, any::<Option<u8>>()), 0..12);
+    let value = prop::option::weighted(0.9, any::<u8>());
+    let many = prop::collection::vec((any::<u8>(), value), 30..120);
+    let changes = prop_oneof![2 => few, 1 => many];
     let step = prop_oneof![
         6 => (changes, any::<bool>()).prop_map(|(c, d)| Step::Commit(c, d)),
         2 => Just(Step::Snapshot),

@@ -64,10 +64,10 @@ fn dir(text: &str, ino: u64) -> Observed {
 }
 
 /// An index with one own location that has its root.
-struct Fixture {
+pub(super) struct Fixture {
     folder: TempDir,
-    index: Index,
-    no: LocationNo,
+    pub(super) index: Index,
+    pub(super) no: LocationNo,
 }
 
 fn fixture() -> Fixture {
@@ -131,7 +131,7 @@ pub(super) fn check_invariants(index: &Index, no: LocationNo) {
         assert_eq!(log.get(&key::log(no, seq)), Some(&place), "the place of {name:?} in the log");
         assert!(nodes.contains_key(&key::node(no, entry.file_id, parent, name.as_bytes())));
         assert!(!tombstones.contains_key(k), "{name:?} is both there and gone");
-        contents.extend(entry.content.map(|c| key::content(c, no, entry.file_id)));
+        contents.extend(entry.content.map(|c| key::content(c, no, entry.file_id).to_vec()));
         if parent != ROOT_PARENT {
             add_to(&mut counts, &entry);
         }
@@ -524,7 +524,7 @@ fn readers_and_writers_do_not_wait_for_each_other() {
 
 // Replicas.
 
-fn replica() -> Fixture {
+pub(super) fn replica() -> Fixture {
     let folder = tempfile::tempdir().unwrap();
     let index = open(folder.path(), PEER);
     let no = index.put_location(location(ME)).unwrap().no;
@@ -536,7 +536,7 @@ fn entry(id: u64, file_type: FileType) -> Entry {
     Entry { file_id: FileId(id), disk_ino, generation: 1, attr, content: None, target }
 }
 
-fn log_row(seq: u64, parent: FileId, text: &str, entry: Option<Entry>) -> LogRow {
+pub(super) fn log_row(seq: u64, parent: FileId, text: &str, entry: Option<Entry>) -> LogRow {
     LogRow { seq: Seq(seq), parent, name: name(text), entry }
 }
 
@@ -595,6 +595,61 @@ fn only_the_owner_observes_and_only_others_replicate() {
     assert!(matches!(seen, Err(IndexError::WrongOwner(_))), "{seen:?}");
     let taken = replica.index.put_location(NewLocation { owner: PEER, ..location(ME) });
     assert!(matches!(taken, Err(IndexError::WrongOwner(_))), "{taken:?}");
+}
+
+/// A row of a file with a name and bytes of its own.
+pub(super) fn hashed_row(seq: u64) -> LogRow {
+    let content = Some(ContentId::of(&seq.to_be_bytes()));
+    let file = Entry { content, ..entry(1000 + seq, FileType::File) };
+    log_row(seq, FileId::ROOT, &seq.to_string(), Some(file))
+}
+
+fn wait_listed(index: &Index) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !dump(index, Table::Meta, b"unlisted").is_empty() {
+        assert!(Instant::now() < deadline, "holders are still not listed");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn who_has_which_bytes_is_noted_when_a_replica_is_whole() {
+    let f = replica();
+    let last = 3 * holders::PASS_KEYS as u64 + 7;
+    for from in (1..=last).step_by(20) {
+        let rows = (from..(from + 20).min(last + 1)).map(hashed_row).collect();
+        f.index.apply_replica_part(f.no, 9, rows, Seq((from + 19).min(last))).unwrap();
+    }
+    assert_eq!(dump(&f.index, Table::Content, b""), [], "it is put off");
+    // A name that another file has by then, and one that is gone.
+    let other = Entry { file_id: FileId(7), ..hashed_row(2).entry.unwrap() };
+    let changes = [(1, None), (2, Some(other))]
+        .map(|(n, entry)| log_row(last + n, FileId::ROOT, &n.to_string(), entry));
+    f.index.apply_replica(f.no, 9, changes.into(), Seq(last + 2)).unwrap();
+    wait_listed(&f.index);
+    check_invariants(&f.index, f.no);
+    assert_eq!(dump(&f.index, Table::Content, b"").len() as u64, last - 1);
+    f.index.apply_replica(f.no, 9, vec![hashed_row(last + 3)], Seq(last + 3)).unwrap();
+    check_invariants(&f.index, f.no);
+}
+
+#[test]
+fn holders_that_were_not_noted_at_a_stop_are_noted_after_the_start() {
+    let f = replica();
+    let rows: Vec<_> = (1..=10).map(hashed_row).collect();
+    f.index.apply_replica_part(f.no, 9, rows, Seq(10)).unwrap();
+    let Fixture { folder, index, no } = f;
+    drop(index);
+    let index = open(folder.path(), PEER);
+    wait_listed(&index);
+    check_invariants(&index, no);
+    // A log that begins anew has other rows at the same numbers.
+    index.apply_replica_part(no, 9, vec![hashed_row(20)], Seq(20)).unwrap();
+    index.reset_replica(no, 10).unwrap();
+    index.apply_replica_part(no, 10, vec![hashed_row(1)], Seq(1)).unwrap();
+    index.apply_replica(no, 10, vec![], Seq(2)).unwrap();
+    check_invariants(&index, no);
+    assert_eq!(index.view().unwrap().holders(ContentId::of(&1u64.to_be_bytes())).unwrap().len(), 1);
 }
 
 #[test]

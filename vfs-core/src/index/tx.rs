@@ -5,7 +5,7 @@
 //! - every row of Entries has its key in Nodes and its place in Log, and no other place;
 //! - a name is in Entries or in Tombstones, never in both, and each has one place in Log;
 //! - a row with a content id has its key in Content (in a replica: unless its file has more
-//!   than [`REPLICA_NAMES`] names);
+//!   than [`REPLICA_NAMES`] names, or it is not listed yet, see `holders`);
 //! - the state of a location (counts, head) is that of its rows.
 
 use super::expect::Expected;
@@ -26,7 +26,7 @@ use std::ops::{Bound, ControlFlow};
 pub(super) const NAMES_ALIKE: usize = 1024;
 /// The same in a replica, whose owner may give one file a million names, in any order: what is
 /// looked at for each of its rows is bounded. Beyond it, a holder of bytes may be overlooked.
-const REPLICA_NAMES: usize = 16;
+pub(super) const REPLICA_NAMES: usize = 16;
 
 /// The name of a row: its directory and its name there.
 #[derive(Clone, Copy)]
@@ -54,6 +54,8 @@ pub(super) struct Tx<'a> {
     pub(super) batch: Batch,
     pub(super) changes: Vec<Change>,
     states: BTreeMap<LocationNo, State>,
+    /// Rows are written without their keys in Content, which follow later.
+    pub(super) is_unlisted: bool,
 }
 
 impl<'a> Tx<'a> {
@@ -64,7 +66,7 @@ impl<'a> Tx<'a> {
         me: DeviceId,
     ) -> Self {
         let (batch, changes, states) = Default::default();
-        Self { snapshot, memory, expected, me, batch, changes, states }
+        Self { snapshot, memory, expected, me, batch, changes, states, is_unlisted: false }
     }
 
     /// The id that an inode about to appear is to have.
@@ -134,12 +136,19 @@ impl<'a> Tx<'a> {
         self.count(place, &entry, true)?;
         self.log_at(place, seq);
         self.batch.put(Table::Nodes, place.node_key(entry.file_id), []);
-        if let Some(content) = entry.content {
-            self.batch.put(Table::Content, key::content(content, place.no, entry.file_id), []);
+        if !self.is_unlisted {
+            self.list_content(place.no, &entry);
         }
         self.announce(place, old.map(|o| &o.entry), &entry);
         self.batch.put(Table::Entries, place.entry_key(), encode(&Row { seq, entry }));
         Ok(())
+    }
+
+    /// Notes who has these bytes.
+    pub(super) fn list_content(&mut self, no: LocationNo, entry: &Entry) {
+        if let Some(content) = entry.content {
+            self.batch.put(Table::Content, key::content(content, no, entry.file_id), []);
+        }
     }
 
     /// Takes away what of the old row the new one does not overwrite.

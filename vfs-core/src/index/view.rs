@@ -161,7 +161,7 @@ impl<'a> View<'a> {
                 },
             )?;
             let Some((no, _)) = few.first() else { break };
-            start = key::content(content, LocationNo(no.0 + 1), FileId(0));
+            start = key::content(content, LocationNo(no.0 + 1), FileId(0)).to_vec();
             found.append(&mut few);
         }
         // The rows of a removed location go bit by bit.
@@ -183,8 +183,7 @@ impl<'a> View<'a> {
         if self.index.0.relaxed.load(Ordering::Acquire) {
             self.index.flush()?;
         }
-        let Some(first) = after.0.checked_add(1) else { return Ok((Vec::new(), after)) };
-        let places = self.log_places(no, Seq(first), max_bytes)?;
+        let places = self.log_places(no, after, max_bytes)?;
         let limited = places.len() == log_limit(max_bytes);
         let mut rows = Vec::with_capacity(places.len());
         let mut bytes = 0;
@@ -226,17 +225,12 @@ impl<'a> View<'a> {
     fn log_places(
         &self,
         no: LocationNo,
-        first: Seq,
+        after: Seq,
         max_bytes: usize,
     ) -> Result<Vec<(Seq, FileId, Name)>, IndexError> {
         let limit = log_limit(max_bytes);
-        let end = key::after_prefix(&key::location(no));
         let mut found = Vec::new();
-        let start = key::log(no, first);
-        read::scan_range(&*self.snapshot, Table::Log, &start, end.as_deref(), &mut |k, value| {
-            let seq = key::log_seq(k).ok_or(IndexError::DamagedRow("a change"))?;
-            let place = key::split_parent_and_name(value);
-            let (parent, name) = place.ok_or(IndexError::DamagedRow("a change"))?;
+        read::log_range(&*self.snapshot, no, after, Seq(u64::MAX), &mut |seq, parent, name| {
             found.push((seq, parent, name));
             Ok(if found.len() < limit { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
         })?;
