@@ -379,6 +379,18 @@ impl Device {
         (kib("VmHWM:") * 1024, kib("VmRSS:") * 1024)
     }
 
+    /// How long the daemon's threads have run.
+    pub fn processor_time(&self) -> Duration {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).expect("proc");
+        let of_task = |task: std::fs::DirEntry| {
+            // One that has ended meanwhile has none.
+            let times = std::fs::read_to_string(task.path().join("schedstat")).unwrap_or_default();
+            let nanos = times.split_whitespace().next().and_then(|n| n.parse().ok());
+            Duration::from_nanos(nanos.unwrap_or(0))
+        };
+        tasks.filter_map(Result::ok).map(of_task).sum()
+    }
+
     fn print_logs(&self) {
         for path in [self.home.join("daemon.out"), self.data_dir().join("sd.log")] {
             let Ok(log) = std::fs::read(&path) else { continue };

@@ -4,6 +4,8 @@
 //! Every figure is the median of [`ROUNDS`]; what is compared alternates, so that a slow minute
 //! of the machine hits both.
 
+mod scale;
+
 use anyhow::{Context, Result, ensure};
 use e2e::disk::MemoryDisk;
 use e2e::{Device, Lab, Need, files, peer, proc};
@@ -38,7 +40,15 @@ fn main() -> Result<()> {
 
 type Part = (&'static str, fn() -> Result<Vec<Row>>);
 
-const PARTS: [Part; 4] = [("own", own_files), ("lan", lan), ("far", far), ("many", many_entries)];
+const PARTS: [Part; 5] = [
+    ("own", own_files),
+    ("lan", lan),
+    ("far", far),
+    ("many", many_entries),
+    (ONLY_NAMED, scale::million),
+];
+/// A part that takes longer than all others runs only when it is named.
+const ONLY_NAMED: &str = "scale";
 
 /// One line of the table.
 struct Row {
@@ -96,9 +106,13 @@ impl Row {
 /// All parts, or those that are named.
 fn bench(as_json: bool, wanted: &[&str]) -> Result<()> {
     let known = |name: &&str| PARTS.iter().any(|(part, _)| part == name);
-    ensure!(wanted.iter().all(known), "a part is one of own, lan, far, many");
+    ensure!(wanted.iter().all(known), "a part is one of own, lan, far, many, scale");
     let mut rows = Vec::new();
-    let parts = PARTS.iter().filter(|(name, _)| wanted.is_empty() || wanted.contains(name));
+    let is_wanted = |name| match wanted {
+        [] => name != ONLY_NAMED,
+        wanted => wanted.contains(&name),
+    };
+    let parts = PARTS.iter().filter(|(name, _)| is_wanted(name));
     for (_, part) in parts {
         let began = Instant::now();
         rows.extend(part()?);
@@ -114,7 +128,7 @@ fn bench(as_json: bool, wanted: &[&str]) -> Result<()> {
         "work", "unit", "reference", "", "drive", "ratio", "must be"
     );
     rows.iter().for_each(Row::print);
-    println!("medians of {ROUNDS}");
+    println!("medians of {ROUNDS}, but {ONLY_NAMED}");
     Ok(())
 }
 
