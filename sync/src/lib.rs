@@ -9,6 +9,7 @@
 //! | `members` | who belongs to the library: records passed on, removals enforced |
 //! | `presence` | one live connection for each pair of members |
 //! | `replicate` | rows of the index, out and in |
+//! | `pass_on` | the same of third devices, for when they are away |
 //! | `serve`, `fetch` | content, out and in |
 //! | [`deliver`], [`accept`] | writes to others' files, out and in |
 //! | [`error`] | why an operation failed |
@@ -25,6 +26,7 @@ mod locks;
 mod members;
 pub mod node;
 pub mod pair;
+mod pass_on;
 mod presence;
 mod replicate;
 mod serve;

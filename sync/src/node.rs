@@ -12,6 +12,7 @@
 use crate::accept::Applies;
 use crate::deliver::Outgoing;
 use crate::error::SyncError;
+use crate::pass_on::{self, Statements};
 use crate::presence::{self, Peer};
 use crate::wire::{ALPN_MEMBER, ALPN_PAIR, MAX_ADDRESSES};
 use crate::{fetch, locks, members, pair};
@@ -20,6 +21,7 @@ use iroh::{Endpoint, RelayMap, RelayMode, RelayUrl, SecretKey};
 use iroh_mdns_address_lookup::MdnsAddressLookup;
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 use tokio::sync::{Semaphore, watch};
@@ -78,6 +80,8 @@ pub struct Parts {
     pub outbox: Option<Arc<dyn Outgoing>>,
     /// Carries out others' writes to this device's files; without it they are refused.
     pub applier: Option<Arc<dyn Applies>>,
+    /// A folder for what is only there for a while.
+    pub scratch: PathBuf,
 }
 
 /// One single-use ticket, as made by [`Node::invite`].
@@ -171,6 +175,7 @@ pub(crate) struct Shared {
     pub(crate) outbox: Option<Arc<dyn Outgoing>>,
     pub(crate) applier: Option<Arc<dyn Applies>>,
     pub(crate) invitations: pair::Invitations,
+    pub(crate) statements: Statements,
     /// Counts changes of the members.
     pub(crate) members: watch::Sender<u64>,
     /// Counts changes of the own locations.
@@ -248,7 +253,7 @@ impl Node {
     pub async fn start(config: NodeConfig, parts: Parts) -> Result<Arc<Self>, SyncError> {
         let relay = config.relay.as_deref().map(parse_relay).transpose()?;
         let endpoint = bind(&config, relay.clone()).await?;
-        let Parts { library, index, own, outbox, applier } = parts;
+        let Parts { library, index, own, outbox, applier, scratch } = parts;
         let shared = Arc::new(Shared {
             me: DeviceId(*endpoint.id().as_bytes()),
             session: rand::random(),
@@ -261,6 +266,7 @@ impl Node {
             outbox,
             applier,
             invitations: pair::Invitations::default(),
+            statements: Statements::new(scratch),
             members: watch::Sender::new(0),
             locations: watch::Sender::new(0),
             peers: Mutex::default(),
@@ -422,6 +428,7 @@ async fn run(shared: Arc<Shared>) {
     tasks.spawn(accept(shared.clone()));
     tasks.spawn(members::keep(shared.clone()));
     tasks.spawn(locks::keep(shared.clone()));
+    tasks.spawn(pass_on::state_own(shared.clone()));
     tasks.spawn(watch_index(shared));
     tasks.join_all().await;
 }

@@ -9,10 +9,10 @@
 use crate::members::Newcomers;
 use crate::node::{Path, PeerStatus, Replica, Shared};
 use crate::wire::{
-    self, ALPN_MEMBER, Hello, LocationList, NEWEST, OLDEST, Refusal, Request, Response, WireError,
-    close,
+    self, ALPN_MEMBER, Hello, LocationList, NEWEST, OLDEST, Refusal, Request, Response,
+    StatementList, WireError, close,
 };
-use crate::{accept, deliver, members, node, replicate, serve};
+use crate::{accept, deliver, members, node, pass_on, replicate, serve};
 use backon::{BackoffBuilder, ExponentialBuilder};
 use iroh::endpoint::{Connection, ConnectionError, SendStream};
 use iroh::{EndpointAddr, PublicKey, TransportAddr};
@@ -101,6 +101,10 @@ pub(crate) struct Link {
     heard_ms: AtomicU64,
     /// What the peer announced last.
     pub(crate) announced: watch::Sender<Option<Arc<LocationList>>>,
+    /// What owners said of what the peer has rows of.
+    pub(crate) offered: watch::Sender<Option<Arc<StatementList>>>,
+    /// Held while rows of a third device are on their way to it.
+    pub(crate) passing_on: Semaphore,
     pub(crate) fetches: Semaphore,
     /// Staged bytes on their way to the peer.
     pub(crate) staged: Semaphore,
@@ -130,6 +134,8 @@ impl Link {
             born: Instant::now(),
             heard_ms: AtomicU64::new(0),
             announced: watch::Sender::new(None),
+            offered: watch::Sender::new(None),
+            passing_on: Semaphore::new(1),
             fetches: Semaphore::new(MAX_FETCHES),
             staged: Semaphore::new(MAX_STAGED),
             pulls: Arc::new(Semaphore::new(MAX_STAGED)),
@@ -521,17 +527,19 @@ pub(crate) async fn reply(send: &mut SendStream, answer: &Response) -> Result<()
 /// Everything that goes on while a connection lives.
 async fn live(shared: &Arc<Shared>, peer: &Arc<Peer>, link: &Arc<Link>, hello: Hello) {
     /// The connection is given up even when this task is aborted.
-    struct Installed<'a>(&'a Peer, &'a Arc<Link>);
+    struct Installed<'a>(&'a Shared, &'a Peer, &'a Arc<Link>);
     impl Drop for Installed<'_> {
         fn drop(&mut self) {
-            let Self(peer, link) = self;
+            let Self(shared, peer, link) = self;
             let closed = link.connection.close_reason();
             let bye = closed.as_ref().and_then(close_code) == Some(close::BYE);
             link.connection.close(close::BYE.into(), b"");
             peer.uninstall(link, !bye);
+            shared.statements.links_changed();
         }
     }
-    let _installed = Installed(peer, link);
+    let _installed = Installed(shared, peer, link);
+    shared.statements.links_changed();
     // Removed between the check at the door and the installation.
     if !shared.is_peer(peer.id) {
         return members::turn_away(shared, peer.id, &link.connection);
@@ -544,6 +552,8 @@ async fn live(shared: &Arc<Shared>, peer: &Arc<Peer>, link: &Arc<Link>, hello: H
     tasks.spawn(members::announce(shared.clone(), peer.clone(), link.clone()));
     tasks.spawn(replicate::announce(shared.clone(), peer.clone(), link.clone()));
     tasks.spawn(replicate::follow(shared.clone(), peer.clone(), link.clone()));
+    tasks.spawn(pass_on::offer(shared.clone(), peer.clone(), link.clone()));
+    tasks.spawn(pass_on::take(shared.clone(), peer.clone(), link.clone()));
     tasks.spawn(deliver::keep(shared.clone(), peer.clone(), link.clone()));
     let closed = tokio::select! {
         closed = link.connection.closed() => closed,

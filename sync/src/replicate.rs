@@ -38,7 +38,7 @@ fn shared_location(shared: &Shared, peer: DeviceId, id: LocationId) -> Option<Ar
     shared.index.location_by_id(id).filter(|l| is_shared(shared, peer, l))
 }
 
-fn is_shared(shared: &Shared, peer: DeviceId, location: &Location) -> bool {
+pub(crate) fn is_shared(shared: &Shared, peer: DeviceId, location: &Location) -> bool {
     location.owner == shared.me
         && location.shared_with.as_ref().is_none_or(|with| with.contains(&peer))
 }
@@ -91,8 +91,7 @@ pub(crate) async fn serve(
     let log_id = index.log_id(no);
     // Subscribed before the first look, so that nothing falls in between.
     let mut feed = index.feed().subscribe();
-    let has_log = follow.log_id == log_id && follow.after <= index.head(no);
-    let mut after = if has_log { follow.after } else { Seq(0) };
+    let mut after = index.resume_at(no, follow.log_id, follow.after);
     wire::send_frame(send, &Response::Rows { log_id, after }).await?;
     let mut is_first = true;
     loop {
@@ -149,7 +148,7 @@ async fn read_log(index: &Index, no: LocationNo, after: Seq) -> Result<(Vec<LogR
 }
 
 /// Several frames when the rows are tiny: their number is bounded too.
-async fn send_rows(
+pub(crate) async fn send_rows(
     send: &mut SendStream,
     mut rows: Vec<LogRow>,
     upto: Seq,
@@ -233,7 +232,7 @@ fn store_announced(index: &Index, peer: DeviceId, list: &[Announced]) -> Result<
     let mut left_out = None;
     for replica in index.locations().iter().filter(|l| l.owner == peer) {
         if !accepted.contains_key(&replica.id) {
-            index.remove_location(replica.no).map_err(|e| e.to_string())?;
+            index.withdraw_location(replica.no).map_err(|e| e.to_string())?;
         }
     }
     let mut failure = None;
@@ -299,6 +298,8 @@ enum FollowError {
     NotShared,
     #[error("the location is gone")]
     Gone,
+    #[error("the replica was changed meanwhile")]
+    Moved,
 }
 
 /// Follows one location for as long as the connection lives. A peer whose rows break the
@@ -311,6 +312,7 @@ async fn keep_replica(shared: Arc<Shared>, peer: Arc<Peer>, link: Arc<Link>, id:
         };
         let is_final = match &error {
             FollowError::Wire(e) => e.is_breach(),
+            FollowError::Moved => false,
             FollowError::Rows(_) | FollowError::NotShared | FollowError::Gone => true,
         };
         if is_final || link.connection.close_reason().is_none() {
@@ -361,7 +363,7 @@ async fn follow_once(
             let expected = (log_id, after);
             change(peer, index, move |index| {
                 if (index.log_id(no), index.head(no)) != expected {
-                    return Ok(Err(FollowError::Gone));
+                    return Ok(Err(FollowError::Moved));
                 }
                 let applied = match upto < head {
                     true => index.apply_replica_part(no, log_id, rows, upto),

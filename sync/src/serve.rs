@@ -8,9 +8,9 @@ use crate::node::Shared;
 use crate::presence::{Link, Peer, reply};
 use crate::wire::{
     self, Fetch, LocationList, MAX_PROOF, MemberList, NEWEST, OLDEST, Refusal, Request, Response,
-    WireError,
+    StatementList, WireError,
 };
-use crate::{accept, deliver, locks, members, replicate};
+use crate::{accept, deliver, locks, members, pass_on, replicate};
 use bytes::Bytes;
 use iroh::endpoint::{RecvStream, SendStream};
 use std::ops::Range;
@@ -105,6 +105,16 @@ async fn answer(
         Request::Lock(request) => {
             ignore_rest(recv);
             locks::serve(shared, peer, link, request, send).await
+        }
+        Request::Statements => {
+            let frame = wire::receive_frame_in(recv, &link.inbound);
+            let (list, _room): (StatementList, _) = within(frame).await?;
+            link.offered.send_replace(Some(Arc::new(list)));
+            reply(send, &Response::Done).await
+        }
+        Request::PassOn(asked) => {
+            ignore_rest(recv);
+            pass_on::serve(shared, peer, link, asked, send).await
         }
         // Said already, when the connection began.
         Request::Hello(_) => reply(send, &Response::Refused(Refusal::Malformed)).await,

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::ops::Range;
 use tokio::sync::{Semaphore, SemaphorePermit};
-use vfs_core::index::LogRow;
+use vfs_core::index::{LogRow, Signed};
 use vfs_core::library::{LibraryInfo, Member, Stamp as ClockStamp};
 use vfs_core::locks::{LockAnswer, LockRequest};
 use vfs_core::model::{DeviceId, LocationId, Seq};
@@ -26,7 +26,7 @@ pub const ALPN_MEMBER: &[u8] = b"spacedrive/1";
 pub const ALPN_PAIR: &[u8] = b"spacedrive/pair/1";
 
 /// The newest version this program speaks.
-pub const NEWEST: u16 = 2;
+pub const NEWEST: u16 = 3;
 /// The oldest version this program speaks.
 pub const OLDEST: u16 = 1;
 
@@ -35,6 +35,9 @@ pub const DELIVERS: u16 = 2;
 
 /// The version from which on locks are coordinated.
 pub const LOCKS: u16 = 2;
+
+/// The version from which on replicas are passed on.
+pub const PASSES_ON: u16 = 3;
 
 /// The longest request, in bytes.
 pub const MAX_REQUEST: usize = 4 << 10;
@@ -109,6 +112,11 @@ pub enum Request {
     Staged(Staged),
     /// A lock of a file of the asked device. Answer: `Lock`.
     Lock(LockRequest),
+    /// A frame with a [`StatementList`] follows. Answer: `Done`.
+    Statements,
+    /// Rows of a location of a third device, as the asked device has them. Answer: `Rows`, then
+    /// [`Rows`] frames up to the number that was asked for, then the end of the stream.
+    PassOn(PassOn),
 }
 
 /// Who speaks, and what.
@@ -136,6 +144,15 @@ pub struct Follow {
     pub log_id: u64,
     /// The last row it has.
     pub after: Seq,
+}
+
+/// Which rows of a third device's location.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
+pub struct PassOn {
+    /// The location, the log and the last row that the reader has of it; `after` 0 for all.
+    pub follow: Follow,
+    /// The last row of the statement that the reader has.
+    pub head: Seq,
 }
 
 /// Which bytes.
@@ -320,6 +337,12 @@ impl From<MemberRecord> for Member {
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct LocationList(
     #[serde(deserialize_with = "bounded::<_, _, MAX_LOCATIONS>")] pub Vec<Announced>,
+);
+
+/// What owners said of locations that the sender can give rows of: its own, and replicas.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct StatementList(
+    #[serde(deserialize_with = "bounded::<_, _, MAX_LOCATIONS>")] pub Vec<Signed>,
 );
 
 /// One of them.

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use sync::wire::*;
-use vfs_core::index::LogRow;
+use vfs_core::index::{LogDigest, LogRow, Signed, Statement};
 use vfs_core::library::{LibraryInfo, Stamp as ClockStamp};
 use vfs_core::locks::{Action, Holder, LockAnswer, LockRequest, Mode, Span};
 use vfs_core::model::{
@@ -68,6 +68,7 @@ fn decode_everything(bytes: &[u8]) {
     let _ = decode::<MemberRecord>(bytes);
     let _ = decode::<LocationList>(bytes);
     let _ = decode::<Rows>(bytes);
+    let _ = decode::<StatementList>(bytes);
     let _ = decode::<Operations>(bytes);
 }
 
@@ -231,7 +232,21 @@ fn samples() -> Vec<Vec<u8>> {
         bytes(encode_request(2, &Request::Staged(staged)), 6),
         bytes(encode_request(2, &Request::Lock(lock)), 6),
         bytes(encode_frame(&Response::Lock(taken)), 4),
+        bytes(encode_request(3, &Request::PassOn(PassOn { follow, head: Seq(9) })), 6),
+        bytes(encode_frame(&StatementList(vec![signed()])), 4),
     ]
+}
+
+fn signed() -> Signed {
+    let statement = Statement {
+        location: LocationId([1; 16]),
+        name: "photos".into(),
+        read_only: true,
+        shared_with: Some(vec![DeviceId([1; 32]), DeviceId([2; 32])]),
+        log: LogDigest { log_id: 1, head: Seq(9), rows: 7, digest: [3; 32] },
+        made_ms: 5,
+    };
+    Signed { statement, signature: [[4; 32], [5; 32]] }
 }
 
 fn mutated() -> impl Strategy<Value = Vec<u8>> {
@@ -289,6 +304,8 @@ fn every_message_is_read_as_it_was_written() {
     assert!(matches!(decode(&all[16]), Ok(Request::Staged(s)) if s.ranges.len() == 2));
     assert!(matches!(decode(&all[17]), Ok(Request::Lock(l)) if l.holder == Holder(3)));
     assert!(matches!(decode(&all[18]), Ok(Response::Lock(LockAnswer::Taken { .. }))));
+    assert!(matches!(decode(&all[19]), Ok(Request::PassOn(p)) if p.head == Seq(9)));
+    assert!(matches!(decode(&all[20]), Ok(StatementList(list)) if list == [signed()]));
 }
 
 #[test]

@@ -114,7 +114,11 @@ impl Script {
                 wire::send_frame(&mut send, &Response::Fetched { proof }).await?;
                 send.write_all(&bytes).await?;
             }
-            Request::Deliver(_) | Request::Staged(_) | Request::Lock(_) => {
+            Request::Deliver(_)
+            | Request::Staged(_)
+            | Request::Lock(_)
+            | Request::Statements
+            | Request::PassOn(_) => {
                 let refused = Response::Refused(Refusal::Malformed);
                 wire::send_frame(&mut send, &refused).await?;
             }

@@ -81,8 +81,8 @@ impl Stamp {
     }
 
     /// Whether there are stamps enough after this one, on this device's clock.
-    fn is_credible(self) -> bool {
-        self.count <= MAX_COUNT && self.wall_ms <= now_ms().saturating_add(MAX_LEAD_MS)
+    fn is_credible(self, now_ms: u64) -> bool {
+        self.count <= MAX_COUNT && self.wall_ms <= now_ms.saturating_add(MAX_LEAD_MS)
     }
 }
 
@@ -172,7 +172,12 @@ impl State {
 
     /// A stamp for a record made on this device now.
     pub fn next_stamp(&mut self) -> Stamp {
-        self.clock = Stamp::after(self.clock, now_ms());
+        self.stamp_at(now_ms())
+    }
+
+    /// The same by a clock that says this.
+    pub(crate) fn stamp_at(&mut self, now_ms: u64) -> Stamp {
+        self.clock = Stamp::after(self.clock, now_ms);
         self.clock
     }
 
@@ -191,7 +196,12 @@ impl State {
     /// it is not, and does not move the clock: a device is not to become unremovable because
     /// a clock is wrong.
     pub fn merge(&mut self, record: Member) -> bool {
-        if record.stamp.is_credible() {
+        self.merge_at(record, now_ms())
+    }
+
+    /// The same by a clock that says this.
+    pub(crate) fn merge_at(&mut self, record: Member, now_ms: u64) -> bool {
+        if record.stamp.is_credible(now_ms) {
             self.clock = self.clock.max(record.stamp);
         } else if !record.removed {
             return false;

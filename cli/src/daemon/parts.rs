@@ -77,6 +77,7 @@ impl Daemon {
             own: Arc::clone(&own),
             outbox: Some(Arc::clone(&outbox) as _),
             applier: Some(Arc::clone(&applying) as _),
+            scratch: dir.index(),
         };
         adopt_locations(&library, &index, &indexer)?;
         let node = Node::start(node_config(config, secret_key), parts)

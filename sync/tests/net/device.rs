@@ -123,7 +123,8 @@ impl Device {
         }
         let bind = bind.iter().map(|a| a.parse().unwrap()).collect();
         let config = NodeConfig { secret_key: key, bind, relay: None, mdns: false };
-        let parts = Parts { library: library.clone(), index: index.clone(), own, outbox, applier };
+        let (books, rows, scratch) = (library.clone(), index.clone(), path.to_owned());
+        let parts = Parts { library: books, index: rows, own, outbox, applier, scratch };
         let node = Node::start(config.clone(), parts.clone()).await.unwrap();
         assert_eq!(node.id(), me);
         Self { node, library, index, indexer, dir, key, writing, config, parts }

@@ -6,6 +6,7 @@ mod content;
 mod device;
 mod locks;
 mod pairing;
+mod pass_on;
 mod presence;
 mod real;
 mod replication;

@@ -6,8 +6,8 @@ use iroh::endpoint::{Connection, ConnectionError, RecvStream, SendStream};
 use std::time::Duration;
 use sync::wire::{
     self, ALPN_MEMBER, ALPN_PAIR, Deliver, Fetch, Follow, Hello, Knock, MAX_FRAME, MAX_REQUEST,
-    MemberList, NEWEST, OLDEST, PairRefusal, PairRequest, PairResponse, Refusal, Request, Response,
-    Staged, close,
+    MemberList, NEWEST, OLDEST, PairRefusal, PairRequest, PairResponse, PassOn, Refusal, Request,
+    Response, Staged, close,
 };
 use tokio::time::timeout;
 use vfs_core::locks::{Action, Holder, LockRequest, Mode, Span};
@@ -45,6 +45,7 @@ pub async fn ask(connection: &Connection, request: &Request) -> Option<Response>
     let body = match request {
         Request::Members => wire::send_frame(&mut send, &MemberList(vec![])).await,
         Request::Locations => wire::send_frame(&mut send, &wire::LocationList(vec![])).await,
+        Request::Statements => wire::send_frame(&mut send, &wire::StatementList(vec![])).await,
         _ => Ok(()),
     };
     body.ok()?;
@@ -75,6 +76,11 @@ fn every_request(location: LocationId) -> Vec<Request> {
         Request::Deliver(Deliver { epoch: 1, session: 1, bulk: false }),
         Request::Staged(Staged { epoch: 1, no: 1, ranges: vec![0..1] }),
         Request::Lock(lock(location, FileId::ROOT)),
+        Request::Statements,
+        Request::PassOn(PassOn {
+            follow: Follow { location, log_id: 0, after: Seq(0) },
+            head: Seq(0),
+        }),
     ]
 }
 
@@ -104,7 +110,7 @@ async fn a_stranger_gets_nothing_on_the_members_protocol() {
     let location = device.add_location("photos", None);
     let stranger = raw_endpoint(rand::random()).await;
     let codes = try_everything(&stranger, &device, location.id).await;
-    assert_eq!(codes, [u64::from(close::NOT_MEMBER); 9]);
+    assert_eq!(codes, [u64::from(close::NOT_MEMBER); 11]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -124,7 +130,7 @@ async fn a_removed_device_gets_nothing_though_its_connection_lived() {
         assert_eq!(ask(&connection, &request).await, None);
     }
     let codes = try_everything(&removed, &device, location.id).await;
-    assert_eq!(codes, [u64::from(close::REMOVED); 9]);
+    assert_eq!(codes, [u64::from(close::REMOVED); 11]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

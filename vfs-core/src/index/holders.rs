@@ -61,6 +61,11 @@ pub(super) fn put_off(tx: &mut Tx<'_>, no: LocationNo, head: Seq) -> Result<(), 
     Ok(())
 }
 
+/// Has every row above a number looked at again.
+pub(super) fn list_again(tx: &mut Tx<'_>, no: LocationNo, after: Seq) {
+    Unlisted::after(after).store(tx, no);
+}
+
 /// The locations that a thread is to list, one after the other.
 #[derive(Default)]
 pub(super) struct Listing(Mutex<Waiting>);

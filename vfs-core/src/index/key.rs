@@ -3,7 +3,7 @@
 //! A location number takes 2 bytes, a file id 5 (ids are below 2^40), a sequence
 //! number 8. A name is always last, so it needs no length.
 
-use crate::model::{ContentId, DeviceId, FileId, LocationNo, Name, Seq};
+use crate::model::{ContentId, DeviceId, FileId, LocationId, LocationNo, Name, Seq};
 
 const FILE_BYTES: usize = 5;
 const LOCATION_BYTES: usize = 2;
@@ -92,6 +92,21 @@ pub(super) fn whole(no: LocationNo) -> Vec<u8> {
 /// Meta: from where on Content lacks the rows of a replica.
 pub(super) fn unlisted(no: LocationNo) -> Vec<u8> {
     join(&[b"unlisted", &location(no)])
+}
+
+/// Meta: what a location's log adds up to.
+pub(super) fn sum(no: LocationNo) -> Vec<u8> {
+    join(&[b"sum", &location(no)])
+}
+
+/// Meta: what the owner signed of a replica's log.
+pub(super) fn statement(no: LocationNo) -> Vec<u8> {
+    join(&[b"statement", &location(no)])
+}
+
+/// Meta: a location that its owner does not announce any more.
+pub(super) fn withdrawn(id: LocationId) -> Vec<u8> {
+    join(&[b"withdrawn", &id.0])
 }
 
 /// Meta: how many numbers a device's locations were given.

@@ -48,6 +48,9 @@ impl Index {
                     None if own => begin_own(tx)?,
                     None => begin_replica(tx, owner)?,
                 };
+                if !own {
+                    tx.batch.delete(Table::Meta, key::withdrawn(location.id));
+                }
                 let record = record_of(location);
                 tx.batch.put(Table::Locations, key::location(no), encode(&record));
                 tx.changes.push(Change::Locations);
@@ -104,6 +107,8 @@ impl Index {
             tx.batch.delete(Table::Meta, key::state(no));
             tx.batch.delete(Table::Meta, key::whole(no));
             tx.batch.delete(Table::Meta, key::unlisted(no));
+            tx.batch.delete(Table::Meta, key::sum(no));
+            tx.batch.delete(Table::Meta, key::statement(no));
             tx.batch.delete(Table::Locations, key::location(no));
             Ok(false)
         })
@@ -146,8 +151,24 @@ fn next_number(
     Ok(LocationNo(next))
 }
 
+#[cfg(test)]
+thread_local! {
+    static NEXT_LOG_ID: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
+}
+
+/// Has this thread's logs numbered from here on, so that a simulation can be repeated.
+#[cfg(test)]
+pub(super) fn draw_log_ids_from(seed: u64) {
+    NEXT_LOG_ID.set(((seed + 1) << 32) | 1);
+}
+
 /// Random and not 0: the keys of a [`RandomState`] come from the system's randomness.
 fn new_log_id() -> u64 {
+    #[cfg(test)]
+    if let next @ 1.. = NEXT_LOG_ID.get() {
+        NEXT_LOG_ID.set(next + 1);
+        return next;
+    }
     let mut hasher = RandomState::new().build_hasher();
     hasher.write_u128(std::time::UNIX_EPOCH.elapsed().map_or(0, |d| d.as_nanos()));
     hasher.finish().max(1)

@@ -53,6 +53,7 @@ impl Memory {
         self.write(|m| {
             m.locations.remove(&old);
             m.states.remove(&old);
+            m.wholes.remove(&old);
             m.locations.insert(renewed.no, renewed);
         });
     }
@@ -69,7 +70,11 @@ impl Memory {
         self.write(|m| m.wholes.insert(no, (log_id, upto)));
     }
 
+    pub(super) fn forget_whole(&self, no: LocationNo) {
+        self.write(|m| m.wholes.remove(&no));
+    }
+
     pub(super) fn remove(&self, no: LocationNo) {
-        self.write(|m| (m.locations.remove(&no), m.states.remove(&no)));
+        self.write(|m| (m.locations.remove(&no), m.states.remove(&no), m.wholes.remove(&no)));
     }
 }

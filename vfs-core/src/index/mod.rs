@@ -9,6 +9,7 @@
 //! | `observe`, `sweep` | the owner's side: what its disk has; what nothing leads to any more |
 //! | `expect` | what this device itself is about to put on its disks |
 //! | `replica`, `holders` | the other devices' locations; who of them has which bytes |
+//! | `digest`, `relay` | what a log adds up to; replicas from somebody else than their owner |
 //! | `view` | queries |
 //!
 //! **Writers** (scanner, watcher, hasher, replication) are serialised by one lock; each
@@ -22,6 +23,7 @@
 //! before it is durable ([`View::log_after`]): a sequence number that another device has
 //! seen is never given twice.
 
+mod digest;
 mod expect;
 mod holders;
 mod key;
@@ -30,6 +32,7 @@ mod memory;
 mod observe;
 mod read;
 mod redb;
+mod relay;
 mod replica;
 mod row;
 #[cfg(any(test, feature = "sled"))]
@@ -40,7 +43,13 @@ mod tx;
 mod view;
 
 #[cfg(test)]
+mod disk_model;
+#[cfg(test)]
+mod mem;
+#[cfg(test)]
 mod model_tests;
+#[cfg(test)]
+mod simulation;
 #[cfg(test)]
 mod suite;
 #[cfg(test)]
@@ -58,9 +67,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tx::Tx;
 
+pub use digest::LogDigest;
 pub(crate) use key::after_prefix;
 pub use observe::Sighting;
 pub use redb::RedbStore;
+pub use relay::{AT_ONCE, Attested, Signed, Spool, Spooled, Statement, Wanted};
 #[cfg(feature = "sled")]
 pub use sled::SledStore;
 pub use store::{
@@ -100,6 +111,9 @@ pub enum IndexError {
     /// The rows are of another log than the replica's; reset the replica first.
     #[error("the replica follows another log")]
     OtherLog,
+    /// Rows of another device than their owner do not add up to what the owner signed.
+    #[error("the rows are not those that their owner stated")]
+    NotAsStated,
     /// There are no numbers left for locations or files.
     #[error("too many {0}")]
     TooMany(&'static str),
@@ -110,7 +124,7 @@ impl From<IndexError> for FsError {
         let kind = match &error {
             IndexError::NoSuchLocation(_) | IndexError::NoSuchDirectory(..) => Kind::NotFound,
             IndexError::WrongOwner(_) => Kind::ReadOnly,
-            IndexError::InvalidRow(_) => Kind::Invalid,
+            IndexError::InvalidRow(_) | IndexError::NotAsStated => Kind::Invalid,
             IndexError::TooMany(_) => Kind::NoSpace,
             IndexError::Store(_) | IndexError::DamagedRow(_) | IndexError::OtherLog => Kind::Io,
         };

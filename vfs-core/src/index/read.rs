@@ -120,6 +120,21 @@ pub(super) fn log_range(
     })
 }
 
+/// At most `limit` changes after a place.
+pub(super) fn log_places(
+    from: &dyn Snapshot,
+    no: LocationNo,
+    after: Seq,
+    limit: usize,
+) -> Result<Vec<(Seq, FileId, Name)>, IndexError> {
+    let mut found = Vec::new();
+    log_range(from, no, after, Seq(u64::MAX), &mut |seq, parent, name| {
+        found.push((seq, parent, name));
+        Ok(if found.len() < limit { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
+    })?;
+    Ok(found)
+}
+
 /// At most `limit` keys that begin with `prefix`.
 pub(super) fn keys(
     from: &dyn Snapshot,

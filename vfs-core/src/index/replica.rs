@@ -43,8 +43,34 @@ impl Index {
     /// newer. Its head alone does not say so: rows come in the order of their last change, so one
     /// that was changed again since comes later, and until then what it was before is missing.
     pub fn has_all(&self, no: LocationNo, log_id: u64, upto: Seq) -> bool {
-        self.log_id(no) == log_id
-            && self.memory().whole(no).is_some_and(|(log, whole)| log == log_id && whole >= upto)
+        let is_whole = |(log, whole)| log == log_id && whole >= upto;
+        let has_rows = || self.memory().whole(no).is_some_and(is_whole);
+        self.log_id(no) == log_id && (upto == Seq(0) || has_rows())
+    }
+
+    /// After which number a device is sent the rows of this log, when it has those of `log_id` up
+    /// to `after`: after 0, if that is not this log, or more than there is of it.
+    pub fn resume_at(&self, no: LocationNo, log_id: u64, after: Seq) -> Seq {
+        let has_log = log_id == self.log_id(no) && after <= self.head(no);
+        if has_log { after } else { Seq(0) }
+    }
+
+    /// Has rows that are newer than where the replica was last whole come again: of those between
+    /// there and its head, some that have changed since may be missing here.
+    pub(super) fn rewind(&self, no: LocationNo, log_id: u64) -> Result<Seq, IndexError> {
+        let whole = self.memory().whole(no).filter(|(log, _)| *log == log_id);
+        let whole = whole.map_or(Seq(0), |(_, upto)| upto);
+        self.write(|tx| {
+            let state = tx.state(no)?;
+            follow(state, log_id)?;
+            if state.head > whole {
+                state.head = whole;
+                // It has rows that are about to come once more.
+                tx.batch.delete(Table::Meta, key::sum(no));
+                holders::list_again(tx, no, whole);
+            }
+            Ok(whole)
+        })
     }
 
     /// Applies the last rows that the owner's log has now, and moves the cursor to its end,
@@ -113,6 +139,9 @@ impl Index {
     /// its replica emptied in place, and kernels are told to look everything up again.
     pub fn restart_replica(&self, no: LocationNo, log_id: u64) -> Result<LocationNo, IndexError> {
         let location = self.replica(no)?;
+        if log_id == 0 {
+            return Err(IndexError::InvalidRow("a log without an id"));
+        }
         let state = self.memory().state(no).unwrap_or_default();
         if state.log_id == 0 && !state.resetting {
             return self.write(|tx| {
@@ -135,10 +164,13 @@ impl Index {
         self.replica(no)?;
         self.write(|tx| {
             tx.set_state(no, State { resetting: true, ..State::default() });
-            tx.batch.delete(Table::Meta, key::unlisted(no));
+            for key in [key::whole(no), key::unlisted(no), key::sum(no), key::statement(no)] {
+                tx.batch.delete(Table::Meta, key);
+            }
             tx.changes.push(Change::Reset);
             Ok(())
         })?;
+        self.memory().forget_whole(no);
         self.purge(no)?;
         self.write(|tx| {
             tx.set_state(no, State::new(log_id));
@@ -168,7 +200,7 @@ impl Index {
         Ok(false)
     }
 
-    fn replica(&self, no: LocationNo) -> Result<Arc<Location>, IndexError> {
+    pub(super) fn replica(&self, no: LocationNo) -> Result<Arc<Location>, IndexError> {
         let location = self.location(no).ok_or(IndexError::NoSuchLocation(no))?;
         if location.owner == self.me() { Err(IndexError::WrongOwner(no)) } else { Ok(location) }
     }
@@ -189,14 +221,17 @@ impl Renumbered {
     }
 }
 
-fn follow(state: &mut State, log_id: u64) -> Result<(), IndexError> {
+pub(super) fn follow(state: &mut State, log_id: u64) -> Result<(), IndexError> {
+    if log_id == 0 {
+        return Err(IndexError::InvalidRow("a log without an id"));
+    }
     if state.log_id == 0 && !state.resetting {
         state.log_id = log_id;
     }
     if state.log_id == log_id && !state.resetting { Ok(()) } else { Err(IndexError::OtherLog) }
 }
 
-fn check_order(head: Seq, rows: &[LogRow], upto: Seq) -> Result<(), IndexError> {
+pub(super) fn check_order(head: Seq, rows: &[LogRow], upto: Seq) -> Result<(), IndexError> {
     let after_head = rows.first().is_none_or(|r| r.seq > head);
     let ascending = rows.windows(2).all(|w| w[0].seq < w[1].seq);
     let within = rows.last().is_none_or(|r| r.seq <= upto) && head <= upto;
@@ -207,7 +242,7 @@ fn check_order(head: Seq, rows: &[LogRow], upto: Seq) -> Result<(), IndexError> 
     }
 }
 
-fn check_row(row: &LogRow) -> Result<(), IndexError> {
+pub(super) fn check_row(row: &LogRow) -> Result<(), IndexError> {
     let valid = row.parent.0 < FileId::LIMIT
         && row.entry.as_ref().is_none_or(Entry::is_valid)
         && if row.parent == ROOT_PARENT { is_root_row(row) } else { is_child_row(row) };
@@ -230,7 +265,7 @@ fn is_child_row(row: &LogRow) -> bool {
     id.is_none_or(|id| id != FileId::ROOT && id != row.parent)
 }
 
-fn apply(tx: &mut Tx<'_>, no: LocationNo, row: LogRow) -> Result<(), IndexError> {
+pub(super) fn apply(tx: &mut Tx<'_>, no: LocationNo, row: LogRow) -> Result<(), IndexError> {
     let LogRow { seq, parent, name, entry } = row;
     let place = Place { no, parent, name: &name };
     let old = tx.row(place)?;

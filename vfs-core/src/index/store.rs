@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// The version of the rows' format; a store with a higher one is refused.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 
 /// A set of ordered keys of its own.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -240,6 +240,8 @@ fn open_checked(kind: &StoreKind, path: &Path) -> Result<Arc<dyn Store>, StoreEr
         let store = (kind.open)(path)?;
         match format(&*store, path)? {
             Some(FORMAT) => {}
+            // Format 1 had no sums of logs, which an older program would not keep right.
+            Some(1) => write_format(&*store)?,
             Some(found) => return Err(StoreError::NewerFormat { found }),
             None if is_new => write_format(&*store)?,
             // A store may mend damage by forgetting everything; that is not hidden.
@@ -256,7 +258,7 @@ fn format(store: &dyn Store, path: &Path) -> Result<Option<u32>, StoreError> {
     let Some(found) = store.snapshot()?.get(Table::Meta, FORMAT_KEY)? else { return Ok(None) };
     let found: Result<[u8; 4], _> = found.try_into();
     match found.map(u32::from_be_bytes) {
-        Ok(found @ FORMAT..) => Ok(Some(found)),
+        Ok(found @ 1..) => Ok(Some(found)),
         _ => Err(corrupt(path, "its format is none")),
     }
 }

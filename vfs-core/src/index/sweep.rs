@@ -105,6 +105,22 @@ pub(super) fn doom_replica(tx: &mut Tx<'_>, no: LocationNo, dir: FileId) {
     tx.batch.put(Table::Orphans, key::file(no, dir), encode(&Orphan::Doomed));
 }
 
+/// Removes at most about `limit` rows of doomed directories of a replica, in this commit.
+pub(super) fn sweep_replica(
+    tx: &mut Tx<'_>,
+    no: LocationNo,
+    limit: usize,
+) -> Result<(), IndexError> {
+    let mut left = limit;
+    while left > 0 {
+        let doomed = read::keys(tx, Table::Orphans, &key::location(no), 1)?.pop();
+        let Some(dir) = doomed.and_then(|key| key::last_file(&key)) else { break };
+        let removed = Sweep { tx, no, own: false, left }.doomed(dir)?;
+        left = left.saturating_sub(removed);
+    }
+    Ok(())
+}
+
 struct Sweep<'t, 's> {
     tx: &'t mut Tx<'s>,
     no: LocationNo,

@@ -142,7 +142,8 @@ pub(super) fn check_invariants(index: &Index, no: LocationNo) {
         let seq = Seq(u64::from_be_bytes(seq.as_slice().try_into().unwrap()));
         assert_eq!(log[&key::log(no, seq)], k[2..], "the place of a tombstone");
     }
-    let found: BTreeSet<_> = dump(index, Table::Content, b"").into_iter().map(|r| r.0).collect();
+    let listed = dump(index, Table::Content, b"").into_iter().map(|r| r.0);
+    let found: BTreeSet<_> = listed.filter(|k| key::content_location(k) == Some(no)).collect();
     assert_eq!(found, contents);
     let state: State =
         decode(&snapshot.get(Table::Meta, &key::state(no)).unwrap().unwrap(), "").unwrap();
@@ -716,7 +717,7 @@ fn a_reset_that_was_cut_off_must_be_done_again() {
             Ok(())
         })
         .unwrap();
-    for log_id in [0, 9] {
+    for log_id in [8, 9] {
         let applied = f.index.apply_replica(f.no, log_id, vec![], Seq(1));
         assert!(matches!(applied, Err(IndexError::OtherLog)), "{applied:?}");
     }

@@ -6,8 +6,10 @@
 //! - a name is in Entries or in Tombstones, never in both, and each has one place in Log;
 //! - a row with a content id has its key in Content (in a replica: unless its file has more
 //!   than [`REPLICA_NAMES`] names, or it is not listed yet, see `holders`);
-//! - the state of a location (counts, head) is that of its rows.
+//! - the state of a location (counts, head) is that of its rows;
+//! - the sum of a log, where there is one, has every place up to one of them, see `digest`.
 
+use super::digest::{Sum, Summand};
 use super::expect::Expected;
 use super::key;
 use super::memory::Memory;
@@ -41,6 +43,11 @@ impl Place<'_> {
         key::entry(self.no, self.parent, self.name.as_bytes())
     }
 
+    /// The place in the log of what has this name.
+    fn summand<'r>(&'r self, row: &'r Row) -> Summand<'r> {
+        Summand { seq: row.seq, parent: self.parent, name: self.name, entry: Some(&row.entry) }
+    }
+
     fn node_key(&self, file: FileId) -> Vec<u8> {
         key::node(self.no, file, self.parent, self.name.as_bytes())
     }
@@ -54,8 +61,16 @@ pub(super) struct Tx<'a> {
     pub(super) batch: Batch,
     pub(super) changes: Vec<Change>,
     states: BTreeMap<LocationNo, State>,
+    sums: BTreeMap<LocationNo, LoadedSum>,
     /// Rows are written without their keys in Content, which follow later.
     pub(super) is_unlisted: bool,
+}
+
+/// The sum of a log as this commit leaves it.
+#[derive(Default)]
+struct LoadedSum {
+    sum: Option<Sum>,
+    is_changed: bool,
 }
 
 impl<'a> Tx<'a> {
@@ -65,8 +80,9 @@ impl<'a> Tx<'a> {
         expected: &'a Expected,
         me: DeviceId,
     ) -> Self {
-        let (batch, changes, states) = Default::default();
-        Self { snapshot, memory, expected, me, batch, changes, states, is_unlisted: false }
+        let (batch, changes, states, sums) = Default::default();
+        let is_unlisted = false;
+        Self { snapshot, memory, expected, me, batch, changes, states, sums, is_unlisted }
     }
 
     /// The id that an inode about to appear is to have.
@@ -99,7 +115,43 @@ impl<'a> Tx<'a> {
         for (no, state) in &self.states {
             self.batch.put(Table::Meta, key::state(*no), encode(state));
         }
+        for (no, loaded) in self.sums.iter().filter(|(_, loaded)| loaded.is_changed) {
+            if let Some(sum) = &loaded.sum {
+                self.batch.put(Table::Meta, key::sum(*no), sum.to_bytes());
+            }
+        }
         (self.batch, self.states, self.changes)
+    }
+
+    /// The sum of the location's log, as far as there is one.
+    pub(super) fn sum(&mut self, no: LocationNo) -> Result<Option<Sum>, IndexError> {
+        Ok(self.loaded_sum(no)?.sum.clone())
+    }
+
+    /// Has the sum of a location's log written with this commit.
+    pub(super) fn put_sum(&mut self, no: LocationNo, sum: Sum) {
+        self.sums.insert(no, LoadedSum { sum: Some(sum), is_changed: true });
+    }
+
+    fn loaded_sum(&mut self, no: LocationNo) -> Result<&mut LoadedSum, IndexError> {
+        if !self.sums.contains_key(&no) {
+            let bytes = self.get(Table::Meta, &key::sum(no))?;
+            let damaged = || IndexError::DamagedRow("the sum of a log");
+            let sum = bytes.map(|b| Sum::from_bytes(&b).ok_or_else(damaged)).transpose()?;
+            self.sums.insert(no, LoadedSum { sum, is_changed: false });
+        }
+        Ok(self.sums.get_mut(&no).expect("inserted above"))
+    }
+
+    /// A place of the log goes.
+    fn leave_log(&mut self, no: LocationNo, place: Summand<'_>) -> Result<(), IndexError> {
+        self.batch.delete(Table::Log, key::log(no, place.seq));
+        let loaded = self.loaded_sum(no)?;
+        if let Some(sum) = loaded.sum.as_mut().filter(|sum| sum.upto() >= place.seq) {
+            sum.subtract(place);
+            loaded.is_changed = true;
+        }
+        Ok(())
     }
 
     pub(super) fn next_seq(&mut self, no: LocationNo) -> Result<Seq, IndexError> {
@@ -153,7 +205,7 @@ impl<'a> Tx<'a> {
 
     /// Takes away what of the old row the new one does not overwrite.
     fn unlink_old(&mut self, place: Place<'_>, old: &Row, new: &Entry) -> Result<(), IndexError> {
-        self.batch.delete(Table::Log, key::log(place.no, old.seq));
+        self.leave_log(place.no, place.summand(old))?;
         self.count(place, &old.entry, false)?;
         if old.entry.file_id != new.file_id {
             return self.unname(place, &old.entry);
@@ -185,7 +237,7 @@ impl<'a> Tx<'a> {
     /// Removes a row without a trace.
     pub(super) fn erase_row(&mut self, place: Place<'_>, old: &Row) -> Result<(), IndexError> {
         self.batch.delete(Table::Entries, place.entry_key());
-        self.batch.delete(Table::Log, key::log(place.no, old.seq));
+        self.leave_log(place.no, place.summand(old))?;
         self.count(place, &old.entry, false)?;
         self.unname(place, &old.entry)
     }
@@ -217,8 +269,11 @@ impl<'a> Tx<'a> {
         key: Vec<u8>,
         seq: &[u8],
     ) -> Result<(), IndexError> {
-        let seq = seq.try_into().map_err(|_| IndexError::DamagedRow("a tombstone"))?;
-        self.batch.delete(Table::Log, key::log(no, Seq(u64::from_be_bytes(seq))));
+        let damaged = || IndexError::DamagedRow("a tombstone");
+        let seq = Seq(u64::from_be_bytes(seq.try_into().map_err(|_| damaged())?));
+        let parent = key::entry_parent(&key).ok_or_else(damaged)?;
+        let name = key::entry_name(&key).ok_or_else(damaged)?;
+        self.leave_log(no, Summand { seq, parent, name: &name, entry: None })?;
         self.batch.delete(Table::Tombstones, key);
         let tombstones = &mut self.state(no)?.tombstones;
         *tombstones = tombstones.saturating_sub(1);

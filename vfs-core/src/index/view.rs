@@ -33,6 +33,10 @@ impl<'a> View<'a> {
         Ok(Self { index, snapshot: index.store().snapshot()? })
     }
 
+    pub(super) fn snapshot(&self) -> &dyn Snapshot {
+        &*self.snapshot
+    }
+
     /// What a name refers to.
     pub fn entry(
         &self,
@@ -183,8 +187,9 @@ impl<'a> View<'a> {
         if self.index.0.relaxed.load(Ordering::Acquire) {
             self.index.flush()?;
         }
-        let places = self.log_places(no, after, max_bytes)?;
-        let limited = places.len() == log_limit(max_bytes);
+        let limit = log_limit(max_bytes);
+        let places = read::log_places(&*self.snapshot, no, after, limit)?;
+        let limited = places.len() == limit;
         let mut rows = Vec::with_capacity(places.len());
         let mut bytes = 0;
         for (seq, parent, name) in places {
@@ -220,21 +225,6 @@ impl<'a> View<'a> {
         let row = read::row(&*self.snapshot, no, parent, name.as_bytes())?;
         let entry = row.filter(|row| row.seq == seq).map(|row| row.entry);
         Ok(LogRow { seq, parent, name, entry })
-    }
-
-    fn log_places(
-        &self,
-        no: LocationNo,
-        after: Seq,
-        max_bytes: usize,
-    ) -> Result<Vec<(Seq, FileId, Name)>, IndexError> {
-        let limit = log_limit(max_bytes);
-        let mut found = Vec::new();
-        read::log_range(&*self.snapshot, no, after, Seq(u64::MAX), &mut |seq, parent, name| {
-            found.push((seq, parent, name));
-            Ok(if found.len() < limit { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
-        })?;
-        Ok(found)
     }
 }
 
