@@ -33,7 +33,12 @@ fn main() -> Result<()> {
         _ => {
             let (options, parts): (Vec<_>, Vec<_>) =
                 args.iter().map(String::as_str).partition(|arg| arg.starts_with("--"));
-            bench(options.contains(&"--json"), &parts)
+            let rows = measure(&parts)?;
+            print(&rows, options.contains(&"--json"));
+            let missed = rows.iter().filter(|row| !row.met()).count();
+            let is_strict = options.contains(&"--strict");
+            ensure!(!is_strict || missed == 0, "{missed} of the budgets are missed");
+            Ok(())
         }
     }
 }
@@ -104,7 +109,7 @@ impl Row {
 }
 
 /// All parts, or those that are named.
-fn bench(as_json: bool, wanted: &[&str]) -> Result<()> {
+fn measure(wanted: &[&str]) -> Result<Vec<Row>> {
     let known = |name: &&str| PARTS.iter().any(|(part, _)| part == name);
     ensure!(wanted.iter().all(known), "a part is one of own, lan, far, many, scale");
     let mut rows = Vec::new();
@@ -118,10 +123,14 @@ fn bench(as_json: bool, wanted: &[&str]) -> Result<()> {
         rows.extend(part()?);
         eprintln!("{} rows, {:.0} s", rows.len(), began.elapsed().as_secs_f64());
     }
+    Ok(rows)
+}
+
+fn print(rows: &[Row], as_json: bool) {
     if as_json {
         let rows: Vec<Value> = rows.iter().map(Row::json).collect();
         println!("{}", json!({ "rounds": ROUNDS, "rows": rows }));
-        return Ok(());
+        return;
     }
     println!(
         "{:<52} {:>7} {:>10} {:<16} {:>10} {:>8}  {:<8}",
@@ -129,7 +138,6 @@ fn bench(as_json: bool, wanted: &[&str]) -> Result<()> {
     );
     rows.iter().for_each(Row::print);
     println!("medians of {ROUNDS}, but {ONLY_NAMED}");
-    Ok(())
 }
 
 /// The median of both, measured in turns.
