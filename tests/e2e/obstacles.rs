@@ -136,8 +136,7 @@ fn an_unplugged_disk_gets_what_was_written_for_it_and_its_mount_point_nothing() 
     told(&reader, "new", "not connected");
     assert_eq!(fs::read(ours.join("file")).unwrap(), b"written meanwhile");
     assert_eq!(fs::read_dir(&theirs).unwrap().count(), 0, "the empty mount point is no location");
-    let mut mount = Command::new("mount");
-    proc::run(mount.args(["-o", "loop"]).args([&image, &theirs]), PATIENCE).ok();
+    mount(&image, &theirs);
     wait_until("the disk to be seen", PATIENCE, || {
         reader.sd(&["sync", "--timeout", "5s"]).status.success()
     });
@@ -155,22 +154,17 @@ fn another_disk_in_the_place_is_not_taken_for_the_location() {
     fs::write(theirs.join("file"), "as it was").unwrap();
     drop(SmallDisk::mount(&other, &aside, 64 << 20));
     let (owner, reader, ours) = pair(&lab, &theirs);
-    let state = || owner.location_row("owner", "files").expect("the location")["state"].clone();
-    let mount = |image: &Path| {
-        let mut mount = Command::new("mount");
-        proc::run(mount.args(["-o", "loop"]).args([image, &theirs]), PATIENCE).ok();
-    };
     umount(&theirs);
-    mount(&other);
+    mount(&other, &theirs);
     let born = |path: &Path| fs::metadata(path).unwrap().created().unwrap();
     let birth = born(&theirs);
     owner.sd(&["location", "rescan", "files"]).ok();
-    wait_until("the disk to be missed", PATIENCE, || state() == "offline");
+    wait_until("the disk to be missed", PATIENCE, || state(&owner, "state") == "offline");
     fs::write(ours.join("new"), "for the disk that is away").unwrap();
     told(&reader, "new", "not connected");
     assert_eq!(fs::read_dir(&theirs).unwrap().count(), 0, "nothing is put on another disk");
     umount(&theirs);
-    mount(&image);
+    mount(&image, &theirs);
     assert_eq!(born(&theirs), birth, "only their names tell the disks apart");
     wait_until("the disk to be seen", PATIENCE, || {
         reader.sd(&["sync", "--timeout", "5s"]).status.success()
@@ -178,6 +172,308 @@ fn another_disk_in_the_place_is_not_taken_for_the_location() {
     assert_eq!(fs::read(ours.join("file")).unwrap(), b"as it was");
     assert_eq!(fs::read(theirs.join("new")).unwrap(), b"for the disk that is away");
     drop(disk);
+}
+
+fn mount(image: &Path, folder: &Path) {
+    let mut mount = Command::new("mount");
+    proc::run(mount.args(["-o", "loop"]).args([image, folder]), PATIENCE).ok();
+}
+
+/// What the owner's status says of the location.
+fn state(owner: &Device, field: &str) -> String {
+    let row = owner.location_row("owner", "files").expect("the location");
+    row[field].as_str().unwrap_or_default().to_owned()
+}
+
+#[test]
+fn a_disk_that_is_back_under_another_path_is_the_location() {
+    let Some(lab) = Lab::local(&[Need::Fuse, Need::LoopDevices]) else { return };
+    let (stick, elsewhere) = (lab.folder("stick"), lab.folder("else where"));
+    let image = lab.dir().join("disk.img");
+    let disk = SmallDisk::mount(&image, &stick, 64 << 20);
+    let theirs = stick.join("files");
+    fs::create_dir_all(theirs.join("sub")).unwrap();
+    for n in 0..50 {
+        fs::write(theirs.join(format!("sub/{n}")), format!("bytes of {n}")).unwrap();
+    }
+    let (owner, reader, ours) = pair(&lab, &theirs);
+    let applied = || {
+        let replicas = reader.device_row("owner").expect("the owner")["replicas"].clone();
+        replicas[0]["applied"].as_u64().expect("a number")
+    };
+    let inode = |name: &str| fs::symlink_metadata(ours.join(name)).unwrap().ino();
+    let (rows, number) = (applied(), inode("sub/7"));
+
+    umount(&stick);
+    wait_until("the disk to be missed", PATIENCE, || state(&owner, "state") == "offline");
+    fs::write(ours.join("new"), "written meanwhile").unwrap();
+    told(&reader, "new", "not connected");
+    assert_eq!(fs::read_dir(ours.join("sub")).unwrap().count(), 50, "browsed while it is away");
+    assert_eq!(fs::read_dir(&stick).unwrap().count(), 0);
+
+    mount(&image, &elsewhere);
+    let there = elsewhere.join("files");
+    let is_there = || fs::read(there.join("new")).is_ok_and(|found| found == b"written meanwhile");
+    wait_until("what waited to arrive", PATIENCE, is_there);
+    wait_until("where it is to be told", PATIENCE, || {
+        Path::new(&state(&owner, "path")) == there && state(&owner, "state") == "idle"
+    });
+    let listed = owner.json(&["location", "list"]);
+    assert_eq!(listed["locations"][0]["path"], there.to_str().unwrap());
+    assert_eq!(fs::read(ours.join("sub/7")).unwrap(), b"bytes of 7", "an uncached read");
+    // Nothing but the new file, its folder and the folder above was told of: no row was deleted
+    // or made again.
+    assert_eq!(inode("sub/7"), number);
+    assert!(applied() < rows + 20, "{rows} rows before, {} now", applied());
+    assert_eq!(fs::read_dir(ours.join("sub")).unwrap().count(), 50);
+    // It is one location, however it is called.
+    owner.fails(1, &["location", "add", there.to_str().unwrap(), "--name", "again"]);
+    fs::write(there.join("by the owner"), "seen").unwrap();
+    wait_until("a change to be seen", PATIENCE, || ours.join("by the owner").exists());
+
+    umount(&elsewhere);
+    wait_until("the disk to be missed", PATIENCE, || state(&owner, "state") == "offline");
+    fs::remove_file(ours.join("sub/3")).unwrap();
+    mount(&image, &stick);
+    wait_until("the delete to arrive", PATIENCE, || !theirs.join("sub/3").exists());
+    assert_eq!(Path::new(&state(&owner, "path")), theirs);
+    assert_eq!(fs::read_dir(theirs.join("sub")).unwrap().count(), 49);
+    drop(disk);
+}
+
+#[test]
+fn of_two_disks_that_are_copies_neither_is_taken() {
+    let Some(lab) = Lab::local(&[Need::Fuse, Need::LoopDevices]) else { return };
+    let (theirs, elsewhere) = (lab.folder("source"), lab.folder("elsewhere"));
+    let (image, copy) = (lab.dir().join("disk.img"), lab.dir().join("copy.img"));
+    let disk = SmallDisk::mount(&image, &theirs, 64 << 20);
+    fs::write(theirs.join("file"), "as it was").unwrap();
+    let (owner, reader, ours) = pair(&lab, &theirs);
+    umount(&theirs);
+    wait_until("the disk to be missed", PATIENCE, || state(&owner, "state") == "offline");
+    proc::run(Command::new("sync").arg("-f").arg(&image), PATIENCE).ok();
+    fs::copy(&image, &copy).unwrap();
+    // The copy is older than what happens to the disk from here on.
+    mount(&image, &elsewhere);
+    wait_until("the disk to be seen", PATIENCE, || state(&owner, "state") == "idle");
+    fs::write(elsewhere.join("later"), "not on the copy").unwrap();
+    wait_until("a change to be seen", PATIENCE, || ours.join("later").exists());
+    umount(&elsewhere);
+    wait_until("the disk to be missed", PATIENCE, || state(&owner, "state") == "offline");
+    // The daemon looks at no moment in which one of them is there alone.
+    owner.freeze();
+    mount(&copy, &theirs);
+    mount(&image, &elsewhere);
+    owner.thaw();
+    owner.sd(&["location", "rescan", "files"]).ok();
+    wait_until("the copy to be told", PATIENCE, || {
+        state(&owner, "state_reason").contains("copies of each other")
+    });
+    fs::write(ours.join("new"), "for one of them").unwrap();
+    told(&reader, "new", "not connected");
+    assert!(ours.join("later").exists(), "what the copy has not got is not deleted");
+    assert!(!theirs.join("new").exists() && !elsewhere.join("new").exists());
+    let problems = owner.status()["problems"].to_string();
+    assert!(problems.contains("location_offline") && problems.contains("unmount the copy"));
+
+    umount(&theirs);
+    let arrives = || fs::read(elsewhere.join("new")).is_ok_and(|found| found == b"for one of them");
+    wait_until("what waited to arrive", PATIENCE, arrives);
+    assert_eq!(fs::read(ours.join("later")).unwrap(), b"not on the copy");
+    umount(&elsewhere);
+    drop(disk);
+}
+
+/// A disk with a copy that lacks what was written later, and an owner that has seen it there.
+struct Copied {
+    owner: Device,
+    reader: Device,
+    ours: PathBuf,
+    theirs: PathBuf,
+    image: PathBuf,
+    copy: PathBuf,
+    _disk: SmallDisk,
+}
+
+const LATER: usize = 20;
+
+impl Copied {
+    fn new(lab: &Lab) -> Self {
+        let theirs = lab.folder("source");
+        let (image, copy) = (lab.dir().join("disk.img"), lab.dir().join("copy.img"));
+        let disk = SmallDisk::mount(&image, &theirs, 64 << 20);
+        fs::write(theirs.join("file"), "as it was").unwrap();
+        proc::run(Command::new("umount").arg(&theirs), PATIENCE).ok();
+        fs::copy(&image, &copy).unwrap();
+        mount(&image, &theirs);
+        for n in 0..LATER {
+            fs::write(theirs.join(format!("later-{n}")), "not on the copy").unwrap();
+        }
+        let (owner, reader, ours) = pair(lab, &theirs);
+        Self { owner, reader, ours, theirs, image, copy, _disk: disk }
+    }
+
+    fn reason(&self) -> String {
+        state(&self.owner, "state_reason")
+    }
+
+    /// Waits until the location is offline for this reason; nothing of it is gone then.
+    #[track_caller]
+    fn offline(&self, why: &str) {
+        let reason = || format!("offline: {why}, not {}", self.reason());
+        let is_told = || self.reason().contains(why);
+        wait_until(reason(), PATIENCE, is_told);
+        self.owner.sd(&["location", "rescan", "files"]).ok();
+        assert!(is_told(), "{}", reason());
+        let listed = fs::read_dir(&self.ours).unwrap();
+        let later = listed.filter(|e| e.as_ref().unwrap().file_name() != "file").count();
+        assert_eq!(later, LATER, "what the copy has not got is not deleted");
+    }
+
+    #[track_caller]
+    fn online_at(&self, path: &Path) {
+        wait_until(format!("the disk at {}", path.display()), PATIENCE, || {
+            Path::new(&state(&self.owner, "path")) == path && state(&self.owner, "state") == "idle"
+        });
+    }
+}
+
+#[test]
+fn a_copy_that_was_there_all_along_is_not_taken_when_the_disk_goes() {
+    let Some(lab) = Lab::local(&[Need::Fuse, Need::LoopDevices]) else { return };
+    let (beside, elsewhere) = (lab.folder("beside"), lab.folder("elsewhere"));
+    let lab = Copied::new(&lab);
+    mount(&lab.copy, &beside);
+    // The disk is looked at while the copy is there.
+    lab.owner.sd(&["location", "rescan", "files"]).ok();
+    lab.online_at(&lab.theirs);
+    umount(&lab.theirs);
+    lab.offline("mounted beside the location's own disk");
+    fs::remove_file(lab.ours.join("file")).unwrap();
+    told(&lab.reader, "file", "not connected");
+    // Nor by another mount of it, at the location's own path.
+    let mut bind = Command::new("mount");
+    proc::run(bind.arg("--bind").args([&beside, &lab.theirs]), PATIENCE).ok();
+    lab.offline("mounted beside the location's own disk");
+    assert!(lab.theirs.join("file").exists(), "nothing is done to the copy");
+    umount(&lab.theirs);
+    mount(&lab.image, &elsewhere);
+    lab.offline("copies of each other");
+    umount(&beside);
+    lab.online_at(&elsewhere);
+    wait_until("the delete", PATIENCE, || !elsewhere.join("file").exists());
+    assert_eq!(fs::read_dir(&lab.ours).unwrap().count(), LATER);
+    umount(&elsewhere);
+}
+
+#[test]
+fn while_the_disk_is_elsewhere_its_own_path_is_watched() {
+    let Some(lab) = Lab::local(&[Need::Fuse, Need::LoopDevices]) else { return };
+    let elsewhere = lab.folder("elsewhere");
+    let lab = Copied::new(&lab);
+    umount(&lab.theirs);
+    mount(&lab.image, &elsewhere);
+    lab.online_at(&elsewhere);
+    // The same disk: it is taken up where it was added.
+    let mut bind = Command::new("mount");
+    proc::run(bind.arg("--bind").args([&elsewhere, &lab.theirs]), PATIENCE).ok();
+    lab.online_at(&lab.theirs);
+    umount(&lab.theirs);
+    lab.online_at(&elsewhere);
+    // A copy of it: no one knows which is meant.
+    mount(&lab.copy, &lab.theirs);
+    lab.offline("copies of each other");
+    fs::write(lab.ours.join("file"), "for one of them").unwrap();
+    told(&lab.reader, "file", "not connected");
+    // The one that was the location's goes: the other one does not take its place.
+    umount(&elsewhere);
+    lab.offline("mounted beside the location's own disk");
+    assert_eq!(fs::read(lab.theirs.join("file")).unwrap(), b"as it was");
+    umount(&lab.theirs);
+    mount(&lab.image, &elsewhere);
+    lab.online_at(&elsewhere);
+    arrived(&lab.reader, &elsewhere.join("file"), b"for one of them");
+    umount(&elsewhere);
+}
+
+#[test]
+fn a_disk_that_is_back_read_only_lets_everything_wait() {
+    let Some(lab) = Lab::local(&[Need::Fuse, Need::LoopDevices]) else { return };
+    let (theirs, image) = (lab.folder("source"), lab.dir().join("disk.img"));
+    let disk = SmallDisk::mount(&image, &theirs, 64 << 20);
+    for name in ["deleted", "written", "from"] {
+        fs::write(theirs.join(name), "as it was").unwrap();
+    }
+    let (owner, reader, ours) = pair(&lab, &theirs);
+    let unplug = || {
+        umount(&theirs);
+        wait_until("the disk to be missed", PATIENCE, || state(&owner, "state") == "offline");
+    };
+    unplug();
+    fs::remove_file(ours.join("deleted")).unwrap();
+    fs::rename(ours.join("from"), ours.join("to")).unwrap();
+    fs::write(ours.join("written"), "anew").unwrap();
+    // Until the kernel has let go of the mount from before.
+    wait_until("the disk to be mounted read-only", PATIENCE, || {
+        let mut mount = Command::new("mount");
+        mount.args(["-o", "loop,ro"]).args([&image, &theirs]);
+        proc::run(&mut mount, PATIENCE).status.success()
+    });
+    for name in ["deleted", "to", "written"] {
+        told(&reader, name, "read-only");
+    }
+    assert!(theirs.join("deleted").exists() && theirs.join("from").exists());
+    assert!(!ours.join("deleted").exists() && ours.join("to").exists(), "nothing is undone");
+    unplug();
+    mount(&image, &theirs);
+    arrived(&reader, &theirs.join("written"), b"anew");
+    assert!(!theirs.join("deleted").exists() && !theirs.join("from").exists());
+    assert_eq!(fs::read(theirs.join("to")).unwrap(), b"as it was");
+    assert_eq!(reader.json(&["conflicts"])["conflicts"].as_array().unwrap().len(), 0);
+    drop(disk);
+}
+
+#[test]
+fn a_snapshot_is_not_taken_for_what_it_was_made_of() {
+    let Some(lab) = Lab::local(&[Need::Fuse, Need::Btrfs]) else { return };
+    let [theirs, beside, elsewhere] =
+        ["source", "beside", "elsewhere"].map(|name| lab.folder(name));
+    let image = lab.dir().join("disk.img");
+    File::create(&image).and_then(|file| file.set_len(256 << 20)).unwrap();
+    let run = |program: &str, args: &[&str]| {
+        proc::run(Command::new(program).args(args).env("LC_ALL", "C"), PATIENCE).ok();
+    };
+    let text = |path: &Path| path.to_str().unwrap().to_owned();
+    let mount_part = |part: &str, at: &Path| {
+        run("mount", &["-o", &format!("loop,subvol={part}"), &text(&image), &text(at)]);
+    };
+    run("mkfs.btrfs", &["-q", &text(&image)]);
+    mount_part("/", &elsewhere);
+    run("btrfs", &["subvolume", "create", &text(&elsewhere.join("part"))]);
+    fs::write(elsewhere.join("part/file"), "as it was").unwrap();
+    let [part, snapshot] = ["part", "snapshot"].map(|name| text(&elsewhere.join(name)));
+    run("btrfs", &["subvolume", "snapshot", &part, &snapshot]);
+    fs::write(elsewhere.join("part/later"), "not in the snapshot").unwrap();
+    umount(&elsewhere);
+    mount_part("/part", &theirs);
+    mount_part("/snapshot", &beside);
+    let (owner, reader, ours) = pair(&lab, &theirs);
+    umount(&theirs);
+    wait_until("the disk to be missed", PATIENCE, || state(&owner, "state") == "offline");
+    mount_part("/snapshot", &theirs);
+    wait_until("the snapshot to be seen", PATIENCE, || {
+        state(&owner, "state_reason").contains("another folder than the one that was added")
+    });
+    fs::remove_file(ours.join("file")).unwrap();
+    told(&reader, "file", "not connected");
+    assert!(ours.join("later").exists(), "what the snapshot has not got is not deleted");
+    assert!(theirs.join("file").exists() && beside.join("file").exists());
+    // All of the disk, with both in it.
+    mount_part("/", &elsewhere);
+    wait_until("the delete", PATIENCE, || !elsewhere.join("part/file").exists());
+    assert_eq!(Path::new(&state(&owner, "path")), elsewhere.join("part"));
+    assert!(ours.join("later").exists() && theirs.join("file").exists());
+    [theirs, beside, elsewhere].iter().for_each(|path| umount(path));
 }
 
 #[test]

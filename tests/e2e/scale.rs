@@ -475,6 +475,7 @@ fn unplugging_a_disk_during_reads_and_scans_never_deletes_a_name() {
     let state = || pair.owner.location_row("owner", "files").unwrap()["state"].clone();
     let wait_offline = || wait_until("the disk to be missed", PATIENCE, || state() == "offline");
     let wait_online = || wait_until("the disk to be found", PATIENCE, || state() == "idle");
+    let path = || pair.owner.location_row("owner", "files").unwrap()["path"].clone();
     let mut random = StdRng::seed_from_u64(2);
     for round in 0..rounds {
         pair.owner.sd(&["location", "rescan", "files"]).ok();
@@ -492,7 +493,9 @@ fn unplugging_a_disk_during_reads_and_scans_never_deletes_a_name() {
             }
             _ => {
                 mount(&image, &elsewhere);
-                wait_offline();
+                let there = elsewhere.to_str().unwrap();
+                wait_until("the disk to be found elsewhere", PATIENCE, || path() == there);
+                thread::sleep(Duration::from_millis(random.random_range(0..40)));
                 unmount(&elsewhere);
             }
         }

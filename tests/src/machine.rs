@@ -16,6 +16,8 @@ pub enum Need {
     Namespaces,
     /// Loop devices and `mkfs.ext4`.
     LoopDevices,
+    /// Btrfs in a loop device.
+    Btrfs,
 }
 
 impl Need {
@@ -32,8 +34,23 @@ impl Need {
                 .missing()
                 .or_else(|| missing_path("/dev/loop-control"))
                 .or_else(|| missing_program("mkfs.ext4")),
+            Self::Btrfs => Self::LoopDevices
+                .missing()
+                .or_else(|| missing_program("mkfs.btrfs"))
+                .or_else(|| missing_file_system("btrfs")),
         }
     }
+}
+
+/// Also one that the kernel would load when it is mounted.
+fn missing_file_system(name: &str) -> Option<String> {
+    let known = std::fs::read_to_string("/proc/filesystems").unwrap_or_default();
+    let loads = || {
+        let modprobe = std::process::Command::new("modprobe").args(["-q", name]).status();
+        modprobe.is_ok_and(|status| status.success())
+    };
+    let is_known = known.lines().any(|line| line.trim_start_matches("nodev").trim() == name);
+    (!is_known && !loads()).then(|| format!("no {name} in the kernel"))
 }
 
 fn missing_path(path: &str) -> Option<String> {

@@ -13,8 +13,11 @@
 //! This module owns no state but the open folder, and knows no index rows.
 
 mod disk;
+mod mounts;
 
 pub use disk::RootId;
+pub(crate) use mounts::mount_of;
+pub use mounts::{Beside, Candidate, Mounts, Search, is_absent};
 
 use crate::error::{FsError, FsResult, Kind};
 use crate::index::Observed;
@@ -90,6 +93,11 @@ impl Root {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let folder = rustix::fs::open(path, flags, Mode::empty())
             .map_err(|e| FsError::os(format!("open the folder {}", path.display()), e))?;
+        Self::of(path, folder)
+    }
+
+    /// Of a folder that was opened by this path.
+    fn of(path: &Path, folder: OwnedFd) -> FsResult<Self> {
         let identity = Identity::of(&stat_of(folder.as_fd())?);
         let disk = rustix::fs::fstatfs(&folder)
             .map_err(|e| FsError::os(format!("ask for the disk of {}", path.display()), e))?;
@@ -99,9 +107,20 @@ impl Root {
 
     /// What tells this folder from another one at its path, also after a restart.
     pub fn id(&self) -> FsResult<RootId> {
+        let id = RootId::of(&stat_of(self.folder.as_fd())?, self.fs_type, self.fs_id()?);
+        Ok(RootId { path_on_disk: mounts::path_on_disk(self.folder.as_fd()), ..id })
+    }
+
+    /// The number of its file system.
+    fn fs_id(&self) -> FsResult<u64> {
         let disk = rustix::fs::fstatvfs(&self.folder)
             .map_err(|e| FsError::os(format!("ask for the disk of {}", self.path.display()), e))?;
-        Ok(RootId::of(&stat_of(self.folder.as_fd())?, self.fs_type, disk.f_fsid))
+        Ok(disk.f_fsid)
+    }
+
+    /// Whether both are one folder of one disk, at whichever paths.
+    pub fn is_also(&self, other: &Self) -> bool {
+        self.identity == other.identity
     }
 
     /// Whether closing a file may tell that its disk refused bytes.

@@ -180,8 +180,7 @@ impl Daemon {
     ) -> Outcome<InfoReply> {
         let own = location.owner == self.me;
         let member = self.library.with(|s| s.member(location.owner).map(device_name));
-        let local_path = location.root.as_ref().map(|root| {
-            let mut local = root.clone();
+        let local_path = self.folder(location).map(|mut local| {
             path.iter().for_each(|name| local.push(AsRef::<std::ffi::OsStr>::as_ref(name)));
             local.display().to_string()
         });
@@ -360,7 +359,7 @@ impl Daemon {
             return address_in_drive(path, below);
         }
         let (_, me) = self.membership()?;
-        let locations = self.library.with(|state| state.locations.clone());
+        let locations = self.folders();
         let found = locations.iter().find_map(|l| Some((l, path.strip_prefix(&l.root).ok()?)));
         let Some((location, below)) = found else {
             return Err(Failure::new(

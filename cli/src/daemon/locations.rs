@@ -79,7 +79,7 @@ impl Daemon {
                 "add its folders one by one, or mount the drive elsewhere",
             );
         }
-        self.library.with(|state| check_overlap(root, &state.locations))?;
+        check_overlap(root, &self.folders())?;
         if root.starts_with(self.dir.path()) {
             return refuse(
                 format!("{shown} is inside sd's own data directory"),
@@ -116,7 +116,12 @@ impl Daemon {
         link: &Link,
     ) -> Outcome<LocationReply> {
         let location = self.own_location(name)?;
-        self.indexer.rescan(location.no);
+        let (indexer, no) = (Arc::clone(&self.indexer), location.no);
+        blocking(move || {
+            indexer.rescan(no);
+            Ok(())
+        })
+        .await?;
         if wait {
             self.wait_indexed(&location, link).await?;
         }
@@ -173,7 +178,7 @@ impl Daemon {
             SdPath::File { device: me.name, location: Some(location.name.clone()), path: vec![] };
         Ok(LocationReply {
             name: location.name.clone(),
-            path: location.root.as_ref().map(|r| r.display().to_string()).unwrap_or_default(),
+            path: self.folder(location).map(|r| r.display().to_string()).unwrap_or_default(),
             address: address.to_string(),
             entries: counts.entries,
             files: counts.files,

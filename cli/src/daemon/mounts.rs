@@ -184,7 +184,7 @@ impl Daemon {
             )
             .hint("choose an empty directory elsewhere"));
         }
-        let locations = self.library.with(|state| state.locations.clone());
+        let locations = self.folders();
         let inside = |l: &&vfs_core::library::OwnLocation| path.starts_with(&l.root);
         match locations.iter().find(inside) {
             Some(location) => Err(Failure::new(

@@ -128,6 +128,23 @@ impl Daemon {
         watch(&self.library, &self.indexer, own, no);
     }
 
+    /// Where the folder of an own location is now; while it is away, where it was added.
+    pub fn folder(&self, location: &Location) -> Option<PathBuf> {
+        self.indexer.folder(location.no).or_else(|| location.root.clone())
+    }
+
+    /// This device's locations, each at the path where it was added and, if its disk is mounted
+    /// elsewhere, also at the one where it is now.
+    pub fn folders(&self) -> Vec<OwnLocation> {
+        let added = self.library.with(|state| state.locations.clone());
+        let now = added.iter().filter_map(|own| {
+            let root = self.folder(&*self.index.location_by_id(own.id)?)?;
+            (root != own.root).then(|| OwnLocation { root, ..own.clone() })
+        });
+        let now: Vec<_> = now.collect();
+        [added, now].concat()
+    }
+
     /// Puts an own location into the index.
     pub fn put_location(&self, own: &OwnLocation) -> Outcome<Arc<Location>> {
         put_location(&self.index, own)

@@ -110,7 +110,7 @@ impl Daemon {
             name: location.name.clone(),
             address: address.to_string(),
             own,
-            path: location.root.as_ref().map(|r| r.display().to_string()),
+            path: self.folder(location).map(|r| r.display().to_string()),
             read_only: location.read_only,
             shared_with: location.shared_with.as_ref().map(names),
             entries: counts.entries,

@@ -312,7 +312,7 @@ impl<'a> Batch<'a> {
     }
 
     fn hide(&mut self, intent: &Intent) {
-        self.applier.hide(intent);
+        super::recover::hide(&self.applier.index, intent);
         let location = self.applier.index.location_by_id(intent.location);
         let hidden = intent.step.hidden().cloned();
         self.hidden.extend(location.map(|l| l.no).zip(hidden));

@@ -7,7 +7,7 @@
 
 use crate::content::Manifest;
 use crate::error::{FsError, FsResult, Kind};
-use crate::local::{stamp_of, stat_of};
+use crate::local::{mount_of, stamp_of, stat_of};
 use crate::model::{ContentId, Stamp, Time};
 use crate::ops::NewContent;
 use rustix::fs::{
@@ -30,12 +30,16 @@ const BLOCK_BYTES: u64 = 4096;
 const RESERVED_BYTES: u64 = 64 << 20;
 const RESERVED_PART: u64 = 64;
 
+/// A directory by its mount and its inode number: a disk that was mounted anew has the same
+/// directories, and a file of the former mount gets no name in them.
+pub(super) type Home = (u64, u64);
+
 /// A file without a name.
 #[derive(Debug)]
 pub(super) struct Body {
     pub file: File,
-    /// The inode of the directory in which it can get a name; `None`: nowhere.
-    pub home: Option<u64>,
+    /// The directory in which it can get a name; `None`: nowhere.
+    pub home: Option<Home>,
     /// It has or had a name: the kernel gives it no other, and its bytes are its owner's. Or
     /// its bytes could not be made durable: the kernel may have dropped them.
     spent: AtomicBool,
@@ -47,7 +51,7 @@ impl Body {
     /// In this directory if its file system can, else in `spare`.
     pub fn new(dir: BorrowedFd<'_>, spare: &Path) -> FsResult<Self> {
         match unnamed_in(dir) {
-            Ok(file) => Ok(Self::unnamed(file, Some(stat_of(dir)?.stx_ino))),
+            Ok(file) => Ok(Self::unnamed(file, Some(home_of(dir)?))),
             Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::NOENT | Errno::INVAL) => {
                 Ok(Self::unnamed(unnamed_spare(spare)?, None))
             }
@@ -60,7 +64,7 @@ impl Body {
         Ok(Self::unnamed(unnamed_spare(spare)?, None))
     }
 
-    fn unnamed(file: File, home: Option<u64>) -> Self {
+    fn unnamed(file: File, home: Option<Home>) -> Self {
         Self { file, home, spent: AtomicBool::new(false), completed: AtomicBool::new(false) }
     }
 
@@ -162,6 +166,10 @@ impl Body {
     pub fn stamp(&self) -> FsResult<Stamp> {
         stamp_of(&self.file)
     }
+}
+
+pub(super) fn home_of(dir: BorrowedFd<'_>) -> FsResult<Home> {
+    Ok((mount_of(dir)?, stat_of(dir)?.stx_ino))
 }
 
 /// What came of [`Body::verify`].

@@ -1,7 +1,7 @@
 //! Something new under a name.
 
 use super::batch::{Done, Ready};
-use super::body::{Body, path_of};
+use super::body::{Body, home_of, path_of};
 use super::conflict::{AtName, Decision, Dir as DirState, Meeting, decide};
 use super::names::{conflict_name, hidden_name};
 use super::site::{Dir, Fail, Found, Site};
@@ -212,8 +212,7 @@ impl Site<'_> {
     }
 
     pub fn is_home(&self, dir: &Dir, body: &Body) -> FsResult<bool> {
-        let ino = crate::local::stat_of(dir.fd.as_fd())?.stx_ino;
-        Ok(body.home == Some(ino) && !body.is_spent())
+        Ok(body.home == Some(home_of(dir.fd.as_fd())?) && !body.is_spent())
     }
 
     /// A copy in the directory itself: of bytes that were received elsewhere, or before the

@@ -57,6 +57,7 @@ use compare::{Known, Touched};
 use conflict::Version;
 use ledger::{Entry, Intent, Ledger, Named};
 use receive::Receptions;
+use recover::Recovery;
 use site::{Fail, Site};
 use std::collections::HashMap;
 use std::fs::File;
@@ -95,7 +96,7 @@ pub struct Applier {
     index: Index,
     indexer: Arc<Indexer>,
     manifests: Arc<Manifests>,
-    ledger: Ledger,
+    ledger: Arc<Ledger>,
     receptions: Receptions,
     waiting: Waiting,
     /// For bytes that have no place beside the file they are for.
@@ -107,8 +108,6 @@ pub struct Applier {
     forgotten: Mutex<HashMap<DeviceId, (u64, u64)>>,
     /// One batch at a time: two writers may mean the same file.
     applying: Mutex<()>,
-    /// What a crash left in a location is ended once, and before anything else is done there.
-    recovering: Mutex<()>,
     /// Of the batch under way: not in the ledger yet.
     aliases: Mutex<HashMap<Named, FileId>>,
     /// Changes in place that were begun and not ended.
@@ -117,13 +116,12 @@ pub struct Applier {
     redone: Mutex<Vec<(OpId, PathBuf)>>,
     /// Notes that belong to no operation, to be ended with the batch.
     leftovers: Mutex<Vec<OpId>>,
-    /// What a crash left, on disks that were not there yet.
-    unfinished: Mutex<Vec<(OpId, Intent)>>,
+    recovery: Arc<Recovery>,
 }
 
 impl Applier {
-    /// Opens the state in `dir` and ends what a crash cut off. To be called before the indexer
-    /// is told to watch any location.
+    /// Opens the state in `dir`, and has what a crash cut off ended in each location as soon as
+    /// it is found. To be called before the indexer is told to watch any location.
     pub fn open(
         dir: &Path,
         index: Index,
@@ -134,11 +132,21 @@ impl Applier {
         for dir in [dir, &spare, &redo_dir] {
             std::fs::create_dir_all(dir).map_err(|e| FsError::os("make a folder", e))?;
         }
-        let applier = Self {
+        let ledger = Arc::new(Ledger::open(dir)?);
+        let recovery = Recovery::open(index.clone(), Arc::clone(&ledger), redo_dir.clone())?;
+        let recovery = Arc::new(recovery);
+        // Held weakly: the indexer may outlive what this opens.
+        let found = Arc::downgrade(&recovery);
+        indexer.before_scan(move |no, root| {
+            if let Some(recovery) = found.upgrade() {
+                recovery.found(no, root);
+            }
+        });
+        Ok(Arc::new(Self {
             index,
             indexer,
             manifests,
-            ledger: Ledger::open(dir)?,
+            ledger,
             receptions: Receptions::default(),
             waiting: Waiting::default(),
             spare,
@@ -146,15 +154,12 @@ impl Applier {
             touched: Touched::default(),
             forgotten: Mutex::default(),
             applying: Mutex::default(),
-            recovering: Mutex::default(),
             aliases: Mutex::default(),
             redos: Mutex::default(),
             redone: Mutex::default(),
             leftovers: Mutex::default(),
-            unfinished: Mutex::default(),
-        };
-        applier.recover()?;
-        Ok(Arc::new(applier))
+            recovery,
+        }))
     }
 
     /// Whether the disk of what is remembered of others' operations failed, so that they wait.

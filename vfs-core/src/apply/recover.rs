@@ -1,75 +1,53 @@
-//! What a crash left half done, ended at the next start.
+//! What a crash left half done, ended before anyone sees it.
 //!
 //! Notes of the ledger are known at once: hidden names stay hidden, inodes keep the ids they
-//! were given. Disks are asked when they are there.
+//! were given. What is on a disk is ended when the indexer has found the location's folder, and
+//! in that very folder: before it is scanned, served or written to.
 
-use super::ledger::{Entry, Intent, Step};
+use super::ledger::{Entry, Intent, Ledger, Step};
+use super::lock;
+use super::redo::redo_again;
 use super::remove::put_back;
 use super::site::{Dir, is_elsewhere};
 use super::write::rescue;
-use super::{Applier, lock};
 use crate::error::{FsError, FsResult};
-use crate::index::Observed;
-use crate::indexer::is_same_folder;
+use crate::index::{Index, Observed};
 use crate::local::Root;
-use crate::model::{FileId, Location, LocationId, Name};
+use crate::model::{Location, LocationId, LocationNo, Name};
 use crate::ops::OpId;
 use rustix::fs::{AtFlags, RenameFlags};
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
 
 /// The device in the name of a conflict copy made while recovering, where no writer is known.
 const NOBODY: &str = "another device";
 
-impl Applier {
-    /// Reads the notes, and ends what is on disks that are there.
-    pub(super) fn recover(&self) -> FsResult<()> {
-        let intents = self.ledger.intents()?;
-        for (_, intent) in &intents {
-            self.hide(intent);
-        }
-        self.remove_stale_redos(&intents)?;
-        *lock(&self.unfinished) = intents;
-        for location in self.index.locations() {
-            let Some(path) = location.root.as_ref().filter(|_| location.owner == self.index.me())
-            else {
-                continue;
-            };
-            if !self.is_unfinished(location.id) {
-                continue;
-            }
-            match self.folder(&location, path) {
-                Ok(root) => self.recover_location(&location, &root),
-                Err(e) => tracing::info!("what was interrupted waits for its disk: {e}"),
-            }
-        }
-        Ok(())
+/// What ends it.
+pub(super) struct Recovery {
+    index: Index,
+    ledger: Arc<Ledger>,
+    redo_dir: PathBuf,
+    /// What a crash left in a location is ended once, and before anything else is done there.
+    recovering: Mutex<()>,
+    /// What a crash left, on disks that were not there yet.
+    unfinished: Mutex<Vec<(OpId, Intent)>>,
+}
+
+impl Recovery {
+    /// Reads the notes.
+    pub fn open(index: Index, ledger: Arc<Ledger>, redo_dir: PathBuf) -> FsResult<Self> {
+        let intents = ledger.intents()?;
+        let unfinished = Mutex::new(intents.clone());
+        let recovery = Self { index, ledger, redo_dir, recovering: Mutex::default(), unfinished };
+        intents.iter().for_each(|(_, intent)| hide(&recovery.index, intent));
+        recovery.remove_stale_redos(&intents)?;
+        Ok(recovery)
     }
 
-    /// The folder, if it is the one that was indexed.
-    fn folder(&self, location: &Location, path: &std::path::Path) -> FsResult<Root> {
-        let root = Root::open(path)?;
-        let known = self.index.view()?.node(location.no, FileId::ROOT)?;
-        match known {
-            Some(node) if !is_same_folder(&node.entry, &root)? => {
-                Err(FsError::new(crate::error::Kind::NotFound, "another folder is there"))
-            }
-            // In an index that was made anew nothing is known of it.
-            _ => Ok(root),
-        }
-    }
-
-    /// Hides the names of a note, and expects its inode.
-    pub(super) fn hide(&self, intent: &Intent) {
-        let Some(location) = self.index.location_by_id(intent.location) else { return };
-        match &intent.step {
-            Step::Bytes { hidden, .. } | Step::Remove { hidden } => {
-                self.index.hide(location.no, hidden.clone());
-            }
-            Step::Swap { hidden, file, new_ino, .. } => {
-                self.index.hide(location.no, hidden.clone());
-                self.index.expect(location.no, *new_ino, *file);
-            }
-            Step::Redo { .. } => {}
+    /// Ends what is unfinished in a location, in its folder that was just found.
+    pub fn found(&self, no: LocationNo, root: &Root) {
+        if let Some(location) = self.index.location(no) {
+            self.recover_location(&location, root);
         }
     }
 
@@ -78,7 +56,7 @@ impl Applier {
     }
 
     /// Ends what is unfinished in a location whose disk is there.
-    pub(super) fn recover_location(&self, location: &Location, root: &Root) {
+    pub fn recover_location(&self, location: &Location, root: &Root) {
         let _recovering = lock(&self.recovering);
         if !self.is_unfinished(location.id) {
             return;
@@ -136,7 +114,9 @@ impl Applier {
                     false => self.swap_back_later(&dir, hidden, &intent.target, *new_ino),
                 }
             }
-            Step::Redo { redo } => self.redo_again(root, &dir.path_of(&intent.target), redo),
+            Step::Redo { redo } => {
+                redo_again(&self.redo_dir, root, &dir.path_of(&intent.target), redo)
+            }
         }?;
         dir.sync()
     }
@@ -210,6 +190,21 @@ impl Applier {
             }
         }
         Ok(())
+    }
+}
+
+/// Hides the names of a note, and expects its inode.
+pub(super) fn hide(index: &Index, intent: &Intent) {
+    let Some(location) = index.location_by_id(intent.location) else { return };
+    match &intent.step {
+        Step::Bytes { hidden, .. } | Step::Remove { hidden } => {
+            index.hide(location.no, hidden.clone());
+        }
+        Step::Swap { hidden, file, new_ino, .. } => {
+            index.hide(location.no, hidden.clone());
+            index.expect(location.no, *new_ino, *file);
+        }
+        Step::Redo { .. } => {}
     }
 }
 

@@ -17,7 +17,7 @@ use crate::model::{FileId, Name};
 use crate::ops::{NewContent, OpId};
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 impl Site<'_> {
     /// `None`: the owner changed the file before the first byte was written.
@@ -59,7 +59,7 @@ impl Site<'_> {
                 let _ = set_times(target.as_fd(), None, Some(found.seen.attr.mtime));
                 return Ok(Begun::NoRoom(e));
             }
-            self.applier.redo(&redo, &target).map(|()| Begun::Done)
+            redo_into(&self.applier.redo_dir, &redo, &target).map(|()| Begun::Done)
         });
         // An error leaves the note, and what may be half done is done again.
         let begun = begun.and_then(|begun| begun)?;
@@ -136,7 +136,7 @@ impl Applier {
         let Some(intent) = super::lock(&self.redos).get(id).cloned() else { return Ok(()) };
         let Step::Redo { redo } = &intent.step else { return Ok(()) };
         let path = [intent.path.as_slice(), std::slice::from_ref(&intent.target)].concat();
-        self.redo_again(&site.root, &path, redo)?;
+        redo_again(&self.redo_dir, &site.root, &path, redo)?;
         self.end_redo(id, redo);
         Ok(())
     }
@@ -147,37 +147,37 @@ impl Applier {
             super::lock(&self.redone).push((*id, self.redo_path(redo)));
         }
     }
+}
 
-    /// Writes the bytes into the file and makes it durable.
-    fn redo(&self, redo: &Redo, target: &File) -> FsResult<()> {
-        let io = |e| FsError::os("write in place", e);
-        let source = File::open(self.redo_path(redo)).map_err(io)?;
-        // What is cut off and grows again is zero.
-        if redo.kept_bytes < stamp_of(target)?.size {
-            target.set_len(redo.kept_bytes).map_err(io)?;
-        }
-        target.set_len(redo.size).map_err(io)?;
-        super::fail_point("apply::in-place");
-        for extent in &redo.extents {
-            // Holes of the source are zeros that were written.
-            super::body::copy_all(&source, target, extent.clone())?;
-            super::fail_point("apply::in-place-extent");
-        }
-        set_times(target.as_fd(), None, Some(redo.mtime)).map_err(|e| io(e.into()))?;
-        target.sync_all().map_err(io)
+/// Writes the bytes into the file and makes it durable.
+fn redo_into(redo_dir: &Path, redo: &Redo, target: &File) -> FsResult<()> {
+    let io = |e| FsError::os("write in place", e);
+    let source = File::open(redo_dir.join(&redo.source)).map_err(io)?;
+    // What is cut off and grows again is zero.
+    if redo.kept_bytes < stamp_of(target)?.size {
+        target.set_len(redo.kept_bytes).map_err(io)?;
     }
+    target.set_len(redo.size).map_err(io)?;
+    super::fail_point("apply::in-place");
+    for extent in &redo.extents {
+        // Holes of the source are zeros that were written.
+        super::body::copy_all(&source, target, extent.clone())?;
+        super::fail_point("apply::in-place-extent");
+    }
+    set_times(target.as_fd(), None, Some(redo.mtime)).map_err(|e| io(e.into()))?;
+    target.sync_all().map_err(io)
+}
 
-    /// Ends what a crash or an error left half done.
-    pub(super) fn redo_again(&self, root: &Root, path: &[Name], redo: &Redo) -> FsResult<()> {
-        let target = match open_to_write(root, path) {
-            Err(e) if is_elsewhere(&e) => return Ok(()),
-            opened => opened?,
-        };
-        if stamp_of(&target)?.disk_ino != redo.disk_ino {
-            return Ok(());
-        }
-        self.redo(redo, &target)
+/// Ends what a crash or an error left half done.
+pub(super) fn redo_again(redo_dir: &Path, root: &Root, path: &[Name], redo: &Redo) -> FsResult<()> {
+    let target = match open_to_write(root, path) {
+        Err(e) if is_elsewhere(&e) => return Ok(()),
+        opened => opened?,
+    };
+    if stamp_of(&target)?.disk_ino != redo.disk_ino {
+        return Ok(());
     }
+    redo_into(redo_dir, redo, &target)
 }
 
 fn open_to_write(root: &Root, path: &[Name]) -> FsResult<File> {

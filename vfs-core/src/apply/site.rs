@@ -44,7 +44,10 @@ impl From<FsError> for Fail {
     fn from(error: FsError) -> Self {
         match error.kind() {
             Kind::NoSpace | Kind::QuotaExceeded => Self::Later(Obstacle::NoSpace),
-            Kind::ReadOnly => Self::Refused(Refusal::ReadOnly),
+            // Of the disk, which may be mounted again; a location that is, is refused before.
+            Kind::ReadOnly => {
+                Self::Later(Obstacle::Failed("the disk is mounted read-only".to_owned()))
+            }
             Kind::AccessDenied | Kind::NotPermitted => Self::Refused(Refusal::Permission),
             Kind::NameTooLong
             | Kind::FileTooLarge
@@ -126,7 +129,7 @@ impl<'a> Site<'a> {
         if !root.is_current().unwrap_or(false) {
             return Err(Fail::Later(Obstacle::Offline));
         }
-        applier.recover_location(&location, &root);
+        applier.recovery.recover_location(&location, &root);
         Ok(Self { applier, writer, location, root })
     }
 

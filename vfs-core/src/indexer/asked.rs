@@ -3,7 +3,7 @@
 use super::place::{Place, lock};
 use super::scan::SWEEP_DELAY;
 use super::{Core, Indexer};
-use crate::error::{FsError, FsResult, Kind};
+use crate::error::{FsResult, Kind};
 use crate::index::Sighting;
 use crate::local::observe_at;
 use crate::model::{ContentId, Entry, FileId, FileType, LocationNo, Name, Seq, Stamp};
@@ -99,9 +99,7 @@ impl Core {
             let Look { dir, name, content } = look.clone();
             sightings.push((at, Sighting { dir, name, now, content }));
         }
-        if !root.is_current()? {
-            return Err(FsError::new(Kind::NotFound, "the location's folder is gone"));
-        }
+        place.confirm(&root)?;
         Ok(sightings)
     }
 

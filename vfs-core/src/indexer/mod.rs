@@ -29,11 +29,11 @@ use crate::local::{Root, RootId};
 use crate::model::{FileId, LocationNo};
 pub(crate) use asked::Look;
 use follow::Hints;
-pub(crate) use place::is_same_folder;
 use place::{Place, lock};
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use watch::Watcher;
@@ -115,6 +115,9 @@ pub struct Indexer {
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
+/// Told of a location's folder each time it is found.
+type BeforeScan = Box<dyn Fn(LocationNo, &Root) + Send + Sync>;
+
 /// What the threads share.
 struct Core {
     index: Index,
@@ -123,6 +126,7 @@ struct Core {
     /// `None` when it is not wanted, or the system refuses one: everything is then seen by rescans only.
     watcher: Option<Watcher>,
     places: RwLock<BTreeMap<LocationNo, Arc<Place>>>,
+    before_scan: OnceLock<BeforeScan>,
     hints: Mutex<Hints>,
     scan_work: Work,
     hash_work: Work,
@@ -195,6 +199,7 @@ impl Indexer {
             config,
             watcher,
             places: RwLock::default(),
+            before_scan: OnceLock::new(),
             hints: Mutex::default(),
             scan_work: Work::default(),
             hash_work: Work::default(),
@@ -216,8 +221,9 @@ impl Indexer {
     }
 
     /// The same for a location whose folder may be known from before: no other one that stands at
-    /// its path is taken for it, also when the index was lost. Else `first_found` is told which it
-    /// is; it shall remember that for as long as the location.
+    /// its path is taken for it, also when the index was lost, and it is looked for on other disks
+    /// that are mounted. What was not known of it `first_found` is told; it shall remember that
+    /// for as long as the location.
     pub fn watch_known(
         &self,
         location: LocationNo,
@@ -234,6 +240,13 @@ impl Indexer {
         self.core.tend_soon();
     }
 
+    /// Lets `found` have the folder of a location each time it is found, before anything in it
+    /// is looked at or given to anyone. To be set before any location is watched.
+    pub(crate) fn before_scan(&self, found: impl Fn(LocationNo, &Root) + Send + Sync + 'static) {
+        let is_first = self.core.before_scan.set(Box::new(found)).is_ok();
+        assert!(is_first, "one applier ends what was begun in the folders of an indexer");
+    }
+
     /// Leaves the location alone from now on; its rows stay.
     pub fn forget(&self, location: LocationNo) {
         let mut places = self.core.places.write().unwrap_or_else(PoisonError::into_inner);
@@ -243,13 +256,13 @@ impl Indexer {
         self.core.go_offline(&place, "the location was removed".to_owned());
     }
 
-    /// Scans every directory of the location again.
+    /// Scans every directory of the location again; waits for the disk to say that it is there.
     pub fn rescan(&self, location: LocationNo) {
         let Some(place) = self.core.place(location) else { return };
         match place.root() {
-            Ok(_) => self.core.begin_pass(&place),
+            Ok(root) if self.core.is_still_there(&place, &root) => self.core.begin_pass(&place),
             // Found again, it is scanned; why it is not shows in the progress.
-            Err(_) => drop(self.core.open(&place, true)),
+            _ => drop(self.core.open(&place, true)),
         }
     }
 
@@ -263,6 +276,11 @@ impl Indexer {
     /// The location's folder; `NotFound` when it is offline.
     pub fn root(&self, location: LocationNo) -> FsResult<Arc<Root>> {
         self.core.open(&*self.core.known_place(location)?, false)
+    }
+
+    /// Where the location's folder is now; `None` while that is not known.
+    pub fn folder(&self, location: LocationNo) -> Option<PathBuf> {
+        Some(self.core.place(location)?.root().ok()?.path().to_owned())
     }
 
     /// How far the location has come; offline when it is not watched.

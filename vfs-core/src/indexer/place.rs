@@ -5,14 +5,15 @@
 //! gives in order, so that millions of directories cost a few hundred KiB.
 //!
 //! Locks: `opening` is held while the folder is looked for, which may take long
-//! on a dead disk; `order` while a directory is looked at. All others are held
-//! for a moment, alone, except `scan`, under which a pass begins and resets them.
+//! on a dead disk, and while the applier ends what a crash left there; `order`
+//! while a directory is looked at. All others are held for a moment, alone, except
+//! `scan`, under which a pass begins and resets them.
 
 use super::hash::HashQueue;
 use super::{IndexerConfig, State};
 use crate::error::{FsError, FsResult, Kind};
 use crate::index::Index;
-use crate::local::{Root, RootId};
+use crate::local::{Beside, Candidate, Mounts, Root, RootId, Search, is_absent};
 use crate::model::{Entry, FileId, LocationNo};
 use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::path::PathBuf;
@@ -23,12 +24,13 @@ use std::time::{Duration, Instant};
 /// Locks that order the changes of one directory; two directories rarely share one.
 const STRIPES: usize = 1024;
 
-/// Told which folder a location has, when that was not known yet.
+/// Told which folder a location has, when that was not known yet, or less of it.
 pub(super) type FirstFound = Box<dyn Fn(&RootId) + Send + Sync>;
 
 /// One location.
 pub(super) struct Place {
     pub no: LocationNo,
+    /// Where the folder was added; its disk may be mounted elsewhere now.
     pub path: PathBuf,
     pub config: IndexerConfig,
     opening: Mutex<()>,
@@ -36,7 +38,10 @@ pub(super) struct Place {
     /// Which folder it is, once that is known; with it another one is told also without rows.
     identity: Mutex<Option<RootId>>,
     first_found: FirstFound,
+    /// The disks that are not its own although they may have all that tells it.
+    beside: Mutex<Beside>,
     retry_at: Mutex<Option<Instant>>,
+    look_at: Mutex<Option<Instant>>,
     pub scan: Mutex<ScanQueue>,
     pub scanned: Mutex<Scanned>,
     /// Directories that could not be read; their rows stay, and they are tried again.
@@ -282,7 +287,9 @@ impl Place {
             disk: Mutex::new(Disk::Unknown),
             identity: Mutex::new(known),
             first_found,
+            beside: Mutex::default(),
             retry_at: Mutex::default(),
+            look_at: Mutex::default(),
             scan: Mutex::default(),
             scanned: Mutex::default(),
             unread: Mutex::default(),
@@ -336,8 +343,13 @@ impl Place {
     }
 
     /// The folder, looked for when it was not yet, or `again` when it was gone;
-    /// true when it was found just now.
-    pub fn open(&self, index: &Index, again: bool) -> FsResult<(Arc<Root>, bool)> {
+    /// true when it was found just now. `found` has it before anyone else.
+    pub fn open(
+        &self,
+        index: &Index,
+        again: bool,
+        found: impl FnOnce(&Root),
+    ) -> FsResult<(Arc<Root>, bool)> {
         if let Some(known) = self.known(again) {
             return known;
         }
@@ -346,13 +358,16 @@ impl Place {
         if let Some(known) = self.known(again) {
             return known;
         }
-        let found = self.find(index).map(Arc::new);
-        *lock(&self.disk) = match &found {
+        let root = self.find(index).map(Arc::new);
+        if let Ok(root) = &root {
+            found(root);
+        }
+        *lock(&self.disk) = match &root {
             Ok(root) => Disk::Online(root.clone()),
             Err(e) => Disk::Offline(e.to_string()),
         };
         let offline = |e| FsError::caused(Kind::NotFound, "the location is offline", e);
-        found.map(|root| (root, true)).map_err(offline)
+        root.map(|root| (root, true)).map_err(offline)
     }
 
     fn known(&self, again: bool) -> Option<FsResult<(Arc<Root>, bool)>> {
@@ -363,34 +378,136 @@ impl Place {
         }
     }
 
+    /// The folder at its path, or elsewhere if its disk is mounted there.
     fn find(&self, index: &Index) -> FsResult<Root> {
-        let root = Root::open(&self.path)?;
-        // Fails where the folder cannot be listed: no access, or a disk that is gone.
-        root.open_dir(&[])?;
-        if !root.is_current()? {
-            return Err(FsError::new(Kind::NotFound, "the folder was just replaced"));
-        }
-        let found = root.id()?;
         let noted = lock(&self.identity).clone();
         let known = match &noted {
             Some(noted) => Some(noted.clone()),
             None => id_in_index(index, self.no)?,
         };
-        if let Some(why) = known.and_then(|known| another_folder(&known, &found)) {
-            return Err(FsError::new(Kind::NotFound, format!("{} {why}", self.path.display())));
-        }
+        // Read before the folder is looked at: all of it was there beside the folder's disk.
+        let mounts = Mounts::now();
+        let home = self.find_at_home(known.as_ref());
+        let root = match &known {
+            Some(known) => self.find_anywhere(known, home, &mounts)?,
+            // Its person has just said which it is.
+            None => home?,
+        };
+        let found = root.id()?;
         index.observe_root(self.no, &root.observe_root()?)?;
-        // One that an earlier build noted may tell less.
-        if noted.is_none_or(|noted| noted.fs_id.is_none() && found.fs_id.is_some()) {
-            (self.first_found)(&found);
-            *lock(&self.identity) = Some(found);
+        let complete = noted.as_ref().map_or(found.clone(), |noted| noted.completed_by(&found));
+        if noted.as_ref() != Some(&complete) {
+            (self.first_found)(&complete);
+            *lock(&self.identity) = Some(complete);
         }
+        *lock(&self.beside) = mounts.beside(&root);
         Ok(root)
+    }
+
+    /// What is at its own path; an error for which [`is_absent`] does not hold leaves open
+    /// whether that is the folder.
+    fn find_at_home(&self, known: Option<&RootId>) -> FsResult<Root> {
+        let another = |why| FsError::new(Kind::NotFound, format!("{} {why}", self.path.display()));
+        let root = Root::open(&self.path)?;
+        if !root.is_current()? {
+            return Err(another("was just replaced"));
+        }
+        let found = root.id()?;
+        let same = known.map_or(Some(true), |known| known.is_same(&found));
+        if same == Some(false) {
+            return Err(another(
+                "is another folder than the one that was added; is its disk mounted?",
+            ));
+        }
+        // Fails where the folder cannot be listed: no access, or a disk that is gone.
+        root.open_dir(&[])?;
+        same.map(|_| root).ok_or_else(|| {
+            let why = "cannot be told from other disks: its file system has neither name nor times";
+            FsError::new(Kind::NotSupported, format!("{} {why}", self.path.display()))
+        })
+    }
+
+    fn find_anywhere(
+        &self,
+        known: &RootId,
+        home: FsResult<Root>,
+        mounts: &Mounts,
+    ) -> FsResult<Root> {
+        let known = match &home {
+            Ok(root) => known.completed_by(&root.id()?),
+            Err(_) => known.clone(),
+        };
+        let beside = {
+            let mut beside = lock(&self.beside);
+            beside.retain(mounts);
+            beside.clone()
+        };
+        let (home, why) = match home {
+            Ok(root) => (Some(mounts.candidate(root)), None),
+            Err(e) if is_absent(&e) => (None, Some(e)),
+            Err(e) => (Some(Candidate::unclear(&self.path)), Some(e)),
+        };
+        let offline = |why| Err(FsError::new(Kind::NotFound, why));
+        match mounts.search(&known, home, &beside) {
+            Search::Here(root) => Ok(root),
+            Search::Nowhere => why.map_or_else(|| offline("no disk has its folder".into()), Err),
+            Search::Several(paths) => offline(several(&paths)),
+            Search::Copy(path) => offline(format!(
+                "{} is a copy: it was mounted beside the location's own disk; if it is to take \
+                 its place, unmount it and mount it again",
+                path.display()
+            )),
+        }
+    }
+
+    /// Why the folder is not to be relied on any more. As long as its disk is there, notes which
+    /// others are: one that stands at its own path meanwhile is not it, either.
+    pub fn check(&self, root: &Root) -> Result<(), String> {
+        let mounts = Mounts::now();
+        match root.is_current() {
+            Ok(true) => *lock(&self.beside) = mounts.beside(root),
+            Ok(false) => return Err(format!("another folder is at {}", root.path().display())),
+            Err(e) => return Err(e.to_string()),
+        }
+        match root.path() == self.path {
+            true => Ok(()),
+            false => self.check_home(root),
+        }
+    }
+
+    /// Elsewhere it stays only as long as nothing at its own path is or may be the folder, too.
+    fn check_home(&self, root: &Root) -> Result<(), String> {
+        let known = lock(&self.identity).clone();
+        match self.find_at_home(known.as_ref()) {
+            Err(e) if is_absent(&e) => Ok(()),
+            Ok(home) if home.is_also(root) => Err("its disk is back at its own path".to_owned()),
+            _ => Err(several(&[self.path.clone(), root.path().to_owned()])),
+        }
+    }
+
+    /// Fails unless `root` still is the location's folder and there: what a disk that was pulled
+    /// out meanwhile did not show is not deleted.
+    pub fn confirm(&self, root: &Arc<Root>) -> FsResult<()> {
+        match Arc::ptr_eq(&self.root()?, root) && root.is_current()? {
+            true => Ok(()),
+            false => Err(FsError::new(Kind::NotFound, "the location's folder is gone")),
+        }
     }
 
     /// Notes that the folder is gone.
     pub fn set_offline(&self, why: String) {
         *lock(&self.disk) = Disk::Offline(why);
+        *lock(&self.look_at) = None;
+    }
+
+    /// Whether it is time to look for a folder that is not there.
+    pub fn look_due(&self, now: Instant, every: Duration) -> bool {
+        let mut at = lock(&self.look_at);
+        let is_due = at.is_none_or(|at| at <= now);
+        if is_due {
+            *at = Some(now + every);
+        }
+        is_due
     }
 
     /// Whether it is time to try again what could not be read.
@@ -426,11 +543,6 @@ impl Place {
     }
 }
 
-/// Whether the folder is surely the one that was indexed, as far as its row tells.
-pub(crate) fn is_same_folder(known: &Entry, found: &Root) -> FsResult<bool> {
-    Ok(id_in_row(known).is_same(&found.id()?) == Some(true))
-}
-
 fn id_in_row(known: &Entry) -> RootId {
     RootId::of_row(known.disk_ino, known.attr.btime)
 }
@@ -440,11 +552,11 @@ fn id_in_index(index: &Index, no: LocationNo) -> FsResult<Option<RootId>> {
     Ok(node.map(|n| id_in_row(&n.entry)))
 }
 
-/// Why the folder found cannot be taken for the one that is known.
-fn another_folder(known: &RootId, found: &RootId) -> Option<&'static str> {
-    match known.is_same(found) {
-        Some(true) => None,
-        Some(false) => Some("is another folder than the one that was added; is its disk mounted?"),
-        None => Some("cannot be told from other disks: its file system has neither name nor times"),
-    }
+/// Why none of several folders is taken.
+fn several(paths: &[PathBuf]) -> String {
+    let paths: Vec<_> = paths.iter().map(|path| path.display().to_string()).collect();
+    let paths = paths.join(" and ");
+    format!(
+        "several disks may have its folder, as copies of each other do: {paths}; unmount the copy"
+    )
 }

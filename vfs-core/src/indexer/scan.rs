@@ -209,7 +209,7 @@ impl Core {
     }
 
     /// Lists one directory, whose order the caller has, unless the job is already done.
-    fn list<'p>(
+    pub(super) fn list<'p>(
         &self,
         place: &Place,
         job: Job,
@@ -239,23 +239,24 @@ impl Core {
         self.watch_directory(place, dir, &open);
         let Listing { own, entries, .. } = list_dir(open.as_fd())?;
         let own_changed = own != known.attr;
-        Ok(Some(Listed { job, epoch, entries, own_changed, _order: order }))
+        Ok(Some(Listed { job, epoch, root, entries, own_changed, _order: order }))
     }
 
     /// Tells the index what was listed, and goes on with the subdirectories.
-    fn record(&self, place: &Place, listed: Vec<Listed<'_>>) -> FsResult<()> {
+    pub(super) fn record(&self, place: &Place, mut listed: Vec<Listed<'_>>) -> FsResult<()> {
         if listed.is_empty() {
             return Ok(());
         }
+        let root = place.root()?;
+        // Found anew meanwhile, it is scanned anew; a listing from before tells nothing of it.
+        listed.retain(|listed| Arc::ptr_eq(&listed.root, &root));
         let (mut listings, mut rest) = (Vec::new(), Vec::new());
-        for Listed { job, epoch, entries, own_changed, _order } in listed {
+        for Listed { job, epoch, entries, own_changed, _order, .. } in listed {
             listings.push((job.dir(), entries));
             rest.push((job, epoch, own_changed, _order));
         }
         // After the listing: what a disk that was pulled out meanwhile did not list is not deleted.
-        if !place.root()?.is_current()? {
-            return Err(FsError::new(Kind::NotFound, "the location's folder is gone"));
-        }
+        place.confirm(&root)?;
         let recorded = self.index.observe_directories(place.no, listings)?;
         let mut changed = Vec::new();
         for (subdirectories, (job, epoch, own_changed, order)) in recorded.into_iter().zip(rest) {
@@ -365,13 +366,11 @@ impl Core {
     pub(super) fn disappeared(
         &self,
         place: &Place,
-        root: &Root,
+        root: &Arc<Root>,
         dir: FileId,
         name: &Name,
     ) -> FsResult<()> {
-        if !root.is_current()? {
-            return Err(FsError::new(Kind::NotFound, "the location's folder is gone"));
-        }
+        place.confirm(root)?;
         let before = self.index.view()?.entry(place.no, dir, name.as_bytes())?;
         let Some(before) = before else { return Ok(()) };
         self.index.observe_entry(place.no, dir, name, None)?;
@@ -386,10 +385,12 @@ impl Core {
 }
 
 /// A directory that was listed and is not in the index yet.
-struct Listed<'p> {
+pub(super) struct Listed<'p> {
     job: Job,
     /// When the listing began: see [`super::place::Scanned`].
     epoch: u64,
+    /// The folder in which it was found.
+    root: Arc<Root>,
     entries: Vec<Observed>,
     /// Its own row is not as it was seen now.
     own_changed: bool,

@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 
 /// How often the index is made durable; without changes that costs nothing.
 const FLUSH_EVERY: Duration = Duration::from_secs(1);
+/// A folder that is not there is looked for on every disk, which is not done at each check.
+const CHECKS_BETWEEN_SEARCHES: u32 = 3;
 /// How often directories that could not be read are tried again.
 const RETRY_EVERY: Duration = Duration::from_secs(60);
 
@@ -120,14 +122,19 @@ impl Core {
     }
 
     fn is_there(&self, place: &Place) -> bool {
-        let Ok(root) = place.root() else { return self.open(place, true).is_ok() };
-        let why = match root.is_current() {
-            Ok(true) => return true,
-            Ok(false) => format!("another folder is at {}", place.path.display()),
-            Err(e) => e.to_string(),
-        };
-        self.go_offline(place, why);
-        false
+        match place.root() {
+            Ok(root) => self.is_still_there(place, &root),
+            Err(_) => {
+                let every = self.config.root_check * CHECKS_BETWEEN_SEARCHES;
+                place.look_due(Instant::now(), every) && self.open(place, true).is_ok()
+            }
+        }
+    }
+
+    /// Whether the folder that was found can be relied on; if not, the location goes offline.
+    pub(super) fn is_still_there(&self, place: &Place, root: &Root) -> bool {
+        let checked = place.check(root);
+        checked.map_err(|why| self.go_offline(place, why)).is_ok()
     }
 
     fn retry_unread(&self, place: &Place) {
@@ -144,7 +151,12 @@ impl Core {
 
     /// The folder of a location; found for the first time, or again, it is scanned.
     pub(super) fn open(&self, place: &Place, again: bool) -> FsResult<Arc<Root>> {
-        let (root, is_new) = place.open(&self.index, again)?;
+        let found = |root: &Root| {
+            if let Some(before_scan) = self.before_scan.get() {
+                before_scan(place.no, root);
+            }
+        };
+        let (root, is_new) = place.open(&self.index, again, found)?;
         if is_new {
             self.begin_pass(place);
         }

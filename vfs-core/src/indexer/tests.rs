@@ -1,3 +1,4 @@
+use super::place::Job;
 use super::scan::is_gone;
 use super::watch::Hint;
 use super::*;
@@ -449,6 +450,49 @@ fn what_a_folder_that_is_gone_does_not_list_is_not_deleted() {
     lock(&place.scanned).remove(dir);
     assert_eq!(core.scan_asked(&place, dir).unwrap_err().kind(), Kind::NotFound);
     assert_eq!(device.rows().len(), before);
+}
+
+#[test]
+fn what_was_listed_of_a_folder_is_not_recorded_when_it_was_found_anew() {
+    let config = IndexerConfig { root_check: Duration::from_secs(3600), watch: false, ..quick() };
+    let device = Device::new(config);
+    populate(&device.at(""), 3, 3);
+    device.start();
+    let dir = device.entry("d1/e1").unwrap().file_id;
+    let file = device.entry("d1/e1/f2").unwrap().file_id;
+    let core = &device.indexer.core;
+    let place = core.place(device.no).unwrap();
+    // As of a disk that is pulled out while it is listed: not all is there.
+    let aside = device.base.path().join("aside");
+    fs::rename(device.at("d1/e1/f2"), &aside).unwrap();
+    let listed = core.list(&place, Job::deep(dir), place.order(dir)).unwrap().unwrap();
+    fs::rename(&aside, device.at("d1/e1/f2")).unwrap();
+    core.go_offline(&place, "it is away".to_owned());
+    // Without a scan, which would give the row back.
+    place.open(&core.index, true, |_| ()).unwrap();
+    core.record(&place, vec![listed]).unwrap();
+    assert_eq!(device.entry("d1/e1/f2").map(|entry| entry.file_id), Some(file));
+    device.indexer.rescan(device.no);
+    device.follows();
+}
+
+#[test]
+fn a_folder_is_given_to_the_applier_before_it_is_scanned() {
+    let device = Device::new(quick());
+    fs::write(device.at("f"), b"x").unwrap();
+    let (index, given) = (device.index.clone(), Arc::new(Mutex::new(Vec::new())));
+    let to = Arc::clone(&given);
+    device.indexer.before_scan(move |no, root| {
+        lock(&to).push((root.path().to_owned(), index.counts(no).files));
+    });
+    device.start();
+    let away = device.base.path().join("away");
+    fs::rename(device.at(""), &away).unwrap();
+    device.until("offline", || matches!(device.progress().state, State::Offline(_)));
+    fs::rename(&away, device.at("")).unwrap();
+    device.until("online", || !matches!(device.progress().state, State::Offline(_)));
+    let folder = device.base.path().join("folder");
+    assert_eq!(*lock(&given), [(folder.clone(), 0), (folder, 1)]);
 }
 
 #[test]

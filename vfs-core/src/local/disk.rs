@@ -42,6 +42,10 @@ pub struct RootId {
     /// The number of the file system, where it is made of the name that is written on it: of
     /// disks that were formatted in one second nothing else tells which is which.
     pub fs_id: Option<u64>,
+    /// Its path from the root of its file system, by which it is looked for when the disk is
+    /// mounted elsewhere. No sign: disks have folders of the same names.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path_on_disk: Option<String>,
 }
 
 impl RootId {
@@ -67,7 +71,7 @@ impl RootId {
     pub fn of_row(disk_ino: u64, btime: Option<Time>) -> Self {
         // A root of FAT has no times on the disk; all of them were born in 1970.
         let btime = btime.filter(|t| t.secs != 0);
-        Self { volume: None, ino: Some(disk_ino), btime, fs_id: None }
+        Self { volume: None, ino: Some(disk_ino), btime, fs_id: None, path_on_disk: None }
     }
 
     /// Whether both are one folder; `None`: there is nothing that would tell.
@@ -79,6 +83,49 @@ impl RootId {
             both(self.fs_id.as_ref(), other.fs_id.as_ref()),
         ];
         signs.into_iter().flatten().reduce(|all, sign| all && sign)
+    }
+
+    /// Whether the other one, found at another path than this was, is this one: no sign
+    /// differs, none of the folder's is missing, and the file system is told by one as well.
+    pub fn is_surely(&self, other: &Self) -> bool {
+        let folder = [
+            self.ino.is_none_or(|ino| other.ino == Some(ino)),
+            self.btime.is_none_or(|btime| other.btime == Some(btime)),
+        ];
+        let disk = [
+            both(self.volume.as_ref(), other.volume.as_ref()),
+            both(self.fs_id.as_ref(), other.fs_id.as_ref()),
+        ];
+        self.is_same(other) == Some(true)
+            && folder == [true; 2]
+            && disk.into_iter().flatten().next().is_some()
+    }
+
+    /// Whether a file system of this device, type and number is another one than the folder's:
+    /// asked before anything is looked for on it.
+    pub(super) fn is_of_another_disk(
+        &self,
+        (major, minor): (u32, u32),
+        fs_type: u64,
+        fs_id: u64,
+    ) -> bool {
+        let volume = volume_of(Path::new(VOLUMES), rustix::fs::makedev(major, minor));
+        // Each subvolume of btrfs has a number of its own.
+        let fs_id = Some(fs_id).filter(|id| *id != 0 && fs_type == EXT);
+        both(self.volume.as_ref(), volume.as_ref()) == Some(false)
+            || both(self.fs_id.as_ref(), fs_id.as_ref()) == Some(false)
+    }
+
+    /// This one with what was found besides: one that was noted without `udev`, or by an
+    /// earlier build, tells less. Nothing that is known is given up.
+    pub fn completed_by(&self, found: &Self) -> Self {
+        Self {
+            volume: self.volume.clone().or_else(|| found.volume.clone()),
+            ino: self.ino.or(found.ino),
+            btime: self.btime.or(found.btime),
+            fs_id: self.fs_id.or(found.fs_id),
+            path_on_disk: found.path_on_disk.clone().or_else(|| self.path_on_disk.clone()),
+        }
     }
 }
 
@@ -123,6 +170,7 @@ mod tests {
             ino,
             btime: birth.map(|secs| Time { secs, nanos: 0 }),
             fs_id: None,
+            path_on_disk: None,
         };
         let on = |fs_id| RootId { fs_id: Some(fs_id), ..id(None, Some(2), Some(5)) };
         let cases = [
@@ -151,6 +199,46 @@ mod tests {
         for (known, found, same) in cases {
             assert_eq!(known.is_same(&found), same, "{known:?} {found:?}");
             assert_eq!(found.is_same(&known), same, "{found:?} {known:?}");
+        }
+    }
+
+    #[test]
+    fn elsewhere_it_is_the_folder_only_if_the_disk_is_told_and_nothing_is_missing() {
+        let id = |volume: Option<&str>, ino, fs_id| {
+            let btime = Some(Time { secs: 5, nanos: 0 });
+            let volume = volume.map(str::to_owned);
+            RootId { volume, ino: Some(ino), btime, fs_id, path_on_disk: Some("/a".into()) }
+        };
+        let known = id(Some("A"), 2, Some(7));
+        let cases = [
+            (known.clone(), true),
+            (id(None, 2, Some(7)), true),
+            (id(Some("A"), 2, None), true),
+            // The folder alone does not tell the disk, nor the disk the folder.
+            (id(None, 2, None), false),
+            (id(Some("A"), 3, Some(7)), false),
+            (id(Some("B"), 2, Some(7)), false),
+            (RootId { btime: None, ..known.clone() }, false),
+        ];
+        for (found, is_it) in cases {
+            assert_eq!(known.is_surely(&found), is_it, "{found:?}");
+        }
+    }
+
+    #[test]
+    fn another_disk_says_so_by_its_number() {
+        let known = |fs_id| RootId { fs_id, ..RootId::of_row(2, None) };
+        let is_another =
+            |known: RootId, fs_type, fs_id| known.is_of_another_disk((0, 9), fs_type, fs_id);
+        assert!(is_another(known(Some(7)), EXT, 8));
+        for (known, fs_type, fs_id) in [
+            (known(Some(7)), EXT, 7),
+            (known(None), EXT, 8),
+            // Of btrfs it is that of the subvolume, of others that of the device.
+            (known(Some(7)), BTRFS, 8),
+            (known(Some(7)), XFS, 8),
+        ] {
+            assert!(!is_another(known, fs_type, fs_id));
         }
     }
 

@@ -55,6 +55,47 @@ fn while_the_folder_is_away_everything_waits() {
 }
 
 #[test]
+fn while_the_disk_is_mounted_read_only_everything_waits() {
+    let base = tempfile::tempdir().unwrap();
+    let folder = base.path().join("memory");
+    let Some(small) = Small::mount(&folder, "1m") else { return };
+    let files = [("a", "base"), ("gone", "x"), ("from", "y"), ("linked", "z"), ("sub/", "")];
+    let mut world = World::on(base, folder, &files);
+    std::fs::hard_link(world.path("linked"), world.path("other")).unwrap();
+    world.settled("other");
+    let file = world.id("a");
+    let (uid, gid, atime, mtime, base) = (None, None, None, None, None);
+    let changes = [
+        world.create("", "new", "new"),
+        world.make("", "dir", New::Directory),
+        world.overwrite("a", world.seen("a"), "more"),
+        world.overwrite("linked", world.seen("linked"), "more"),
+        world.unlink("gone"),
+        world.rename("from", "to"),
+        Change::Rmdir { file: world.id("sub"), at: world.split("sub") },
+        Change::SetAttr { file, base, perm: Some(0o600), uid, gid, atime, mtime },
+        Change::Link { file: world.id("other"), at: world.split("link") },
+    ];
+    let (ops, tree) = (changes.map(|change| world.op(change)), world.tree());
+    small.remount("ro");
+    let waits = Outcome::Later(Obstacle::Failed("the disk is mounted read-only".to_owned()));
+    for (id, op) in &ops {
+        assert_eq!(world.deliver(*id, op), waits, "{op:?}");
+    }
+    assert_eq!(world.tree(), tree);
+    small.remount("rw");
+    for (id, op) in &ops {
+        let outcome = world.deliver(*id, op);
+        assert!(matches!(outcome, Outcome::Applied(Applied { conflict: None, .. })), "{outcome:?}");
+    }
+    assert_eq!(world.tree(), ["a", "dir/", "link", "linked", "new", "other", "to"]);
+    assert_eq!((world.read("a"), world.read("other")), ("more".into(), "more".into()));
+    world.assert_clean();
+    world.indexer.stop();
+    drop((world, small));
+}
+
+#[test]
 fn no_link_leads_outside() {
     let mut world = World::with(&[("sub/", ""), ("sub/a", "base"), ("a", "base")]);
     let outside = world.base.path().join("outside");
@@ -133,6 +174,14 @@ impl Small {
             eprintln!("skipped: only root may mount a file system");
         }
         is_mounted.then(|| Self(at.to_owned()))
+    }
+}
+
+impl Small {
+    fn remount(&self, how: &str) {
+        let how = format!("remount,{how}");
+        let mounted = Command::new("mount").args(["-o", &how]).arg(&self.0).output();
+        assert!(mounted.unwrap().status.success());
     }
 }
 
