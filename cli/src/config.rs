@@ -126,7 +126,7 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "mount.events",
-        default: "off",
+        default: "auto",
         about: "auto: programs that watch a folder of the drive (inotify) are told of changes made \
                 on other devices; off: only of those made through the mount",
         form: Form::Word(&["auto", "off"]),

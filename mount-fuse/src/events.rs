@@ -8,17 +8,24 @@
 //! Who watches is looked up after the changes, so no watch is missed; and as seldom as keeps
 //! its cost small. When too much changes for that, those are told at once of whom it is known,
 //! and who is found later is told that much changed. Without a watch there is no helper.
+//!
+//! For the moment of a call the kernel is told that a name is gone that is there, or there that is
+//! gone, and takes away what is mounted on it. So of names with a mount on them or below
+//! ([`Inside`]) only the directories are told.
 
-use crate::helper::{Helper, HelperCommand};
+use crate::helper::{self, Helper, HelperCommand};
+use crate::inside::Inside;
 use crate::mounts::DeviceNo;
 use crate::notify::Kernel;
 use crate::stage::{Act, Proof, Spot, Stage};
 use crate::watches;
 use rustix::io::Errno;
 use std::collections::HashSet;
+use std::ffi::OsStr;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -39,9 +46,9 @@ const LOOK_SHARE_WATCHED: u32 = 10;
 const LOOK_EVERY: Duration = Duration::from_millis(600);
 /// …this part.
 const LOOK_SHARE_MAX: u32 = 5;
-/// How many calls are made before the mount may be taken away.
+/// How many calls are made before the helper has to find the mount again.
 const BATCH: usize = 64;
-/// How long who takes it away waits for that.
+/// How long who takes the mount away waits for the call that is being made.
 const QUIET_PATIENCE: Duration = Duration::from_secs(2);
 /// How often a name is made anew that a program has looked up meanwhile.
 const TRIES: usize = 3;
@@ -58,6 +65,8 @@ pub(crate) struct Teller {
 struct Shared {
     /// Held while the helper has the mount open.
     quiet: Mutex<()>,
+    /// How many wait for that to end, or have it so.
+    quiet_wanted: AtomicUsize,
     /// Why nobody is told.
     trouble: Mutex<Option<String>>,
 }
@@ -77,7 +86,9 @@ impl Teller {
         let changes = parts.drive.subscribe();
         let (stop, stopped) = oneshot::channel();
         let (shared, runtime) = (Arc::new(Shared::default()), runtime.clone());
+        helper::keep_children(&runtime)?;
         let telling = Telling {
+            inside: Inside::new(parts.device),
             parts,
             shared: Arc::clone(&shared),
             helper: None,
@@ -96,17 +107,32 @@ impl Teller {
         self.shared.trouble().clone()
     }
 
-    /// While this is held, the helper does not keep the mount busy.
-    pub(crate) fn quiet(&self) -> Option<MutexGuard<'_, ()>> {
+    /// While this is held, the helper does not keep the mount busy; unless a call takes very long.
+    pub(crate) fn quiet(&self) -> Quiet<'_> {
+        let Shared { quiet, quiet_wanted, .. } = &*self.shared;
+        quiet_wanted.fetch_add(1, Ordering::SeqCst);
         let start = Instant::now();
-        loop {
-            match self.shared.quiet.try_lock() {
-                Ok(guard) => return Some(guard),
-                Err(TryLockError::Poisoned(poisoned)) => return Some(poisoned.into_inner()),
-                Err(TryLockError::WouldBlock) if start.elapsed() > QUIET_PATIENCE => return None,
+        let held = loop {
+            match quiet.try_lock() {
+                Ok(guard) => break Some(guard),
+                Err(TryLockError::Poisoned(poisoned)) => break Some(poisoned.into_inner()),
+                Err(TryLockError::WouldBlock) if start.elapsed() > QUIET_PATIENCE => break None,
                 Err(TryLockError::WouldBlock) => thread::sleep(Duration::from_millis(1)),
             }
-        }
+        };
+        Quiet { wanted: quiet_wanted, _held: held }
+    }
+}
+
+/// No call is made while this is there.
+pub(crate) struct Quiet<'a> {
+    wanted: &'a AtomicUsize,
+    _held: Option<MutexGuard<'a, ()>>,
+}
+
+impl Drop for Quiet<'_> {
+    fn drop(&mut self) {
+        self.wanted.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
@@ -114,10 +140,15 @@ impl Shared {
     fn trouble(&self) -> MutexGuard<'_, Option<String>> {
         self.trouble.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    fn is_quiet_wanted(&self) -> bool {
+        self.quiet_wanted.load(Ordering::SeqCst) > 0
+    }
 }
 
 struct Telling {
     parts: Parts,
+    inside: Inside,
     shared: Arc<Shared>,
     helper: Option<Helper>,
     restart_from: Instant,
@@ -193,8 +224,7 @@ impl Telling {
             }
             let told = self.tell_batch(batch);
             self.note(&told);
-            if told.is_err() {
-                self.end_helper();
+            if !told.is_ok_and(|Told { all }| all) {
                 return self.put_off(pending);
             }
         }
@@ -203,13 +233,18 @@ impl Telling {
     /// When there may be a helper again, all are told that something changed.
     fn put_off(&mut self, pending: &mut Pending) {
         pending.missed();
-        self.look_from = self.look_from.max(self.restart_from);
+        if self.helper.is_none() {
+            self.look_from = self.look_from.max(self.restart_from);
+        }
     }
 
     /// Looks who watches; gives those of whom it was not known when others were told.
     fn look(&mut self) -> HashSet<InodeNo> {
         let start = processor_time();
         let watched = watches::watched(self.parts.device);
+        if !watched.is_empty() {
+            self.inside.look_elsewhere();
+        }
         let took = processor_time().saturating_sub(start);
         self.look_from = Instant::now() + pause_after(took, watched.is_empty());
         let before = std::mem::replace(&mut self.watched, watched);
@@ -233,20 +268,41 @@ impl Telling {
         }
     }
 
-    fn tell_batch(&mut self, events: &[Event]) -> io::Result<()> {
+    fn tell_batch(&mut self, events: &[Event]) -> io::Result<Told> {
+        if self.shared.is_quiet_wanted() {
+            return Ok(Told { all: false });
+        }
         let shared = Arc::clone(&self.shared);
         let _busy = shared.quiet.lock().unwrap_or_else(PoisonError::into_inner);
+        // A helper that is of no use may have the mount open.
+        self.tell_all(events).inspect_err(|_| self.end_helper())
+    }
+
+    fn tell_all(&mut self, events: &[Event]) -> io::Result<Told> {
         if self.helper.is_none() {
             self.start_helper()?;
         }
-        self.helper.as_mut().map_or(Ok(()), |helper| tell_all(&self.parts, helper, events))
+        let Self { parts, shared, helper: Some(helper), inside, .. } = self else {
+            return Ok(Told { all: false });
+        };
+        helper.open(parts.mountpoint.as_os_str().as_bytes())?;
+        let mut told = Told { all: true };
+        for event in events {
+            if shared.is_quiet_wanted() {
+                told.all = false;
+                break;
+            }
+            tell_one(parts, helper, inside, event)?;
+        }
+        helper.close()?;
+        Ok(told)
     }
 
     /// Says it once when nobody can be told.
-    fn note(&self, told: &io::Result<()>) {
+    fn note(&self, told: &io::Result<Told>) {
         let mut trouble = self.shared.trouble();
         match told {
-            Ok(()) => *trouble = None,
+            Ok(_) => *trouble = None,
             Err(error) => {
                 if trouble.is_none() {
                     tracing::warn!(%error, "programs that watch are not told of others' changes");
@@ -255,6 +311,12 @@ impl Telling {
             }
         }
     }
+}
+
+/// What became of some events.
+struct Told {
+    /// Otherwise the mount is being taken away.
+    all: bool,
 }
 
 /// What this thread has used of a processor.
@@ -276,22 +338,46 @@ async fn at(due: Option<Instant>) {
     }
 }
 
-fn tell_all(parts: &Parts, helper: &mut Helper, events: &[Event]) -> io::Result<()> {
-    helper.open(parts.mountpoint.as_os_str().as_bytes())?;
-    for event in events {
-        match tell(parts, helper, event)? {
-            Ok(()) => {}
-            // The user may not write there, but the directory is the user's.
-            Err(Errno::ACCESS | Errno::PERM) => {
-                for at in event.places() {
-                    let _ = play(parts, helper, Act::Touch, &[], &[b"touch", &at.path, b""])?;
-                }
-            }
-            // Something was faster: a directory is gone, a name is there again.
-            Err(error) => tracing::debug!(%error, ?event, "a change was not told"),
+fn tell_one(
+    parts: &Parts,
+    helper: &mut Helper,
+    inside: &mut Inside,
+    event: &Event,
+) -> io::Result<()> {
+    if event.places().any(|at| inside.has_at_or_below(&path_of(at))) {
+        return tell_around(parts, helper, event);
+    }
+    match tell(parts, helper, event)? {
+        Ok(()) => Ok(()),
+        // The user may not write there, but the directory is the user's.
+        Err(Errno::ACCESS | Errno::PERM) => tell_directories(parts, helper, event),
+        // Something was faster: a directory is gone, a name is there again.
+        Err(error) => {
+            tracing::debug!(%error, ?event, "a change was not told");
+            Ok(())
         }
     }
-    helper.close()
+}
+
+/// What is mounted on a name or below stays. A directory that is looked up under its new name
+/// before anybody looks for it under its old one takes such mounts along.
+fn tell_around(parts: &Parts, helper: &mut Helper, event: &Event) -> io::Result<()> {
+    if let Event::Moved(_, to, _) = event {
+        let fields: [&[u8]; 3] = [b"touch", &to.path, to.name.as_bytes()];
+        let _ = play(parts, helper, Act::Touch, &[to], &fields)?;
+    }
+    tell_directories(parts, helper, event)
+}
+
+fn tell_directories(parts: &Parts, helper: &mut Helper, event: &Event) -> io::Result<()> {
+    for at in event.places() {
+        let _ = play(parts, helper, Act::Touch, &[], &[b"touch", &at.path, b""])?;
+    }
+    Ok(())
+}
+
+fn path_of(at: &Place) -> PathBuf {
+    Path::new(OsStr::from_bytes(&at.path)).join(OsStr::from_bytes(at.name.as_bytes()))
 }
 
 fn spot(place: &Place) -> Spot {
@@ -383,8 +469,11 @@ fn tell_touched(
         Ok(found) => found,
     };
     parts.kernel.expire_attributes(found.ino.0);
-    match play(parts, helper, Act::Touch, &[at], &[how, &at.path, at.name.as_bytes()])? {
-        Ok(()) if how == b"modify" => tell_written(parts, helper, at, &found),
+    // Only another version of a file is another inode.
+    let is_modified = how == b"modify";
+    let names: &[&Place] = if is_modified { &[at] } else { &[] };
+    match play(parts, helper, Act::Touch, names, &[how, &at.path, at.name.as_bytes()])? {
+        Ok(()) if is_modified => tell_written(parts, helper, at, &found),
         touched => Ok(touched),
     }
 }

@@ -23,6 +23,8 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
+use tokio::runtime::Handle;
+use tokio::signal::unix::{SignalKind, signal};
 
 /// Longer than any message: two paths and two names.
 const MESSAGE_MAX: usize = 64 << 10;
@@ -36,6 +38,13 @@ pub struct HelperCommand {
     pub program: PathBuf,
     /// Its arguments.
     pub arguments: Vec<OsString>,
+}
+
+/// From now on a child that ends keeps its number until it is waited for, also if the program that
+/// started the daemon left it SIGCHLD ignored.
+pub(crate) fn keep_children(runtime: &Handle) -> io::Result<()> {
+    let _runtime = runtime.enter();
+    signal(SignalKind::child()).map(drop)
 }
 
 /// The daemon's end of it.

@@ -8,11 +8,17 @@
 //! A lookup that only asks whether a known name still holds takes no such lock. Its answer,
 //! made before a change, may reach the kernel after the notification of that change, and would
 //! stand for an hour. So every name is told a second time, when such answers are long there.
+//! Kernels that cannot expire a name would take away what was mounted on a new one meanwhile:
+//! they are not told again while anything is mounted inside the drive, and believe no answer
+//! for longer than half a minute anyway.
 
+use crate::inside::Inside;
 use crate::listings::Listings;
+use crate::mounts::DeviceNo;
 use crate::notify::Kernel;
 use std::collections::VecDeque;
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -36,13 +42,15 @@ impl Invalidator {
         drive: Arc<Drive>,
         kernel: Kernel,
         listings: Arc<Listings>,
+        device: Option<DeviceNo>,
         runtime: &Handle,
     ) -> io::Result<Self> {
         // From here on nothing is missed, though the thread may start later.
         let mut changes = drive.subscribe();
         let (stop, mut stopped) = oneshot::channel::<()>();
         let runtime = runtime.clone();
-        let tell = Tell { kernel, listings };
+        let inside = device.filter(|_| kernel.drops_names()).map(Inside::new);
+        let mut tell = Tell { kernel, listings, inside };
         thread::Builder::new().name("sd-invalidate".into()).spawn(move || {
             let mut again = Again::default();
             loop {
@@ -63,7 +71,8 @@ impl Invalidator {
                     }
                     Wake::Change(Next::Missed) => tell.invalidate(Invalidation::Everything),
                     Wake::Again => {
-                        again.take(Instant::now()).into_iter().for_each(|i| tell.invalidate(i));
+                        let names = again.take(Instant::now());
+                        names.into_iter().for_each(|name| tell.invalidate_again(name));
                     }
                     Wake::Stop => break,
                 }
@@ -119,9 +128,18 @@ impl Again {
 struct Tell {
     kernel: Kernel,
     listings: Arc<Listings>,
+    /// Where names are dropped with what is mounted on them.
+    inside: Option<Inside>,
 }
 
 impl Tell {
+    fn invalidate_again(&mut self, invalidation: Invalidation) {
+        let all = Path::new("");
+        if !self.inside.as_mut().is_some_and(|inside| inside.has_at_or_below(all)) {
+            self.invalidate(invalidation);
+        }
+    }
+
     fn invalidate(&self, invalidation: Invalidation) {
         let kernel = &self.kernel;
         match invalidation {

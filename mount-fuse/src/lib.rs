@@ -19,6 +19,7 @@
 //! | `invalidate`, `notify` | changes, told to the kernel |
 //! | `events` | changes, told to the programs that watch |
 //! | `watches` | which inodes programs watch |
+//! | `inside` | what is mounted on names of the drive |
 //! | `helper` | the process that makes calls for the sake of their events |
 //! | `stage` | how these calls are answered |
 #![forbid(unsafe_code)]
@@ -30,6 +31,7 @@ mod convert;
 mod error;
 mod events;
 mod helper;
+mod inside;
 mod invalidate;
 mod io_mode;
 mod listings;

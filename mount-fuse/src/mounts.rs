@@ -42,6 +42,11 @@ pub struct MountInfo {
     pub source: OsString,
     /// Nothing can be written through it.
     pub read_only: bool,
+    /// Its own number, and that of the mount on whose directory it is.
+    pub(crate) id: u64,
+    pub(crate) parent: u64,
+    /// Which directory of the file system is shown.
+    pub(crate) root: PathBuf,
 }
 
 impl MountInfo {
@@ -82,7 +87,7 @@ pub(crate) fn spelled(path: &Path) -> std::io::Result<PathBuf> {
     }
 }
 
-fn parse(text: &[u8]) -> Vec<MountInfo> {
+pub(crate) fn parse(text: &[u8]) -> Vec<MountInfo> {
     text.split(|&b| b == b'\n').filter_map(parse_line).collect()
 }
 
@@ -90,14 +95,17 @@ fn parse(text: &[u8]) -> Vec<MountInfo> {
 /// (`proc_pid_mountinfo(5)`); the optional fields before `-` vary in number.
 fn parse_line(line: &[u8]) -> Option<MountInfo> {
     let mut fields = line.split(|&b| b == b' ');
-    let device = parse_device(fields.nth(2)?)?;
-    let mountpoint = PathBuf::from(unescape(fields.nth(1)?));
+    let mut number = || std::str::from_utf8(fields.next()?).ok()?.parse().ok();
+    let (id, parent) = (number()?, number()?);
+    let device = parse_device(fields.next()?)?;
+    let root = PathBuf::from(unescape(fields.next()?));
+    let mountpoint = PathBuf::from(unescape(fields.next()?));
     let options = fields.next()?;
     let mut after_dash = fields.skip_while(|f| *f != b"-").skip(1);
     let fs_type = String::from_utf8_lossy(after_dash.next()?).into_owned();
     let source = unescape(after_dash.next()?);
     let read_only = options.split(|&b| b == b',').any(|o| o == b"ro");
-    Some(MountInfo { mountpoint, device, fs_type, source, read_only })
+    Some(MountInfo { mountpoint, device, fs_type, source, read_only, id, parent, root })
 }
 
 fn parse_device(field: &[u8]) -> Option<DeviceNo> {
@@ -205,6 +213,9 @@ mod tests {
                 fs_type: "fuse.sd".into(),
                 source: "spacedrive".into(),
                 read_only: true,
+                id: 36,
+                parent: 35,
+                root: "/sub".into(),
             }
         );
         assert!(mounts[1].is_ours());

@@ -47,10 +47,15 @@ impl Kernel {
         Self { device, abi, mount }
     }
 
+    /// Whether a name that is told goes at once, and with it what is mounted on it or below.
+    pub(crate) fn drops_names(&self) -> bool {
+        self.abi < EXPIRE_SINCE
+    }
+
     /// The name `name` of the directory `parent` may now be another file, or none.
     pub(crate) fn expire_entry(&self, parent: u64, name: &[u8]) {
         let Ok(name_len) = u32::try_from(name.len()) else { return };
-        let flags = if self.abi >= EXPIRE_SINCE { EXPIRE_ONLY } else { 0 };
+        let flags = if self.drops_names() { 0 } else { EXPIRE_ONLY };
         let mut body = [0; 16];
         body[..8].copy_from_slice(&parent.to_ne_bytes());
         body[8..12].copy_from_slice(&name_len.to_ne_bytes());

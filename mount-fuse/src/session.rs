@@ -148,7 +148,8 @@ fn start(
     let number = mounts::on(mountpoint).map(|info| info.device);
     let negotiated = Arc::new(Negotiated::new(options.passthrough));
     let listings = Arc::new(Listings::default());
-    let stage = Arc::new(Stage::default());
+    let tells = options.helper.is_some() && !options.read_only && number.is_some();
+    let stage = Arc::new(Stage::new(tells));
     let adapter = Adapter::new(
         Arc::clone(&drive),
         runtime.clone(),
@@ -172,7 +173,7 @@ fn start(
     let told = (kernel(), kernel());
     let serving = Serving::start(session, device, mountpoint, number).map_err(failed)?;
     let teller = match (&options.helper, number) {
-        (Some(command), Some(device)) if !options.read_only => {
+        (Some(command), Some(device)) if tells => {
             let (drive, kernel, command) = (Arc::clone(&drive), told.1, command.clone());
             let mountpoint = mountpoint.to_owned();
             let parts = events::Parts { drive, kernel, stage, mountpoint, device, command };
@@ -180,7 +181,8 @@ fn start(
         }
         _ => None,
     };
-    let invalidator = Invalidator::start(drive, told.0, listings, &runtime).map_err(failed)?;
+    let invalidator =
+        Invalidator::start(drive, told.0, listings, number, &runtime).map_err(failed)?;
     Ok(Mount {
         mountpoint: mountpoint.to_owned(),
         number,

@@ -21,7 +21,7 @@ use vfs_core::drive::{Found, InodeNo};
 
 /// For how long what a program did through the mount is not told again.
 const FRESH: Duration = Duration::from_secs(1);
-/// How much of it is remembered.
+/// Half of what is remembered of it.
 const FRESH_MAX: usize = 4096;
 
 /// A name of a directory.
@@ -79,10 +79,13 @@ pub(crate) enum Look {
 }
 
 /// What the adapter and the thread that tells of changes have in common.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Stage {
+    /// Whether there is such a thread.
+    is_used: bool,
     helper: AtomicU32,
     state: Mutex<State>,
+    fresh: Mutex<Recent>,
 }
 
 #[derive(Debug, Default)]
@@ -91,7 +94,6 @@ struct State {
     /// The call has been answered.
     is_done: bool,
     proof: Option<Proof>,
-    fresh: HashMap<Fresh, Instant>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -100,7 +102,39 @@ enum Fresh {
     Inode(InodeNo),
 }
 
+/// What programs did lately, in two halves: when the younger one is old or full, the older one
+/// is forgotten, so that keeping it costs the same however much it is.
+#[derive(Debug, Default)]
+struct Recent {
+    young: HashMap<Fresh, Instant>,
+    old: HashMap<Fresh, Instant>,
+    /// When the younger half began.
+    since: Option<Instant>,
+}
+
+impl Recent {
+    fn note(&mut self, what: Fresh, now: Instant) {
+        let is_over = self.since.is_none_or(|since| now.duration_since(since) >= FRESH);
+        if is_over || self.young.len() >= FRESH_MAX {
+            self.old = std::mem::take(&mut self.young);
+            self.since = Some(now);
+        }
+        self.young.insert(what, now);
+    }
+
+    fn has(&self, what: &Fresh, now: Instant) -> bool {
+        let at = self.young.get(what).or_else(|| self.old.get(what));
+        at.is_some_and(|at| now.duration_since(*at) < FRESH)
+    }
+}
+
 impl Stage {
+    /// Nothing is remembered for a stage that is not used.
+    pub(crate) fn new(is_used: bool) -> Self {
+        let (helper, state, fresh) = Default::default();
+        Self { is_used, helper, state, fresh }
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         // Whole after each statement.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -195,24 +229,53 @@ impl Stage {
         self.note(|| Fresh::Inode(ino));
     }
 
+    /// Also while there is no helper: the change may be found, and told, when there is one.
     fn note(&self, what: impl FnOnce() -> Fresh) {
-        if self.helper.load(Ordering::SeqCst) == 0 {
-            return;
+        if self.is_used {
+            self.fresh().note(what(), Instant::now());
         }
-        let mut state = self.lock();
-        if state.fresh.len() >= FRESH_MAX {
-            state.fresh.retain(|_, at| at.elapsed() < FRESH);
-        }
-        if state.fresh.len() < FRESH_MAX {
-            state.fresh.insert(what(), Instant::now());
-        }
+    }
+
+    fn fresh(&self) -> MutexGuard<'_, Recent> {
+        self.fresh.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether a program has just made this change itself.
     pub(crate) fn is_told(&self, dir: InodeNo, name: &[u8], ino: Option<InodeNo>) -> bool {
-        let state = self.lock();
-        let is_fresh = |what: &Fresh| state.fresh.get(what).is_some_and(|at| at.elapsed() < FRESH);
-        is_fresh(&Fresh::Name(dir, name.to_owned()))
-            || ino.is_some_and(|ino| is_fresh(&Fresh::Inode(ino)))
+        let (fresh, now) = (self.fresh(), Instant::now());
+        fresh.has(&Fresh::Name(dir, name.to_owned()), now)
+            || ino.is_some_and(|ino| fresh.has(&Fresh::Inode(ino), now))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_program_did_is_remembered_for_a_while_and_much_of_it_displaces_it() {
+        let (mut recent, start) = (Recent::default(), Instant::now());
+        let what = |n| Fresh::Inode(InodeNo(n));
+        recent.note(what(0), start);
+        recent.note(what(1), start + FRESH / 2);
+        recent.note(what(2), start + FRESH);
+        assert!(!recent.has(&what(0), start + FRESH));
+        assert!(recent.has(&what(1), start + FRESH) && recent.has(&what(2), start + FRESH));
+        (10..10 + 3 * FRESH_MAX as u64).for_each(|n| recent.note(what(n), start + FRESH));
+        assert!(!recent.has(&what(2), start + FRESH));
+        assert!(recent.young.len() + recent.old.len() <= 2 * FRESH_MAX);
+    }
+
+    #[test]
+    fn what_a_program_did_before_there_was_a_helper_is_known_and_unused_stages_know_nothing() {
+        let dir = InodeNo(5);
+        for is_used in [true, false] {
+            let stage = Stage::new(is_used);
+            stage.did(dir, b"name");
+            stage.did_to(InodeNo(6));
+            assert_eq!(stage.is_told(dir, b"name", None), is_used);
+            assert_eq!(stage.is_told(dir, b"another", Some(InodeNo(6))), is_used);
+            assert!(!stage.is_told(dir, b"another", None));
+        }
     }
 }

@@ -6,8 +6,13 @@
 
 use crate::mounts::DeviceNo;
 use std::collections::HashSet;
+use std::fs::File;
+use std::io::{BufRead, BufReader};
 use std::path::Path;
 use vfs_core::drive::InodeNo;
+
+/// More than any program's watches by the kernel's own limit on most machines; each takes memory.
+const WATCHED_MAX: usize = 1 << 18;
 
 /// The watched inodes of the file system of this number.
 pub(crate) fn watched(device: DeviceNo) -> HashSet<InodeNo> {
@@ -28,19 +33,20 @@ fn of_process(process: &Path, device: DeviceNo, found: &mut HashSet<InodeNo>) {
         let Ok(target) = std::fs::read_link(descriptor.path()) else { continue };
         let target = target.as_os_str().as_encoded_bytes();
         if matches!(target, b"anon_inode:inotify" | b"anon_inode:[fanotify]")
-            && let Ok(text) = std::fs::read(process.join("fdinfo").join(descriptor.file_name()))
+            && let Ok(text) = File::open(process.join("fdinfo").join(descriptor.file_name()))
         {
-            found.extend(in_fdinfo(&text, device));
+            let room = WATCHED_MAX.saturating_sub(found.len());
+            found.extend(in_fdinfo(BufReader::new(text), device).take(room));
         }
     }
 }
 
 /// `inotify wd:1 ino:9e7e sdev:800013 mask:800afce …` and `fanotify ino:4f969 sdev:800013 …`
 /// (`proc_pid_fdinfo(5)`), all in hexadecimal.
-fn in_fdinfo(text: &[u8], device: DeviceNo) -> impl Iterator<Item = InodeNo> {
+fn in_fdinfo(text: impl BufRead, device: DeviceNo) -> impl Iterator<Item = InodeNo> {
     let device = u64::from(device.major) << 20 | u64::from(device.minor);
-    text.split(|&b| b == b'\n').filter_map(move |line| {
-        let line = std::str::from_utf8(line).ok()?;
+    text.split(b'\n').map_while(Result::ok).filter_map(move |line| {
+        let line = std::str::from_utf8(&line).ok()?;
         let mut words = line.split(' ');
         matches!(words.next(), Some("inotify" | "fanotify")).then_some(())?;
         let field = |key: &str| {
@@ -63,8 +69,8 @@ mod tests {
             fanotify flags:10 event-flags:0\n\
             fanotify ino:800000000000004d sdev:2b mflags:0 mask:3b ignored_mask:0\n\
             inotify wd:x\n";
-        let found: Vec<_> = in_fdinfo(text, DeviceNo { major: 0, minor: 43 }).collect();
+        let found: Vec<_> = in_fdinfo(&text[..], DeviceNo { major: 0, minor: 43 }).collect();
         assert_eq!(found, [InodeNo(0x7ed), InodeNo(0x8000_0000_0000_004d)]);
-        assert_eq!(in_fdinfo(text, DeviceNo { major: 8, minor: 43 }).count(), 0);
+        assert_eq!(in_fdinfo(&text[..], DeviceNo { major: 8, minor: 43 }).count(), 0);
     }
 }

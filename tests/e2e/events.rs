@@ -94,13 +94,8 @@ fn pair_with(count: usize) -> Option<Pair> {
     }
     fs::create_dir(source.join("dir")).unwrap();
     fs::write(source.join("dir/first"), "one").unwrap();
-    let (owner, mut reader) = lab.owner_and_reader(&source);
+    let (owner, reader) = lab.owner_and_reader(&source);
     reader.wait_replicated(&owner, "files");
-    reader.sd(&["config", "set", "mount.events", "auto"]).ok();
-    reader.stop();
-    reader.start();
-    reader.mount();
-    reader.wait_online(owner.name());
     let (theirs, ours) = (source.join("dir"), reader.at("owner/files/dir"));
     assert_eq!(fs::read(ours.join("first")).unwrap(), b"one");
     Some(Pair { _lab: lab, _owner: owner, reader, theirs, ours })
@@ -382,4 +377,75 @@ fn a_daemon_that_is_killed_while_it_tells_leaves_no_hung_program_and_no_helper()
         watch.hears(&[&format!("CREATE {name}")], since);
     }
     pair.assert_equal();
+}
+
+/// Something is mounted on this path.
+fn is_mounted(path: &Path) -> bool {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    table.lines().any(|line| line.split(' ').nth(4) == path.to_str())
+}
+
+/// A file system in memory, mounted inside the drive.
+struct Held(PathBuf);
+
+impl Held {
+    fn on(path: PathBuf) -> Self {
+        use rustix::mount::{MountFlags, mount};
+        mount("none", &path, "tmpfs", MountFlags::empty(), None).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let _ = rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH);
+    }
+}
+
+#[test]
+fn what_is_mounted_inside_the_drive_stays_where_its_folder_is() {
+    let Some(pair) = pair() else { return };
+    let mut watch = Watch::of(&pair.ours);
+    let mut hears = |change: &dyn Fn(&Path), expected: &[&str]| {
+        let since = Instant::now();
+        change(&pair.theirs);
+        watch.hears(expected, since);
+    };
+    hears(&|dir| fs::create_dir_all(dir.join("held/sub")).unwrap(), &["CREATE|ISDIR held"]);
+    wait_until("the folder in it", PATIENCE, || pair.ours.join("held/sub").is_dir());
+    let held = Held::on(pair.ours.join("held/sub"));
+    fs::write(held.0.join("here"), "only here").unwrap();
+    for (what, change, expected) in STEPS {
+        hears(&|dir| change(dir).unwrap(), expected);
+        assert!(is_mounted(&held.0), "{what} took it away");
+    }
+    fs::create_dir(pair.theirs.join("held/other")).unwrap();
+    wait_until("the other folder", PATIENCE, || pair.ours.join("held/other").is_dir());
+    assert_eq!(fs::read(held.0.join("here")).unwrap(), b"only here");
+    hears(&|dir| fs::rename(dir.join("held"), dir.join("kept")).unwrap(), &["ATTRIB|ISDIR kept"]);
+    let kept = Held(pair.ours.join("kept/sub"));
+    assert_eq!(fs::read(kept.0.join("here")).unwrap(), b"only here");
+    drop(kept);
+    pair.assert_equal();
+}
+
+#[test]
+fn a_daemon_whose_parent_ignores_the_end_of_children_tells_and_takes_leave_of_its_helpers() {
+    let Some(mut pair) = pair() else { return };
+    pair.reader.stop();
+    pair.reader.start_without_child_signals();
+    pair.reader.mount();
+    let status = fs::read_to_string(format!("/proc/{}/status", pair.reader.pid())).unwrap();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).unwrap();
+    let ignored = u64::from_str_radix(ignored.trim(), 16).unwrap();
+    assert_eq!(ignored & 1 << (Signal::CHILD.as_raw() - 1), 0, "{ignored:x}");
+    let mut watch = Watch::of(&pair.ours);
+    for round in 0..3 {
+        let since = Instant::now();
+        fs::write(pair.theirs.join(format!("{round}")), "").unwrap();
+        // While there is no helper, all is told as one.
+        watch.hears(&[&format!("CREATE {round}/ATTRIB|ISDIR")], since);
+        let helper = wait_for("a helper", HELD_UP, || pair.helper());
+        kill_process(Pid::from_raw(helper.cast_signed()).unwrap(), Signal::KILL).unwrap();
+    }
 }

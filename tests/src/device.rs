@@ -165,6 +165,14 @@ impl Device {
         self.start_command(command);
     }
 
+    /// As [`Device::start`]; the daemon inherits from its parent that the end of a child is ignored.
+    #[track_caller]
+    pub fn start_without_child_signals(&mut self) {
+        let mut command = self.command("env");
+        command.arg("--ignore-signal=CHLD").arg(Self::program()).args(["daemon", "run"]);
+        self.start_command(command);
+    }
+
     /// As [`Device::start`]; the daemon can watch only so many directories. Its user namespace has
     /// a limit of its own, so that no other program meets it.
     #[track_caller]

@@ -3,14 +3,18 @@
 use crate::common::{Rig, Standing, can_mount, drive, eventually};
 use mount_fuse::{HelperCommand, MountOptions};
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
+use rustix::fs::{AtFlags, StatxFlags};
+use rustix::mount::{MountFlags, UnmountFlags};
 use std::collections::BTreeSet;
 use std::ffi::OsString;
-use std::fs;
+use std::fs::{self, File};
+use std::io::Write;
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 /// Not a test: the helper, which the tests below start this program as.
 #[test]
@@ -24,11 +28,36 @@ fn helper() {
 }
 
 fn rig(test: &str) -> Option<Rig> {
+    rig_with(test, MountOptions::default())
+}
+
+fn rig_with(test: &str, options: MountOptions) -> Option<Rig> {
     let arguments = ["--exact", "events::helper", "--nocapture", "--test-threads=1"];
     let arguments = arguments.map(OsString::from).into();
     let helper = HelperCommand { program: std::env::current_exe().unwrap(), arguments };
-    let options = MountOptions { helper: Some(helper), ..MountOptions::default() };
+    let options = MountOptions { helper: Some(helper), ..options };
     can_mount(test).then(|| Rig::with_options(options))
+}
+
+fn is_mounted(path: &Path) -> bool {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    table.lines().any(|line| line.split(' ').nth(4) == path.to_str())
+}
+
+/// A file system in memory, mounted on a directory of the drive.
+struct Held(PathBuf);
+
+impl Held {
+    fn on(path: PathBuf) -> Self {
+        rustix::mount::mount("none", &path, "tmpfs", MountFlags::empty(), None).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let _ = rustix::mount::unmount(&self.0, UnmountFlags::DETACH);
+    }
 }
 
 struct Watch {
@@ -173,4 +202,96 @@ fn while_much_is_told_programs_go_on_and_nothing_is_changed() {
     rig.parts.change_peer(&[("last", Some((500, 1, 3)))]);
     watch.hears(&["CREATE last"]);
     rig.mount.unmount(false).unwrap();
+}
+
+#[test]
+fn what_is_mounted_on_a_directory_stays_when_that_and_others_are_told() {
+    let test = "what_is_mounted_on_a_directory_stays_when_that_and_others_are_told";
+    let Some(rig) = rig(test) else { return };
+    let folder = drive::peer_folder(rig.mount.mountpoint());
+    let mut watch = Watch::of(&folder);
+    // Mounted before it was told that the directory is there.
+    rig.parts.change_peer(&[("dir", Some((1000, 1, 0)))]);
+    while !folder.join("dir").is_dir() {}
+    let held = Held::on(folder.join("dir"));
+    rig.parts.change_peer(&[("other", Some((1001, 1, 0))), ("file", Some((2, 1, 5)))]);
+    watch.hears(&["CREATE|ISDIR other", "CREATE file"]);
+    assert!(is_mounted(&held.0));
+    rig.parts.change_peer(&[("other", None), ("another", Some((1001, 1, 0)))]);
+    watch.hears(&["MOVED_FROM|ISDIR other", "MOVED_TO|ISDIR another"]);
+    rig.parts.change_peer(&[("another", None), ("file", None)]);
+    watch.hears(&["DELETE|ISDIR another", "DELETE file"]);
+    assert!(is_mounted(&held.0) && fs::read_dir(&held.0).unwrap().count() == 0);
+    // It goes where its directory goes.
+    rig.parts.change_peer(&[("dir", None), ("moved", Some((1000, 1, 0)))]);
+    watch.hears(&["ATTRIB|ISDIR"]);
+    let moved = Held(folder.join("moved"));
+    assert!(moved.0.is_dir() && is_mounted(&moved.0) && !is_mounted(&held.0));
+    rig.parts.change_peer(&[("moved", None)]);
+    watch.hears(&["ATTRIB|ISDIR"]);
+    assert!(is_mounted(&moved.0), "it was taken away though nobody looked for its directory");
+}
+
+#[test]
+fn what_a_program_did_itself_before_anything_was_told_is_not_told_again() {
+    let test = "what_a_program_did_itself_before_anything_was_told_is_not_told_again";
+    let Some(rig) = rig(test) else { return };
+    let mut watch = Watch::of(&rig.folder());
+    fs::create_dir(rig.path("dir")).unwrap();
+    fs::write(rig.path("file"), "bytes").unwrap();
+    watch.hears(&["CREATE|ISDIR dir", "CREATE file", "MODIFY file"]);
+    fs::write(rig.disk_path("other"), "bytes").unwrap();
+    eventually("the other file", || {
+        watch.read();
+        watch.seen.contains("CREATE other")
+    });
+    let own = watch.seen.iter().find(|seen| seen.ends_with("dir") || seen.ends_with("file"));
+    assert_eq!(own, None, "{:?}", watch.seen);
+}
+
+#[test]
+fn a_deleted_file_that_is_open_keeps_its_size() {
+    let options = MountOptions { passthrough: false, ..MountOptions::default() };
+    let Some(rig) = rig_with("a_deleted_file_that_is_open_keeps_its_size", options) else {
+        return;
+    };
+    let (path, on_disk) = (rig.path("a"), rig.disk_path("a"));
+    let mut folder = Watch::of(&rig.folder());
+    for round in 0..10 {
+        fs::write(&on_disk, [1; 4096]).unwrap();
+        folder.hears(&["CREATE a"]);
+        eventually("the index has it", || rig.parts.own_size("a") == Some(4096));
+        let mut watch = Watch::of(&path);
+        // The index learns of this and of the end at once.
+        File::options().append(true).open(&on_disk).unwrap().write_all(&[2; 4096]).unwrap();
+        let opened = File::open(&path).unwrap();
+        // What the kernel knows, and so what a mapping of the file has.
+        let size = |sync: AtFlags| {
+            let flags = AtFlags::EMPTY_PATH | sync;
+            rustix::fs::statx(&opened, "", flags, StatxFlags::SIZE).unwrap().stx_size
+        };
+        assert_eq!(size(AtFlags::STATX_FORCE_SYNC), 8192);
+        fs::remove_file(&on_disk).unwrap();
+        folder.hears(&["DELETE a"]);
+        watch.hears(&["ATTRIB"]);
+        assert_eq!(size(AtFlags::STATX_DONT_SYNC), 8192, "round {round}");
+    }
+}
+
+#[test]
+fn an_unmount_does_not_wait_until_all_is_told() {
+    let Some(rig) = rig("an_unmount_does_not_wait_until_all_is_told") else { return };
+    let mut watch = Watch::of(&drive::peer_folder(rig.mount.mountpoint()));
+    let names: Vec<_> = (0..16_000).map(|n| format!("{n}")).collect();
+    let rows = names.iter().enumerate().map(|(n, name)| (&**name, Some((2000 + n as u64, 1, 0))));
+    rig.parts.change_peer(&rows.collect::<Vec<_>>());
+    eventually("the first of them", || {
+        watch.read();
+        !watch.seen.is_empty()
+    });
+    let start = Instant::now();
+    rig.mount.unmount(false).unwrap();
+    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+    watch.read();
+    assert!(watch.seen.len() < names.len(), "everything was told before");
 }

@@ -20,7 +20,7 @@ use super::remote::Remote;
 use super::top::Top;
 use super::types::{Found, InodeNo};
 use crate::changes::{Brief, Change, Noticed, Touched};
-use crate::error::FsResult;
+use crate::error::{FsResult, Kind};
 use crate::index::ROOT_PARENT;
 use crate::model::{Attr, FileId, FileType, LocationNo, Name, Time};
 use std::collections::{HashMap, HashSet};
@@ -518,16 +518,22 @@ impl<'a> Translation<'a> {
     fn ghost(&self, change: &Changed, was: &Brief) -> Found {
         static COUNT: AtomicU64 = AtomicU64::new(1);
         let heard = change.was.filter(|ino| self.watched.contains(ino));
-        let (ino, generation) = match heard.filter(|ino| self.is_dead(*ino, was, change)) {
-            Some(ino) => {
-                let is_versioned = !change.dir.is_own && was.file_type == FileType::File;
-                (ino, if is_versioned { was.generation.into() } else { 0 })
+        match heard.map(|ino| (ino, self.end_of(ino, was, change))) {
+            // The kernel believes size and times, and may show them to who has the file open.
+            Some((_, End::Open(found))) => {
+                let attr = Attr { nlink: 1, ..found.attr };
+                Found { attr, valid_for: Duration::ZERO, ..found }
             }
-            None => {
+            Some((ino, End::Gone { generation })) => self.made_up(ino, generation, was),
+            Some((_, End::Unknown)) | None => {
                 let count = COUNT.fetch_add(1, Ordering::Relaxed);
-                (InodeNo::of_nothing(count), count)
+                self.made_up(InodeNo::of_nothing(count), count, was)
             }
-        };
+        }
+    }
+
+    /// An inode that nobody has open.
+    fn made_up(&self, ino: InodeNo, generation: u64, was: &Brief) -> Found {
         let attr = Attr {
             file_type: was.file_type,
             perm: 0o600,
@@ -546,15 +552,36 @@ impl<'a> Translation<'a> {
 
     /// Whether no name leads to this inode any more. A directory may have moved without the index
     /// knowing where to yet, and the kernel would hold it for dead where it is now.
-    fn is_dead(&self, ino: InodeNo, was: &Brief, change: &Changed) -> bool {
+    fn end_of(&self, ino: InodeNo, was: &Brief, change: &Changed) -> End {
         match ino.class() {
-            _ if was.file_type == FileType::Directory => false,
-            Class::Remote(remote) => self.remote.node(remote).is_err(),
-            Class::Own(_) => {
-                let now = self.own.getattr(change.location, ino, None);
-                now.is_ok_and(|found| found.attr.nlink == 0)
-            }
-            Class::Root | Class::Device => false,
+            _ if was.file_type == FileType::Directory => End::Unknown,
+            Class::Remote(remote) => match self.remote.node(remote) {
+                Err(error) if error.kind() == Kind::Stale => self.end_of_remote(remote, was),
+                _ => End::Unknown,
+            },
+            Class::Own(_) => match self.own.getattr(change.location, ino, None) {
+                Ok(found) if found.attr.nlink == 0 => End::Open(found),
+                _ => End::Unknown,
+            },
+            Class::Root | Class::Device => End::Unknown,
         }
     }
+
+    fn end_of_remote(&self, ino: RemoteIno, was: &Brief) -> End {
+        let is_versioned = was.file_type == FileType::File;
+        match self.remote.getattr(ino, None) {
+            Ok(Some(open)) => End::Open(open),
+            _ => End::Gone { generation: if is_versioned { was.generation.into() } else { 0 } },
+        }
+    }
+}
+
+/// What is known of an inode whose name is gone.
+enum End {
+    /// It has no name; somebody may have it open, and sees this.
+    Open(Found),
+    /// It is no more.
+    Gone { generation: u64 },
+    /// It may have another name.
+    Unknown,
 }

@@ -37,6 +37,7 @@ pub struct Parts {
     pub index: Index,
     indexer: Arc<Indexer>,
     peer: Arc<Peer>,
+    mine: LocationNo,
     theirs: LocationNo,
 }
 
@@ -122,7 +123,7 @@ pub fn drive_over(
         config,
     );
     crate::common::eventually("the own location is there", || indexer.root(mine).is_ok());
-    let parts = Parts { index, indexer, peer, theirs };
+    let parts = Parts { index, indexer, peer, mine, theirs };
     parts.apply(vec![row(ROOT_PARENT.0, "root", entry(1, FileType::Directory, 0))]);
     (drive, parts)
 }
@@ -208,6 +209,13 @@ impl Parts {
             LogRow { entry: file.map(|_| now.clone()), ..row(1, name, now) }
         });
         self.apply(rows.collect());
+    }
+
+    /// The size that the index knows of an own file.
+    pub fn own_size(&self, name: &str) -> Option<u64> {
+        let view = self.index.view().unwrap();
+        let entry = view.entry(self.mine, FileId::ROOT, name.as_bytes()).unwrap();
+        entry.map(|entry| entry.attr.size)
     }
 
     fn apply(&self, mut rows: Vec<LogRow>) {

@@ -98,6 +98,19 @@ fn who_does_not_watch_is_told_nothing() {
 }
 
 #[test]
+fn who_has_a_file_open_sees_it_at_its_end_as_before() {
+    let bench = bench();
+    let file = bench.ino(&["there", "theirs", "a"]);
+    let before = bench.drive.getattr(file, None).unwrap();
+    let opened = bench.drive.open(file, OpenFlags::READ).unwrap();
+    let told = told(&bench, &[file], vec![(1, "a", None)]);
+    let [Event::Deleted(_, ghost)] = &told[..] else { panic!("{told:?}") };
+    assert_eq!((ghost.ino, ghost.generation, ghost.attr), (file, before.generation, before.attr));
+    assert_eq!(ghost.valid_for, Duration::ZERO);
+    bench.drive.release(opened.handle);
+}
+
+#[test]
 fn who_watches_a_file_hears_of_its_end_and_no_other_file_is_taken_for_it() {
     let bench = bench();
     let file = bench.ino(&["there", "theirs", "a"]);
