@@ -400,7 +400,9 @@ impl Place {
             (self.first_found)(&complete);
             *lock(&self.identity) = Some(complete);
         }
-        *lock(&self.beside) = mounts.beside(&root);
+        if mounts.has_mount_of(&root) {
+            *lock(&self.beside) = mounts.beside(&root);
+        }
         Ok(root)
     }
 
@@ -464,8 +466,12 @@ impl Place {
     /// others are: one that stands at its own path meanwhile is not it, either.
     pub fn check(&self, root: &Root) -> Result<(), String> {
         let mounts = Mounts::now();
+        // Its disk may be mounted still, and another one over it.
+        if mounts.has_mount_of(root) {
+            *lock(&self.beside) = mounts.beside(root);
+        }
         match root.is_current() {
-            Ok(true) => *lock(&self.beside) = mounts.beside(root),
+            Ok(true) => {}
             Ok(false) => return Err(format!("another folder is at {}", root.path().display())),
             Err(e) => return Err(e.to_string()),
         }

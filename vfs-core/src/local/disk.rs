@@ -109,11 +109,16 @@ impl RootId {
         fs_type: u64,
         fs_id: u64,
     ) -> bool {
-        let volume = volume_of(Path::new(VOLUMES), rustix::fs::makedev(major, minor));
+        let volume = Self::volume_of((major, minor));
         // Each subvolume of btrfs has a number of its own.
         let fs_id = Some(fs_id).filter(|id| *id != 0 && fs_type == EXT);
         both(self.volume.as_ref(), volume.as_ref()) == Some(false)
             || both(self.fs_id.as_ref(), fs_id.as_ref()) == Some(false)
+    }
+
+    /// The name that is written on the file system of a device, as `udev` lists it.
+    pub(super) fn volume_of((major, minor): (u32, u32)) -> Option<String> {
+        volume_of(Path::new(VOLUMES), rustix::fs::makedev(major, minor))
     }
 
     /// This one with what was found besides: one that was noted without `udev`, or by an

@@ -121,7 +121,8 @@ impl Mounts {
     pub fn search(&self, known: &RootId, home: Option<Candidate>, beside: &Beside) -> Search {
         let path = known.path_on_disk.as_deref().map(Path::new);
         let elsewhere = path.map(|path| self.paths_of(path)).unwrap_or_default();
-        let elsewhere = elsewhere.into_iter().filter_map(|(mount, path)| look(known, mount, path));
+        let elsewhere = elsewhere.into_iter().filter(|(mount, _)| may_be_on(known, mount));
+        let elsewhere = elsewhere.filter_map(|(mount, path)| look(known, mount, path));
         choose(home.into_iter().chain(elsewhere), beside)
     }
 
@@ -138,6 +139,12 @@ impl Mounts {
             (mount.read_only, mount.root.components().count(), &mount.mountpoint)
         });
         shown
+    }
+
+    /// Whether the folder's own mount is still there, whatever stands at its path.
+    pub fn has_mount_of(&self, root: &Root) -> bool {
+        let id = mount_of(root.folder.as_fd()).ok();
+        self.0.iter().any(|mount| Some(mount.id) == id)
     }
 
     fn disk_of(&self, root: &Root) -> Device {
@@ -198,6 +205,21 @@ fn look(known: &RootId, mount: &Mount, path: PathBuf) -> Option<Candidate> {
 /// Whether the failure says that the folder is not there.
 pub fn is_absent(e: &FsError) -> bool {
     matches!(e.kind(), Kind::NotFound | Kind::NotADirectory | Kind::Loop)
+}
+
+/// Whether a file system may have the folder, by the table alone: none is asked, and none that
+/// cannot be asked stands in the way, that has another name or could never be told by its own.
+///
+/// A copy of a btrfs gets a number of its own while the original is mounted, and gives that
+/// number to the original when it is mounted first: there nothing tells which is which.
+fn may_be_on(known: &RootId, mount: &Mount) -> bool {
+    let is_ext = mount.fs_type.starts_with("ext");
+    match (&known.volume, RootId::volume_of(mount.device)) {
+        (Some(volume), Some(other)) => *volume == other,
+        // Of two disks of one name only one is listed under it.
+        (Some(_), None) => is_ext || mount.fs_type == "xfs",
+        (None, _) => known.fs_id.is_some() && is_ext,
+    }
 }
 
 fn is_of_disk(mount: &Mount) -> bool {
