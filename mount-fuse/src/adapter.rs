@@ -223,6 +223,7 @@ impl Adapter {
 
     /// The kernel does not get this handle.
     fn give_back(&self, ino: InodeNo, opened: &Opened) {
+        self.stage.closes(ino, opened.handle);
         self.modes.close(ino.0, opened.handle);
         self.drive.release(opened.handle);
     }
@@ -512,7 +513,14 @@ impl Filesystem for Adapter {
         let node = ino(node);
         if self.stage.is_helper(request) {
             return match self.stage.touch() {
-                Ok(()) => reply.opened(NO_HANDLE, FopenFlags::FOPEN_DIRECT_IO),
+                // What the kernel has of the file stays: others may be reading it, and the helper
+                // would wait for them, as it would for what they have written at its close.
+                Ok(()) => reply.opened(
+                    NO_HANDLE,
+                    FopenFlags::FOPEN_DIRECT_IO
+                        | FopenFlags::FOPEN_KEEP_CACHE
+                        | FopenFlags::FOPEN_NOFLUSH,
+                ),
                 Err(errno) => reply.error(errno),
             };
         }
@@ -523,6 +531,9 @@ impl Filesystem for Adapter {
             Ok(opened) => opened,
             Err(errno) => return reply.error(errno),
         };
+        if flags.may_change() {
+            self.stage.begins_to_write(node, opened.handle);
+        }
         let fh = FileHandle(opened.handle.0);
         match self.io_mode(node, &opened, |file| reply.open_backing(file)) {
             IoMode::Passthrough(_) if is_staged(&opened, flags) => {
@@ -559,6 +570,9 @@ impl Filesystem for Adapter {
             Ok(created) => created,
             Err(errno) => return reply.error(errno),
         };
+        if flags.may_change() {
+            self.stage.begins_to_write(found.ino, opened.handle);
+        }
         let valid = self.negotiated.valid_for(found.valid_for);
         let attr = convert::attr(&found);
         let generation = Generation(found.generation);
@@ -742,6 +756,7 @@ impl Filesystem for Adapter {
         if convert::open_flags(flags.0).may_change() {
             self.stage.did_to(ino(node));
         }
+        self.stage.closes(ino(node), fh);
         self.modes.close(node.0, fh);
         let released = run("release", || {
             self.drive.release(fh);

@@ -54,6 +54,8 @@ const QUIET_PATIENCE: Duration = Duration::from_secs(2);
 const TRIES: usize = 3;
 /// The next helper is started no sooner after the last one was.
 const RESTART_AFTER: Duration = Duration::from_secs(2);
+/// And later and later, up to this, while none is of use.
+const RESTART_AFTER_AT_LAST: Duration = Duration::from_secs(60);
 
 /// The thread; it ends when this is dropped, after the call that it is having made.
 pub(crate) struct Teller {
@@ -93,6 +95,9 @@ impl Teller {
             shared: Arc::clone(&shared),
             helper: None,
             restart_from: Instant::now(),
+            restart_pause: RESTART_AFTER,
+            ending: None,
+            rest_until: Instant::now(),
             watched: HashSet::new(),
             look_from: Instant::now(),
             is_hurried: false,
@@ -152,6 +157,11 @@ struct Telling {
     shared: Arc<Shared>,
     helper: Option<Helper>,
     restart_from: Instant,
+    restart_pause: Duration,
+    /// The one before, if it has not ended: there is never another beside it.
+    ending: Option<thread::JoinHandle<()>>,
+    /// Telling takes half of the time at most.
+    rest_until: Instant,
     /// Who watched at the last look.
     watched: HashSet<InodeNo>,
     look_from: Instant,
@@ -186,14 +196,19 @@ impl Telling {
             match wake {
                 Wake::Change(Next::Batch(batch)) => pending.add(&batch),
                 Wake::Change(Next::Missed) => pending.missed(),
-                Wake::Due => self.tell(&mut pending, &mut stopped),
+                Wake::Due => {
+                    let start = Instant::now();
+                    self.tell(&mut pending, &mut stopped);
+                    self.rest_until = Instant::now() + start.elapsed();
+                }
                 Wake::Stop => break,
             }
             due = match due {
-                _ if pending.is_empty() => None,
-                _ if pending.is_full() => Some(Instant::now()),
+                // Of a hurry it is still to be seen who began to watch in it.
+                _ if pending.is_empty() && !self.is_hurried => None,
+                _ if pending.is_full() => Some(self.rest_until),
                 Some(due) if due > Instant::now() => Some(due),
-                _ => Some(self.look_from.max(Instant::now() + SETTLE)),
+                _ => Some(self.look_from.max(self.rest_until).max(Instant::now() + SETTLE)),
             };
         }
         self.end_helper();
@@ -255,7 +270,11 @@ impl Telling {
     }
 
     fn start_helper(&mut self) -> io::Result<()> {
-        self.restart_from = Instant::now() + RESTART_AFTER;
+        if self.ending.as_ref().is_some_and(|ending| !ending.is_finished()) {
+            return Err(io::Error::other("the process that tells them waits in a call"));
+        }
+        self.restart_from = Instant::now() + self.restart_pause;
+        self.restart_pause = (2 * self.restart_pause).min(RESTART_AFTER_AT_LAST);
         let proof = Proof::draw()?;
         self.helper = Some(Helper::start(&self.parts.command, &proof)?);
         self.parts.stage.expect(Some(proof));
@@ -264,7 +283,8 @@ impl Telling {
 
     fn end_helper(&mut self) {
         if let Some(helper) = self.helper.take() {
-            helper.end(|| self.parts.stage.expect(None));
+            let stage = Arc::clone(&self.parts.stage);
+            self.ending = helper.end(move || stage.expect(None));
         }
     }
 
@@ -295,6 +315,7 @@ impl Telling {
             tell_one(parts, helper, inside, event)?;
         }
         helper.close()?;
+        self.restart_pause = RESTART_AFTER;
         Ok(told)
     }
 
@@ -466,6 +487,8 @@ fn tell_touched(
     let found = match found_at(parts, at) {
         Err(errno) => return Ok(Err(errno)),
         Ok(found) if is_told(parts, at, Some(&found)) => return Ok(Ok(())),
+        // It is told when it is closed, and a call would wait for what is just being written.
+        Ok(found) if parts.stage.is_being_written(found.ino) => return Ok(Ok(())),
         Ok(found) => found,
     };
     parts.kernel.expire_attributes(found.ino.0);
@@ -479,14 +502,16 @@ fn tell_touched(
 }
 
 /// Many programs look at a file when it was closed by who wrote to it. While it is open for
-/// writing it cannot be executed, so of programs they are not told.
+/// writing it cannot be executed, so of programs they are not told; nor of a file that a program
+/// here is still writing to.
 fn tell_written(
     parts: &Parts,
     helper: &mut Helper,
     at: &Place,
     found: &Found,
 ) -> io::Result<Result<(), Errno>> {
-    if found.attr.file_type == FileType::File && found.attr.perm & 0o111 == 0 {
+    let is_over = !parts.stage.is_being_written(found.ino);
+    if is_over && found.attr.file_type == FileType::File && found.attr.perm & 0o111 == 0 {
         let fields: [&[u8]; 3] = [b"written", &at.path, at.name.as_bytes()];
         // Some cannot be opened: one that nobody may write to, or that is read past the daemon.
         if let Err(error) = play(parts, helper, Act::Touch, &[], &fields)? {

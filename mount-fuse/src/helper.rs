@@ -15,6 +15,7 @@
 use crate::stage::Proof;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Timespec, Timestamps};
 use rustix::io::Errno;
+use rustix::process::{WaitId, WaitIdOptions, waitid};
 use std::ffi::OsString;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -22,7 +23,8 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -30,6 +32,8 @@ use tokio::signal::unix::{SignalKind, signal};
 const MESSAGE_MAX: usize = 64 << 10;
 /// How long one call may take before the helper is ended.
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long is waited for its end before a thread of its own does.
+const END_PATIENCE: Duration = Duration::from_secs(1);
 
 /// How the helper is started: a program that calls [`run_helper`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -90,20 +94,36 @@ impl Helper {
         })
     }
 
-    /// Ends it, and waits until it makes no call any more; then `ended` is called, before its
-    /// number can become another process's.
-    pub(crate) fn end(mut self, ended: impl FnOnce()) {
+    /// Ends it; when it makes no call any more `ended` is called, before its number can become
+    /// another process's. A call may wait in the kernel for other programs, which nothing ends:
+    /// then the thread that waits for it is given.
+    pub(crate) fn end(
+        mut self,
+        ended: impl FnOnce() + Send + 'static,
+    ) -> Option<thread::JoinHandle<()>> {
         let _ = self.socket.shutdown(std::net::Shutdown::Both);
         let _ = self.child.kill();
-        if let Some(pid) = rustix::process::Pid::from_raw(self.child.id().cast_signed()) {
-            use rustix::process::{WaitId, WaitIdOptions, waitid};
-            let options = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
-            while waitid(WaitId::Pid(pid), options).is_err_and(|e| e == Errno::INTR) {}
+        let deadline = Instant::now() + END_PATIENCE;
+        while !has_ended(&self.child, WaitIdOptions::NOHANG) && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(1));
         }
-        ended();
-        let status = self.child.wait().ok();
-        tracing::debug!(signal = status.and_then(|s| s.signal()), "the helper ended");
+        let mut child = self.child;
+        let wait = move || {
+            while !has_ended(&child, WaitIdOptions::empty()) {}
+            ended();
+            let status = child.wait().ok();
+            tracing::debug!(signal = status.and_then(|s| s.signal()), "the helper ended");
+        };
+        thread::Builder::new().name("sd-events-end".into()).spawn(wait).ok()
     }
+}
+
+/// Whether a child has ended; it keeps its number.
+fn has_ended(child: &Child, options: WaitIdOptions) -> bool {
+    let Some(pid) = rustix::process::Pid::from_raw(child.id().cast_signed()) else { return true };
+    let options = options | WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+    // An error other than an interruption: there is no such child.
+    waitid(WaitId::Pid(pid), options).map_or_else(|e| e != Errno::INTR, |ended| ended.is_some())
 }
 
 fn send(socket: &mut UnixStream, message: &[u8]) -> io::Result<()> {

@@ -13,11 +13,11 @@
 
 use fuser::{Errno, Request};
 use rustix::rand::GetRandomFlags;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use vfs_core::drive::{Found, InodeNo};
+use vfs_core::drive::{Found, HandleId, InodeNo};
 
 /// For how long what a program did through the mount is not told again.
 const FRESH: Duration = Duration::from_secs(1);
@@ -86,6 +86,8 @@ pub(crate) struct Stage {
     helper: AtomicU32,
     state: Mutex<State>,
     fresh: Mutex<Recent>,
+    /// The files that programs have open for writing.
+    writers: Mutex<BTreeSet<(InodeNo, HandleId)>>,
 }
 
 #[derive(Debug, Default)]
@@ -131,8 +133,8 @@ impl Recent {
 impl Stage {
     /// Nothing is remembered for a stage that is not used.
     pub(crate) fn new(is_used: bool) -> Self {
-        let (helper, state, fresh) = Default::default();
-        Self { is_used, helper, state, fresh }
+        let (helper, state, fresh, writers) = Default::default();
+        Self { is_used, helper, state, fresh, writers }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -227,6 +229,29 @@ impl Stage {
     /// A program has changed this file through the mount.
     pub(crate) fn did_to(&self, ino: InodeNo) {
         self.note(|| Fresh::Inode(ino));
+    }
+
+    /// A program opened a file for writing.
+    pub(crate) fn begins_to_write(&self, ino: InodeNo, handle: HandleId) {
+        if self.is_used {
+            self.writers().insert((ino, handle));
+        }
+    }
+
+    /// A program closed a file, opened for writing or not.
+    pub(crate) fn closes(&self, ino: InodeNo, handle: HandleId) {
+        self.writers().remove(&(ino, handle));
+    }
+
+    /// Whether a program has the file open for writing: it is not closed by who wrote to it,
+    /// whatever its owner has by now.
+    pub(crate) fn is_being_written(&self, ino: InodeNo) -> bool {
+        let all = (ino, HandleId(0))..=(ino, HandleId(u64::MAX));
+        self.writers().range(all).next().is_some()
+    }
+
+    fn writers(&self) -> MutexGuard<'_, BTreeSet<(InodeNo, HandleId)>> {
+        self.writers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Also while there is no helper: the change may be found, and told, when there is one.

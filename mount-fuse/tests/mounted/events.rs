@@ -69,13 +69,17 @@ struct Watch {
 
 impl Watch {
     fn of(path: &Path) -> Self {
-        let inotify = inotify::init(CreateFlags::NONBLOCK).unwrap();
         let what = WatchFlags::CREATE
             | WatchFlags::DELETE
             | WatchFlags::MODIFY
             | WatchFlags::ATTRIB
             | WatchFlags::MOVE
             | WatchFlags::DELETE_SELF;
+        Self::for_these(path, what)
+    }
+
+    fn for_these(path: &Path, what: WatchFlags) -> Self {
+        let inotify = inotify::init(CreateFlags::NONBLOCK).unwrap();
         inotify::add_watch(&inotify, path, what).unwrap();
         // Who watches is looked for among the other processes: this one is the daemon too.
         let program = Command::new("sleep").arg("1000").spawn().unwrap();
@@ -100,6 +104,19 @@ impl Watch {
             expected.iter().all(|e| self.seen.contains(*e))
         });
         println!("{expected:?}: {:?}", self.seen);
+        self.seen.clear();
+    }
+}
+
+impl Watch {
+    /// The same, and that until then this one did not come.
+    #[track_caller]
+    fn hears_without(&mut self, expected: &[&str], never: &str) {
+        eventually(&format!("{expected:?}"), || {
+            self.read();
+            expected.iter().all(|e| self.seen.contains(*e))
+        });
+        assert!(!self.seen.contains(never), "{:?}", self.seen);
         self.seen.clear();
     }
 }
@@ -276,6 +293,28 @@ fn a_deleted_file_that_is_open_keeps_its_size() {
         watch.hears(&["ATTRIB"]);
         assert_eq!(size(AtFlags::STATX_DONT_SYNC), 8192, "round {round}");
     }
+}
+
+#[test]
+fn a_file_that_a_program_is_writing_is_not_told_as_written() {
+    let options = MountOptions { passthrough: false, ..MountOptions::default() };
+    let name = "a_file_that_a_program_is_writing_is_not_told_as_written";
+    let Some(rig) = rig_with(name, options) else { return };
+    fs::write(rig.disk_path("a"), "a").unwrap();
+    eventually("the index has it", || rig.parts.own_size("a") == Some(1));
+    let what = WatchFlags::CREATE | WatchFlags::MODIFY | WatchFlags::CLOSE_WRITE;
+    let mut watch = Watch::for_these(&rig.folder(), what);
+    let mut writer = File::options().append(true).open(rig.path("a")).unwrap();
+    writer.write_all(b"b").unwrap();
+    watch.hears(&["MODIFY a"]);
+    // Longer than it is remembered that the program has just done something.
+    std::thread::sleep(Duration::from_millis(1200));
+    fs::write(rig.disk_path("a"), "longer").unwrap();
+    eventually("the index has it", || rig.parts.own_size("a") == Some(6));
+    fs::write(rig.disk_path("later"), "").unwrap();
+    watch.hears_without(&["CLOSE_WRITE later"], "CLOSE_WRITE a");
+    drop(writer);
+    watch.hears(&["CLOSE_WRITE a"]);
 }
 
 #[test]
