@@ -13,9 +13,10 @@
 //! that is its standard input: a length, then fields joined by NUL, which no name contains.
 
 use crate::stage::Proof;
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Timespec, Timestamps};
 use rustix::io::Errno;
-use rustix::process::{WaitId, WaitIdOptions, waitid};
+use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, pidfd_open, waitid};
 use std::ffi::OsString;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -24,7 +25,7 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -33,7 +34,7 @@ const MESSAGE_MAX: usize = 64 << 10;
 /// How long one call may take before the helper is ended.
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long is waited for its end before a thread of its own does.
-const END_PATIENCE: Duration = Duration::from_secs(1);
+const END_PATIENCE: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
 /// How the helper is started: a program that calls [`run_helper`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -103,13 +104,10 @@ impl Helper {
     ) -> Option<thread::JoinHandle<()>> {
         let _ = self.socket.shutdown(std::net::Shutdown::Both);
         let _ = self.child.kill();
-        let deadline = Instant::now() + END_PATIENCE;
-        while !has_ended(&self.child, WaitIdOptions::NOHANG) && Instant::now() < deadline {
-            thread::sleep(Duration::from_millis(1));
-        }
+        wait_for_end(&self.child);
         let mut child = self.child;
         let wait = move || {
-            while !has_ended(&child, WaitIdOptions::empty()) {}
+            keep_until_end(&child);
             ended();
             let status = child.wait().ok();
             tracing::debug!(signal = status.and_then(|s| s.signal()), "the helper ended");
@@ -118,12 +116,24 @@ impl Helper {
     }
 }
 
-/// Whether a child has ended; it keeps its number.
-fn has_ended(child: &Child, options: WaitIdOptions) -> bool {
-    let Some(pid) = rustix::process::Pid::from_raw(child.id().cast_signed()) else { return true };
-    let options = options | WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
-    // An error other than an interruption: there is no such child.
-    waitid(WaitId::Pid(pid), options).map_or_else(|e| e != Errno::INTR, |ended| ended.is_some())
+/// Waits for the end of a child for a while.
+fn wait_for_end(child: &Child) {
+    let process = pid_of(child).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+    if let Some(process) = process {
+        let _ = poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&END_PATIENCE));
+    }
+}
+
+/// Waits until a child has ended; it keeps its number.
+fn keep_until_end(child: &Child) {
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+    if let Some(pid) = pid_of(child) {
+        while waitid(WaitId::Pid(pid), options).is_err_and(|e| e == Errno::INTR) {}
+    }
+}
+
+fn pid_of(child: &Child) -> Option<Pid> {
+    Pid::from_raw(child.id().cast_signed())
 }
 
 fn send(socket: &mut UnixStream, message: &[u8]) -> io::Result<()> {

@@ -656,14 +656,13 @@ fn too_slow() -> WireError {
 
 /// `None`: that was the last one.
 async fn next_rows(link: &Link, recv: &mut RecvStream) -> Result<Option<Vec<LogRow>>, TakeError> {
-    let Ok(_room) = link.inbound.acquire().await else { return Err(too_slow().into()) };
-    let frame = timeout(STALL, wire::receive_frame_or_end::<Rows>(recv)).await;
+    let frame = timeout(STALL, wire::receive_frame_or_end_in::<Rows>(recv, &link.inbound)).await;
     let frame = frame.map_err(|_| too_slow())??;
     link.heard();
     match frame {
         // Nobody sends none: they could be sent for ever.
-        Some(frame) if frame.rows.is_empty() => Err(TakeError::NotAsStated),
-        frame => Ok(frame.map(|frame| frame.rows)),
+        Some((frame, _)) if frame.rows.is_empty() => Err(TakeError::NotAsStated),
+        frame => Ok(frame.map(|(frame, _room)| frame.rows)),
     }
 }
 

@@ -579,13 +579,10 @@ pub async fn receive_frame<T: DeserializeOwned>(from: &mut RecvStream) -> Result
 pub async fn receive_frame_or_end<T: DeserializeOwned>(
     from: &mut RecvStream,
 ) -> Result<Option<T>, WireError> {
-    let mut length = [0; 4];
-    match from.read_exact(&mut length).await {
-        Err(ReadExactError::FinishedEarly(0)) => return Ok(None),
-        read => read?,
+    match receive_length_or_end(from).await? {
+        Some(length) => receive_body(from, length).await.map(Some),
+        None => Ok(None),
     }
-    let length = checked(u32::from_le_bytes(length), MAX_FRAME)?;
-    receive_body(from, length).await.map(Some)
 }
 
 /// Receives a frame when there is room for it: the permit stands for its memory, and is
@@ -597,6 +594,25 @@ pub async fn receive_frame_in<'a, T: DeserializeOwned>(
     let length = receive_length(from, MAX_FRAME).await?;
     let permit = room.acquire().await.map_err(|e| WireError::Lost(e.to_string()))?;
     Ok((receive_body(from, length).await?, permit))
+}
+
+/// The same; `None` when the stream has ended before it.
+pub async fn receive_frame_or_end_in<'a, T: DeserializeOwned>(
+    from: &mut RecvStream,
+    room: &'a Semaphore,
+) -> Result<Option<(T, SemaphorePermit<'a>)>, WireError> {
+    let Some(length) = receive_length_or_end(from).await? else { return Ok(None) };
+    let permit = room.acquire().await.map_err(|e| WireError::Lost(e.to_string()))?;
+    Ok(Some((receive_body(from, length).await?, permit)))
+}
+
+async fn receive_length_or_end(from: &mut RecvStream) -> Result<Option<usize>, WireError> {
+    let mut length = [0; 4];
+    match from.read_exact(&mut length).await {
+        Err(ReadExactError::FinishedEarly(0)) => return Ok(None),
+        read => read?,
+    }
+    checked(u32::from_le_bytes(length), MAX_FRAME).map(Some)
 }
 
 async fn receive_bounded<T: DeserializeOwned>(

@@ -32,6 +32,15 @@ fn is_attested(device: &Device, id: LocationId) -> bool {
     device.index.view().unwrap().attested(location.no).unwrap().is_some()
 }
 
+async fn three_that_met() -> (Device, Device, Device) {
+    let (desk, nas, laptop) =
+        (Device::first("desk").await, Device::new().await, Device::new().await);
+    desk.pair(&nas, "nas").await;
+    desk.pair(&laptop, "laptop").await;
+    nas.meet(&laptop).await;
+    (desk, nas, laptop)
+}
+
 /// A desk with a location, and a NAS that can pass it on; the desk is away.
 async fn passed_on(
     rows: u64,
@@ -68,11 +77,7 @@ async fn a_device_that_never_met_the_owner_sees_its_files() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_changed_while_a_device_was_away_comes_from_another_one() {
-    let (desk, nas) = (Device::first("desk").await, Device::new().await);
-    desk.pair(&nas, "nas").await;
-    let mut laptop = Device::new().await;
-    desk.pair(&laptop, "laptop").await;
-    nas.meet(&laptop).await;
+    let (desk, nas, mut laptop) = three_that_met().await;
     let location = desk.add_location("photos", None);
     fill(&desk, &location, 100);
     until("all have it", || entries(&laptop, location.id) == Some(100)).await;
@@ -133,11 +138,7 @@ async fn nothing_is_passed_on_to_a_device_that_may_not_see_it() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_location_that_its_owner_removed_does_not_come_back_from_others() {
-    let (desk, nas) = (Device::first("desk").await, Device::new().await);
-    desk.pair(&nas, "nas").await;
-    let mut laptop = Device::new().await;
-    desk.pair(&laptop, "laptop").await;
-    nas.meet(&laptop).await;
+    let (desk, nas, mut laptop) = three_that_met().await;
     let location = desk.add_location("photos", None);
     fill(&desk, &location, 10);
     until("all have it", || is_attested(&nas, location.id) && is_attested(&laptop, location.id))

@@ -194,7 +194,8 @@ impl Index {
         let snapshot = self.store().snapshot()?;
         let sum = snapshot.get(Table::Meta, &key::sum(no))?;
         let after = sum.and_then(|bytes| Sum::from_bytes(&bytes)).unwrap_or_default().upto;
-        let places = read::log_places(&*snapshot, no, after, COMMIT_ROWS)?;
+        let head = self.head(no);
+        let places = read::log_places(&*snapshot, no, after, head, COMMIT_ROWS)?;
         if places.len() <= FEW_ROWS {
             return Ok(None);
         }
@@ -226,7 +227,8 @@ fn sum_up(tx: &mut Tx<'_>, no: LocationNo, ahead: Option<Ahead>) -> Result<Summe
 /// may have gone.
 fn take_over(tx: &mut Tx<'_>, no: LocationNo, ahead: Ahead) -> Result<(), IndexError> {
     let mut sum = tx.sum(no)?.unwrap_or_default();
-    let places = read::log_places(tx, no, ahead.after, ahead.places.len())?;
+    let head = tx.state(no)?.head;
+    let places = read::log_places(tx, no, ahead.after, head, ahead.places.len())?;
     let is_same = sum.upto == ahead.after && places.iter().map(|(seq, ..)| seq).eq(&ahead.places);
     match is_same {
         true => {
@@ -251,7 +253,8 @@ pub(super) fn sum_some(
     let known = tx.sum(no)?.filter(|sum| sum.upto <= head);
     let mut sum = known.unwrap_or_default();
     if sum.upto < head {
-        let places = read::log_places(tx, no, sum.upto, limit)?;
+        // After a rewind there are places beyond the head, which are about to come again.
+        let places = read::log_places(tx, no, sum.upto, head, limit)?;
         for (seq, parent, name) in &places {
             let row = tx.row(Place { no, parent: *parent, name })?;
             sum.add_row((*seq, *parent, name), row);

@@ -120,15 +120,16 @@ pub(super) fn log_range(
     })
 }
 
-/// At most `limit` changes after a place.
+/// At most `limit` changes after a place, up to another.
 pub(super) fn log_places(
     from: &dyn Snapshot,
     no: LocationNo,
     after: Seq,
+    upto: Seq,
     limit: usize,
 ) -> Result<Vec<(Seq, FileId, Name)>, IndexError> {
     let mut found = Vec::new();
-    log_range(from, no, after, Seq(u64::MAX), &mut |seq, parent, name| {
+    log_range(from, no, after, upto, &mut |seq, parent, name| {
         found.push((seq, parent, name));
         Ok(if found.len() < limit { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
     })?;

@@ -56,21 +56,28 @@ impl Index {
     }
 
     /// Has rows that are newer than where the replica was last whole come again: of those between
-    /// there and its head, some that have changed since may be missing here.
+    /// there and its head, some that have changed since may be missing here. Until they are here
+    /// it is whole nowhere, for what it has of them stays.
     pub(super) fn rewind(&self, no: LocationNo, log_id: u64) -> Result<Seq, IndexError> {
         let whole = self.memory().whole(no).filter(|(log, _)| *log == log_id);
         let whole = whole.map_or(Seq(0), |(_, upto)| upto);
+        let head = self.head(no);
         self.write(|tx| {
             let state = tx.state(no)?;
             follow(state, log_id)?;
             if state.head > whole {
                 state.head = whole;
-                // It has rows that are about to come once more.
-                tx.batch.delete(Table::Meta, key::sum(no));
+                for key in [key::whole(no), key::sum(no), key::statement(no)] {
+                    tx.batch.delete(Table::Meta, key);
+                }
                 holders::list_again(tx, no, whole);
             }
-            Ok(whole)
-        })
+            Ok(())
+        })?;
+        if self.head(no) < head {
+            self.memory().forget_whole(no);
+        }
+        Ok(whole)
     }
 
     /// Applies the last rows that the owner's log has now, and moves the cursor to its end,

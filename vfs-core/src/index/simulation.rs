@@ -96,8 +96,9 @@ impl World {
             46..62 => self.follow(),
             62..72 => self.state(),
             72..84 => self.pass_on(),
-            84..90 => self.switch_link(),
-            90..94 => self.switch_device(),
+            84..88 => self.switch_link(),
+            88..91 => self.cut_off(),
+            91..94 => self.switch_device(),
             94..95 => self.lose_index(),
             95..97 => self.jump(),
             _ => self.gossip(),
@@ -296,6 +297,26 @@ impl World {
         device.store = MemStore::default();
         device.start();
         self.tell(|| format!("{at} lost its index"));
+    }
+
+    /// A device was about to take a whole log, and got no further than its beginning.
+    fn cut_off(&mut self) {
+        let (reader, owner) = self.pick_pair();
+        if self.devices[reader].index.is_none() {
+            return;
+        }
+        if self.is_linked(reader, owner) {
+            self.take_rows(reader, owner, 1);
+        }
+        let here = self.devices[reader].replica_of(&self.devices[owner]);
+        let index = self.devices[reader].index();
+        if let log_id @ 1.. = index.log_id(here) {
+            let head = index.head(here);
+            let from = index.rewind(here, log_id).unwrap();
+            index.digest(here).unwrap();
+            let attested = index.view().unwrap().attested(here).unwrap();
+            assert!(from == head || attested.is_none(), "it has rows of later");
+        }
     }
 
     fn jump(&mut self) {

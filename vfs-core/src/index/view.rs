@@ -188,7 +188,7 @@ impl<'a> View<'a> {
             self.index.flush()?;
         }
         let limit = log_limit(max_bytes);
-        let places = read::log_places(&*self.snapshot, no, after, limit)?;
+        let places = read::log_places(&*self.snapshot, no, after, Seq(u64::MAX), limit)?;
         let limited = places.len() == limit;
         let mut rows = Vec::with_capacity(places.len());
         let mut bytes = 0;
