@@ -80,7 +80,7 @@ pub enum Command {
     /// Get, set or list configuration
     #[command(subcommand)]
     Config(ConfigCommand),
-    /// Check this device: data directory, daemon, index, locations, mounts
+    /// Check this device: index against disks and owners, kept bytes, daemon, mounts
     Doctor(DoctorArgs),
     /// Print a completion script for a shell
     #[command(hide = true)]
@@ -394,9 +394,12 @@ pub enum ConfigCommand {
 
 #[derive(Args, Debug)]
 pub struct DoctorArgs {
-    /// Mend what can be mended safely
+    /// Mend what is wrong: scan again, fetch again, remove damaged copies
     #[arg(long)]
     pub repair: bool,
+    /// Do not read every byte that is kept of other devices' files
+    #[arg(long)]
+    pub quick: bool,
 }
 
 fn duration(text: &str) -> Result<Duration, String> {

@@ -113,7 +113,19 @@ pub enum Request {
     CacheLimit {
         bytes: Option<u64>,
     },
-    Repair,
+    Check {
+        repair: bool,
+        quick: bool,
+    },
+    /// A part of what a mount shows.
+    Shown {
+        mountpoint: WirePath,
+    },
+    /// Has kernels look up entries of it again.
+    ShowAgain {
+        mountpoint: WirePath,
+        paths: Vec<WirePath>,
+    },
     /// Understood in every version, so that an old daemon can be replaced.
     Stop {
         force: bool,
@@ -142,7 +154,7 @@ pub enum Target {
 }
 
 /// A path that is not always UTF-8, in JSON.
-#[derive(Serialize, Deserialize, Debug, Clone)]
+#[derive(Serialize, Deserialize, Debug, Clone, PartialEq, Eq)]
 #[serde(untagged)]
 pub enum WirePath {
     Text(String),

@@ -8,6 +8,7 @@
 
 mod applying;
 mod browse;
+mod check;
 mod conflicts;
 pub mod guard;
 mod handle;

@@ -3,6 +3,7 @@
 //! The daemon fills them, the command prints them, as a table or as they are.
 //! A field once published keeps its name and meaning.
 
+use crate::control::WirePath;
 use serde::{Deserialize, Serialize};
 
 /// `sd library list`
@@ -504,6 +505,19 @@ pub struct Check {
     pub result: String,
     pub message: String,
     pub hint: Option<String>,
+}
+
+/// An entry as a mount shows it to a kernel that asks now.
+#[derive(Serialize, Deserialize, Debug, Clone, PartialEq, Eq)]
+pub struct Shown {
+    /// Below the mount point.
+    pub path: WirePath,
+    pub ino: u64,
+    /// As in `st_mode`.
+    pub file_type: u32,
+    pub size: u64,
+    /// Seconds and nanoseconds.
+    pub mtime: (i64, u32),
 }
 
 /// One key of `sd config list`.

@@ -28,7 +28,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::timeout;
 use vfs_core::content::serve::OwnFiles;
-use vfs_core::index::Index;
+use vfs_core::index::{Index, IndexError, Signed};
 use vfs_core::library::{Library, LibraryInfo, State};
 use vfs_core::locks::Coordinator;
 use vfs_core::locks::peers::PeerLocks;
@@ -351,6 +351,18 @@ impl Node {
     /// The other members.
     pub fn peers(&self) -> Vec<PeerStatus> {
         presence::status(&self.shared)
+    }
+
+    /// What the owner of a replica said of it last, with its signature, which is right; `None`
+    /// while it cannot be reached, or has said nothing.
+    pub fn stated(&self, location: LocationId) -> Option<Signed> {
+        pass_on::stated(&self.shared, location)
+    }
+
+    /// Has every row of a replica fetched from its owner again; `false`: that cannot be reached,
+    /// and what there is stays. Waits for the disk.
+    pub fn fetch_anew(&self, location: LocationId) -> Result<bool, IndexError> {
+        pass_on::fetch_anew(&self.shared, location)
     }
 
     /// Closes every connection in good order.

@@ -505,9 +505,9 @@ async fn mend(
     signed: &Signed,
 ) {
     let Statement { location, log, .. } = signed.statement;
-    let (applying, statement) = (owner.clone(), signed.clone());
+    let (owner_of_it, statement) = (owner.clone(), signed.clone());
     let restarted = at_the_disk(&shared.index, move |index| {
-        let _applying = applying.applying.lock().unwrap_or_else(PoisonError::into_inner);
+        let _applying = owner_of_it.applying.lock().unwrap_or_else(PoisonError::into_inner);
         if index.attest_anew(no, &statement)? != Attested::Differs {
             return Ok(false);
         }
@@ -519,11 +519,42 @@ async fn mend(
             tracing::error!(%location, "the replica differed from its owner's rows");
             owner.knowledge().last_error =
                 Some(format!("location {location}: the replica differed"));
-            // The rows under way are of what is no more: a fresh connection asks for all.
-            link.connection.close(close::BYE.into(), b"");
+            ask_for_all(link);
         }
         Err(error) => tracing::warn!(%error, "a replica cannot be begun anew"),
     }
+}
+
+/// The rows under way are of what is no more: a fresh connection asks for all.
+fn ask_for_all(link: &Link) {
+    link.connection.close(close::BYE.into(), b"");
+}
+
+/// What the owner of a replica said of it last, if it can be reached.
+pub(crate) fn stated(shared: &Shared, id: LocationId) -> Option<Signed> {
+    let owner = shared.index.location_by_id(id)?.owner;
+    let offered = shared.peer(owner)?.link()?.offered.borrow().clone()?;
+    let said = offered.0.iter().find(|signed| signed.statement.location == id)?;
+    let is_owners = owner_of(shared, &said.statement) == Some(owner) && is_signed_by(owner, said);
+    is_owners.then(|| said.clone())
+}
+
+/// Has all rows of a replica come again; `false`: its owner cannot be reached now, and what there
+/// is stays. Waits for the disk.
+pub(crate) fn fetch_anew(shared: &Shared, id: LocationId) -> Result<bool, IndexError> {
+    let index = &shared.index;
+    let Some(owner) = index.location_by_id(id).and_then(|l| shared.peer(l.owner)) else {
+        return Ok(false);
+    };
+    let Some(link) = owner.link().filter(|_| owner.is_online()) else { return Ok(false) };
+    let _applying = owner.applying.lock().unwrap_or_else(PoisonError::into_inner);
+    // Whatever was applied meanwhile, it may have another number by now.
+    let Some(location) = index.location_by_id(id) else { return Ok(false) };
+    if index.log_id(location.no) != 0 {
+        index.restart_replica(location.no, index.log_id(location.no))?;
+    }
+    ask_for_all(&link);
+    Ok(true)
 }
 
 /// Why rows of a third device were not taken.

@@ -219,7 +219,7 @@ impl From<std::time::SystemTime> for Time {
 }
 
 /// `stat` data of an entry, as the owner's kernel gives it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub struct Attr {
     /// What it is.
     pub file_type: FileType,

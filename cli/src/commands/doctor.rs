@@ -1,8 +1,10 @@
 //! `sd doctor`: looks at everything that may be wrong on this device.
 
+mod kernel;
+
 use super::Context;
 use crate::args::DoctorArgs;
-use crate::control::Request;
+use crate::control::{Event, Request};
 use crate::data_dir::DataDir;
 use crate::failure::{Code, Failure, Outcome};
 use crate::output::{Columns, size};
@@ -22,14 +24,34 @@ pub fn run(context: &Context, args: &DoctorArgs) -> Outcome<()> {
     }
     fuse(&mut checks);
     watches(&mut checks);
+    // First, so that the daemon's own problems are those that are left.
+    let compared = compare(context, args);
     let status = context.call::<Status>(&Request::Status);
     if let Some(status) = checks.take("daemon", status, running) {
         parts(&mut checks, &status);
-        if args.repair {
-            repair(&mut checks, context);
+        match compared {
+            Ok(found) => checks.0.extend(found),
+            Err(failure) => checks.add("check", "problem", failure.message, failure.hint),
         }
+        checks.0.extend(kernel::compare(context, &status.mounts, args.repair));
     }
     checks.tell(context, args.repair)
+}
+
+/// What the daemon finds when it compares what it keeps, and mends.
+fn compare(context: &Context, args: &DoctorArgs) -> Outcome<Vec<Check>> {
+    let client = context.client()?;
+    let bar = context.out.spinner();
+    let request = Request::Check { repair: args.repair, quick: args.quick };
+    let found = client.call(&request, |event| match event {
+        Event::Progress(progress) => {
+            bar.set_message(format!("{}: {}", progress.what, progress.entries));
+            Ok(None)
+        }
+        event => super::unexpected(event),
+    });
+    bar.finish_and_clear();
+    found
 }
 
 fn running(status: &Status) -> String {
@@ -94,7 +116,7 @@ impl Checks {
                 let failure = Failure::new(Code::Invalid, format!("{count} problems were found"));
                 Err(match repaired {
                     true => failure,
-                    false => failure.hint("`sd doctor --repair` mends dead mounts and rescans"),
+                    false => failure.hint("`sd doctor --repair` mends what can be mended"),
                 })
             }
         }
@@ -216,16 +238,5 @@ fn writing(checks: &mut Checks, status: &Status) {
         several => {
             checks.add("conflicts", "note", format!("{several} to look at: `sd conflicts`"), None)
         }
-    }
-}
-
-fn repair(checks: &mut Checks, context: &Context) {
-    match context.call::<Vec<String>>(&Request::Repair) {
-        Ok(done) => {
-            for what in done {
-                checks.add("repair", "mended", what, None);
-            }
-        }
-        Err(failure) => checks.add("repair", "problem", failure.message, failure.hint),
     }
 }

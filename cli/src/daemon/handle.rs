@@ -1,5 +1,6 @@
 //! One request, one function.
 
+use super::check::Asked;
 use super::parts::{Daemon, blocking};
 use super::serve::Link;
 use crate::control::Request;
@@ -75,7 +76,16 @@ pub async fn handle(daemon: Arc<Daemon>, request: Request, mut link: Link) -> Ou
         Request::CacheLimit { bytes } => {
             document(blocking(move || Ok(daemon.limit_cache(bytes))).await?)
         }
-        Request::Repair => document(blocking(move || Ok(daemon.repair())).await?),
+        Request::Check { repair, quick } => {
+            document(daemon.check(Asked { repair, quick }, link).await?)
+        }
+        Request::Shown { mountpoint } => {
+            document(blocking(move || daemon.shown(&PathBuf::from(mountpoint))).await?)
+        }
+        Request::ShowAgain { mountpoint, paths } => {
+            let told = move || daemon.show_again(&PathBuf::from(mountpoint), paths);
+            document(blocking(told).await?)
+        }
         Request::Stop { force } => document(daemon.stop(force).await?),
     }
 }
@@ -112,15 +122,5 @@ impl Daemon {
         let pending = self.pending_count();
         self.request_stop();
         Ok(Stopped { pid: Some(std::process::id()), remains, pending })
-    }
-
-    /// Mends what can be mended while the daemon runs; says what was done.
-    fn repair(&self) -> Vec<String> {
-        let mut done = self.mend_recorded();
-        for location in self.index.locations().iter().filter(|l| l.owner == self.me) {
-            self.indexer.rescan(location.no);
-            done.push(format!("comparing the location “{}” with the disk again", location.name));
-        }
-        done
     }
 }

@@ -16,7 +16,7 @@ use vfs_core::model::{DeviceId, Location, LocationId, LocationNo};
 use vfs_core::path::SdPath;
 
 /// How often a waiting command hears how far the scan is.
-const PROGRESS_EVERY: Duration = Duration::from_millis(100);
+pub(super) const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 
 impl Daemon {
     pub async fn add_location(

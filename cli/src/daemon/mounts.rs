@@ -10,17 +10,26 @@ use crate::control::WirePath;
 use crate::data_dir::DataDir;
 use crate::failure::{Code, Failure, Outcome};
 use crate::paths::drive_around;
-use crate::reply::{MountReply, MountStatus, UnmountReply};
+use crate::reply::{MountReply, MountStatus, Shown, UnmountReply};
 use mount_fuse::{Events, HelperCommand, Mount, MountError, MountInfo, MountOptions, Passthrough};
 use serde::{Deserialize, Serialize};
+use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use vfs_core::drive::{Drive, DriveConfig, ForeignSymlinks};
+use vfs_core::drive::{Drive, DriveConfig, ForeignSymlinks, Shown as Entry};
+use vfs_core::model::{FileType, Name};
 
 /// Where the drive is mounted when nobody says where, if this user may write there.
 const USUAL: &str = "/mnt/spacedrive";
+
+/// Entries of each location, and of all, that are compared with what a kernel shows.
+const SHOWN_OF_EACH: usize = 500;
+const SHOWN: usize = 5_000;
+/// Longer paths are left out, so that all of it fits into one answer.
+const SHOWN_BYTES: usize = 512;
 
 /// The mounts of this daemon. Taken for the whole of making or ending one, so that
 /// two requests for one mount point follow each other.
@@ -29,6 +38,7 @@ pub struct Mounts(Mutex<Vec<Mounted>>);
 
 struct Mounted {
     mount: Mount,
+    drive: Arc<Drive>,
     read_only: bool,
     allow_other: bool,
     /// It replaced a dead mount, and nobody was told yet.
@@ -141,9 +151,38 @@ impl Daemon {
             }),
         };
         let drive = self.drive(read_only);
-        let mount = mount_fuse::mount(drive, path, options, self.runtime.clone())
+        let mount = mount_fuse::mount(Arc::clone(&drive), path, options, self.runtime.clone())
             .map_err(|e| failure(&e))?;
-        Ok(Mounted { mount, read_only, allow_other, mended: false })
+        Ok(Mounted { mount, drive, read_only, allow_other, mended: false })
+    }
+
+    /// Some of what a mount shows now; asked of its drive, not of the kernel.
+    pub fn shown(&self, mountpoint: &Path) -> Outcome<Vec<Shown>> {
+        let all = self.drive_on(mountpoint)?.shown(SHOWN_OF_EACH);
+        let fits = |shown: &Entry| {
+            shown.path.iter().map(|n| n.as_bytes().len()).sum::<usize>() < SHOWN_BYTES
+        };
+        Ok(all.iter().filter(|shown| fits(shown)).take(SHOWN).map(shown_of).collect())
+    }
+
+    /// Has kernels look up these entries of a mount again.
+    pub fn show_again(&self, mountpoint: &Path, paths: Vec<WirePath>) -> Outcome<()> {
+        let drive = self.drive_on(mountpoint)?;
+        for path in paths {
+            let path = PathBuf::from(path);
+            let names: Option<Vec<_>> =
+                path.iter().map(|name| Name::new(name.as_bytes())).collect();
+            if let Some(Err(error)) = names.map(|names| drive.show_again(&names)) {
+                tracing::debug!(%error, path = %path.display(), "cannot be shown again");
+            }
+        }
+        Ok(())
+    }
+
+    fn drive_on(&self, mountpoint: &Path) -> Outcome<Arc<Drive>> {
+        let mounts = self.mounts.lock();
+        let on = mounts.iter().find(|m| m.mount.mountpoint() == mountpoint && m.mount.is_alive());
+        on.map(|m| Arc::clone(&m.drive)).ok_or_else(|| not_mounted(Some(mountpoint)))
     }
 
     /// What a mount shows.
@@ -319,6 +358,33 @@ impl Daemon {
             tracing::warn!(%error, "cannot write down what is mounted; a crash would leave it dead");
         }
     }
+}
+
+fn shown_of(entry: &Entry) -> Shown {
+    let path: PathBuf = entry.path.iter().map(|name| OsStr::from_bytes(name.as_bytes())).collect();
+    let attr = &entry.found.attr;
+    Shown {
+        path: WirePath::from(&*path),
+        ino: entry.found.ino.0,
+        file_type: type_of(attr.file_type),
+        size: attr.size,
+        mtime: (attr.mtime.secs, attr.mtime.nanos),
+    }
+}
+
+/// As in `st_mode`.
+fn type_of(file_type: FileType) -> u32 {
+    use rustix::fs::FileType as Raw;
+    let raw = match file_type {
+        FileType::File => Raw::RegularFile,
+        FileType::Directory => Raw::Directory,
+        FileType::Symlink => Raw::Symlink,
+        FileType::Fifo => Raw::Fifo,
+        FileType::Socket => Raw::Socket,
+        FileType::CharDevice => Raw::CharacterDevice,
+        FileType::BlockDevice => Raw::BlockDevice,
+    };
+    raw.as_raw_mode()
 }
 
 fn only(mounts: &[Mounted]) -> Outcome<PathBuf> {

@@ -6,6 +6,7 @@
 //! indexer, index, so that nothing writes into what is closed already.
 
 use super::applying::Applying;
+use super::check::Checking;
 use super::guard::Guard;
 use super::mounts::Mounts;
 use crate::config::Config;
@@ -40,6 +41,7 @@ pub struct Daemon {
     pub node: Arc<Node>,
     pub cache: Arc<Cache>,
     pub content: Arc<Content>,
+    pub manifests: Arc<Manifests>,
     pub outbox: Arc<Outbox>,
     /// What was found when it was opened.
     pub outbox_report: Report,
@@ -48,6 +50,7 @@ pub struct Daemon {
     pub locks: Arc<Locks>,
     pub mounts: Mounts,
     pub guard: Guard,
+    pub checking: Checking,
     pub runtime: tokio::runtime::Handle,
     pub started: Time,
     /// Where a corrupt index was set aside at this start.
@@ -69,7 +72,7 @@ impl Daemon {
         let indexer = Indexer::start(index.clone(), Arc::clone(&manifests), indexer_config(config));
         let own =
             Arc::new(OwnFiles::new(index.clone(), Arc::clone(&indexer), Arc::clone(&manifests)));
-        let applying = Arc::new(open_applier(dir, &index, &indexer, manifests)?);
+        let applying = Arc::new(open_applier(dir, &index, &indexer, Arc::clone(&manifests))?);
         let (outbox, outbox_report) = open_outbox(dir, &index, config)?;
         let parts = Parts {
             library: Arc::clone(&library),
@@ -110,12 +113,14 @@ impl Daemon {
             node,
             cache,
             content,
+            manifests,
             outbox,
             outbox_report,
             applying,
             locks,
             mounts: Mounts::default(),
             guard: Guard::default(),
+            checking: Checking::default(),
             runtime,
             started: Time::now(),
             set_aside: opened.set_aside,

@@ -337,16 +337,16 @@ fn writing_problems(status: &Status) -> Vec<Problem> {
     problems
 }
 
-struct Condition {
+pub(super) struct Condition {
     state: &'static str,
     reason: Option<String>,
-    indexed: bool,
+    pub(super) indexed: bool,
     watch: Option<String>,
 }
 
 /// Of another device's location: whether its owner is online, and whether every change that
 /// the owner told of is here.
-fn replica_condition(location: &Location, peers: &[PeerStatus]) -> Condition {
+pub(super) fn replica_condition(location: &Location, peers: &[PeerStatus]) -> Condition {
     let peer = peers.iter().find(|p| p.id == location.owner);
     let replica = peer.and_then(|p| p.replicas.iter().find(|r| r.location == location.id));
     let state = match peer.is_some_and(|p| p.online) {

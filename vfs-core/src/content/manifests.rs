@@ -9,6 +9,7 @@ use crate::model::ContentId;
 use lru::LruCache;
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -133,6 +134,30 @@ impl Manifests {
         Ok(size)
     }
 
+    /// Reads every manifest, and has the damaged ones removed if that is wanted; gives how many
+    /// there are, and how many of them are damaged. `hear` may end it.
+    pub fn audit(
+        &self,
+        removes: bool,
+        hear: &mut dyn FnMut(u64) -> ControlFlow<()>,
+    ) -> io::Result<(u64, u64)> {
+        let (mut files, mut damaged) = (0, 0);
+        for directory in fs::read_dir(&self.dir)? {
+            let directory = directory?;
+            if directory.file_name() == "tmp" || !directory.file_type()?.is_dir() {
+                continue;
+            }
+            for file in fs::read_dir(directory.path())? {
+                files += 1;
+                damaged += u64::from(is_damaged(&file?, removes)?);
+                if hear(files).is_break() {
+                    return Ok((files, damaged));
+                }
+            }
+        }
+        Ok((files, damaged))
+    }
+
     fn path(&self, content: ContentId) -> PathBuf {
         let hex = content.to_string();
         self.dir.join(&hex[..2]).join(hex)
@@ -141,6 +166,24 @@ impl Manifests {
     fn lock(&self) -> MutexGuard<'_, Loaded> {
         self.loaded.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Whether a stored manifest is none, or another's.
+fn is_damaged(file: &fs::DirEntry, removes: bool) -> io::Result<bool> {
+    let bytes = match fs::read(file.path()) {
+        // Pruned meanwhile.
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
+        read => read?,
+    };
+    let is_sound = match Manifest::from_bytes(&bytes) {
+        Ok(manifest) => file.file_name().to_str() == Some(&manifest.content().to_string()),
+        Err(ManifestError::Newer(_)) => true,
+        Err(ManifestError::Damaged) => false,
+    };
+    if !is_sound && removes {
+        fs::remove_file(file.path())?;
+    }
+    Ok(!is_sound)
 }
 
 impl Loaded {
@@ -197,6 +240,23 @@ mod tests {
         assert_eq!(manifests.get(a.content()), None);
         manifests.put(&a).unwrap();
         assert_eq!(*manifests.get(a.content()).unwrap(), a);
+    }
+
+    #[test]
+    fn an_audit_finds_the_damaged_ones_and_removes_them_when_it_may() {
+        let dir = tempfile::tempdir().unwrap();
+        let (a, b) = (manifest(1), manifest(2));
+        let manifests = Manifests::open(dir.path()).unwrap();
+        manifests.put(&a).unwrap();
+        manifests.put(&b).unwrap();
+        let audit = |removes| manifests.audit(removes, &mut |_| ControlFlow::Continue(())).unwrap();
+        assert_eq!(audit(true), (2, 0));
+        // One that is whole, and another file's.
+        fs::write(manifests.path(a.content()), b.to_bytes()).unwrap();
+        assert_eq!(audit(false), (2, 1));
+        assert_eq!(audit(true), (2, 1));
+        assert_eq!(audit(false), (1, 0));
+        assert_eq!(*manifests.get(b.content()).unwrap(), b);
     }
 
     #[test]

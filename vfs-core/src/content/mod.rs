@@ -27,7 +27,7 @@ mod window;
 #[cfg(test)]
 mod tests;
 
-pub use cache::{Cache, CacheStats};
+pub use cache::{Audited, Cache, CacheStats, Thorough};
 pub use manifest::Manifest;
 pub use manifests::Manifests;
 pub(crate) use ranges::RangeSet;

@@ -16,6 +16,7 @@
 //! | [`xattr`] | extended attributes of remote entries |
 //! | [`locks`] | locks that programs set through it |
 //! | [`invalidate`] | what a kernel must drop after a change |
+//! | [`shown`] | what a kernel that asks now is told |
 //! | [`events`] | what programs that watch a directory are told of a change |
 //!
 //! This module only decides who answers. Nothing waits for a network but
@@ -34,6 +35,7 @@ mod locks;
 mod own;
 mod readdir;
 mod remote;
+mod shown;
 mod top;
 mod types;
 mod xattr;
@@ -44,6 +46,7 @@ mod tests;
 pub use events::{Backlog, Event, Pending, Place};
 pub use links::ForeignSymlinks;
 pub use locks::LockOf;
+pub use shown::Shown;
 pub use types::{
     Caller, Detail, DirItem, FallocateMode, Found, HandleId, InodeNo, Invalidation, Io, OpenFlags,
     Opened, RenameFlags, SetAttr, Statfs, TimeOrNow, Whence, XattrMode,

@@ -7,6 +7,7 @@ mod listing;
 mod own;
 mod owner;
 mod remote;
+mod shown;
 mod top;
 mod writes;
 

@@ -97,7 +97,7 @@ impl Sum {
     }
 
     /// Adds the sum of later places.
-    fn join(&mut self, later: &Self) {
+    pub(super) fn join(&mut self, later: &Self) {
         for (lane, more) in self.lanes.iter_mut().zip(later.lanes.iter()) {
             *lane = lane.wrapping_add(*more);
         }
@@ -115,6 +115,11 @@ impl Sum {
         for (lane, bytes) in self.lanes.iter_mut().zip(hash.as_chunks().0) {
             *lane = with(*lane, u16::from_le_bytes(*bytes));
         }
+    }
+
+    /// Whether both are the sum of the same places.
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        (self.rows, &self.lanes) == (other.rows, &other.lanes)
     }
 
     /// What the log is, when this is the sum of all of it.

@@ -80,12 +80,32 @@ impl Index {
     /// Gives a replica a number of which no inode was ever made, and the log that it follows from
     /// now on. The rows under the old number go as those of a removed location.
     pub(super) fn renumber(&self, old: LocationNo, log_id: u64) -> Result<LocationNo, IndexError> {
+        self.renew(old, |tx, location| {
+            let no = begin_replica(tx, location.owner)?;
+            tx.set_state(no, State::new(log_id));
+            Ok(no)
+        })
+    }
+
+    /// Begins an own location anew, under another number, with a log of its own and without rows:
+    /// for one whose rows are damaged. Its disk is to be scanned under the new number, and every
+    /// replica follows the new log.
+    pub fn renew_own(&self, old: LocationNo) -> Result<LocationNo, IndexError> {
+        self.own_location(old)?;
+        self.renew(old, |tx, _| begin_own(tx))
+    }
+
+    /// The same location under the number that `begin` gives; the old rows go.
+    fn renew(
+        &self,
+        old: LocationNo,
+        begin: impl FnOnce(&mut Tx<'_>, &Location) -> Result<LocationNo, IndexError>,
+    ) -> Result<LocationNo, IndexError> {
         let renewed = self.write_durably(
             |tx| {
                 let location = self.location(old).ok_or(IndexError::NoSuchLocation(old))?;
                 let record = record_of((*location).clone());
-                let no = begin_replica(tx, location.owner)?;
-                tx.set_state(no, State::new(log_id));
+                let no = begin(tx, &location)?;
                 tx.batch.put(Table::Locations, key::location(no), encode(&record));
                 let gone = LocationRecord { removing: true, ..record };
                 tx.batch.put(Table::Locations, key::location(old), encode(&gone));

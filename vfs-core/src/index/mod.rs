@@ -11,6 +11,7 @@
 //! | `replica`, `holders` | the other devices' locations; who of them has which bytes |
 //! | `digest`, `relay` | what a log adds up to; replicas from somebody else than their owner |
 //! | `view` | queries |
+//! | `audit`, `differences` | for whoever doubts it: rows against each other, and against a disk |
 //!
 //! **Writers** (scanner, watcher, hasher, replication) are serialised by one lock; each
 //! operation is one commit, or several bounded ones where its documentation says so.
@@ -23,6 +24,8 @@
 //! before it is durable ([`View::log_after`]): a sequence number that another device has
 //! seen is never given twice.
 
+mod audit;
+mod differences;
 mod digest;
 mod expect;
 mod holders;
@@ -42,6 +45,8 @@ mod sweep;
 mod tx;
 mod view;
 
+#[cfg(test)]
+mod audit_tests;
 #[cfg(test)]
 mod disk_model;
 #[cfg(test)]
@@ -67,6 +72,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tx::Tx;
 
+pub use audit::{Audit, Fault};
+pub use differences::{Difference, Differences, Differs};
 pub use digest::LogDigest;
 pub(crate) use key::after_prefix;
 pub use observe::Sighting;
@@ -150,7 +157,7 @@ pub struct NewLocation {
 }
 
 /// What the owner's disk has under one name.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Observed {
     /// Its name in the directory.
     pub name: Name,

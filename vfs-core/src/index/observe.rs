@@ -255,7 +255,7 @@ pub(super) fn root_name() -> Name {
     Name::new(&b"root"[..]).expect("a valid name")
 }
 
-fn is_directory(entry: &Entry) -> bool {
+pub(super) fn is_directory(entry: &Entry) -> bool {
     entry.attr.file_type == FileType::Directory
 }
 
@@ -278,7 +278,7 @@ impl Observed {
 
 /// Whether what the disk has is the file of this row, changed or not. An inode number is
 /// used again after its file is gone; its type and its birth tell.
-fn is_same_file(entry: &Entry, now: &Observed) -> bool {
+pub(super) fn is_same_file(entry: &Entry, now: &Observed) -> bool {
     entry.disk_ino == now.disk_ino
         && entry.attr.file_type == now.attr.file_type
         && entry.attr.btime == now.attr.btime

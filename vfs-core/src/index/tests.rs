@@ -70,7 +70,7 @@ pub(super) struct Fixture {
     pub(super) no: LocationNo,
 }
 
-fn fixture() -> Fixture {
+pub(super) fn fixture() -> Fixture {
     let folder = tempfile::tempdir().unwrap();
     let index = open(folder.path(), ME);
     let no = index.put_location(location(ME)).unwrap().no;

@@ -44,11 +44,11 @@ impl Place<'_> {
     }
 
     /// The place in the log of what has this name.
-    fn summand<'r>(&'r self, row: &'r Row) -> Summand<'r> {
+    pub(super) fn summand<'r>(&'r self, row: &'r Row) -> Summand<'r> {
         Summand { seq: row.seq, parent: self.parent, name: self.name, entry: Some(&row.entry) }
     }
 
-    fn node_key(&self, file: FileId) -> Vec<u8> {
+    pub(super) fn node_key(&self, file: FileId) -> Vec<u8> {
         key::node(self.no, file, self.parent, self.name.as_bytes())
     }
 }
@@ -355,7 +355,7 @@ fn unhashed_key(no: LocationNo, entry: &Entry) -> Vec<u8> {
 }
 
 impl Counts {
-    fn change(&mut self, entry: &Entry, add: bool) {
+    pub(super) fn change(&mut self, entry: &Entry, add: bool) {
         // Wrapping, because a peer's sizes may add up to anything; what was added is taken
         // away again, so the sum stays right where it can be right.
         let apply = |n: &mut u64, by: u64| {

@@ -36,6 +36,9 @@ pub(super) struct Hints {
     waiting: HashMap<(LocationNo, FileId), Changes>,
     /// When directories were looked at, for [`CONTENTS_EVERY`].
     looked: HashMap<(LocationNo, FileId), Instant>,
+    /// Batches that were taken, and that were looked at.
+    taken: u64,
+    applied: u64,
 }
 
 /// What to look at in one directory.
@@ -106,7 +109,18 @@ impl Hints {
         let batch: Batch =
             self.waiting.extract_if(|_, changes| changes.due <= now + BURST).collect();
         self.looked.extend(batch.iter().map(|(key, _)| (*key, now)));
+        self.taken += 1;
         Some(batch)
+    }
+
+    /// For [`Self::is_applied`].
+    pub(super) fn mark(&self) -> u64 {
+        self.taken + 1
+    }
+
+    /// Whether everything was looked at that was due when the mark was made.
+    pub(super) fn is_applied(&self, mark: u64) -> bool {
+        self.applied >= mark || (self.applied == self.taken && self.waiting.is_empty())
     }
 }
 
@@ -185,6 +199,7 @@ impl Core {
         let take = |core: &Self, due: &mut Option<Instant>| lock(&core.hints).take(due);
         while let Some(batch) = self.hint_work.wait(self, take) {
             self.apply(batch);
+            lock(&self.hints).applied += 1;
         }
     }
 
@@ -263,7 +278,7 @@ impl Core {
         Ok(())
     }
 
-    fn list_again(&self, place: &Place, dir: FileId) {
+    pub(super) fn list_again(&self, place: &Place, dir: FileId) {
         lock(&place.scanned).remove(dir);
         lock(&place.scan).push_urgent(Job::once(dir));
         self.scan_work.notify();

@@ -7,6 +7,7 @@
 //! | `hash` | content ids and manifests, behind everything else |
 //! | `asked` | names that this device itself changed, looked at now |
 //! | `tend` | folders that come and go, rescans, what has to be tried again |
+//! | `compare` | rows and disk side by side, for whoever doubts them |
 //! | `place` | what is known of one location while this runs |
 //!
 //! The disk is the truth and the index follows it: nothing is taken from an
@@ -15,6 +16,7 @@
 //! All state that must survive a stop is the index's.
 
 mod asked;
+mod compare;
 mod follow;
 mod hash;
 mod place;
@@ -28,6 +30,7 @@ use crate::index::Index;
 use crate::local::{Root, RootId};
 use crate::model::{FileId, LocationNo};
 pub(crate) use asked::Look;
+pub use compare::{Compared, Hear};
 use follow::Hints;
 use place::{Place, lock};
 use std::collections::BTreeMap;
@@ -416,5 +419,7 @@ fn lower_priority(nice: i32) {
     }
 }
 
+#[cfg(test)]
+mod compare_tests;
 #[cfg(test)]
 mod tests;

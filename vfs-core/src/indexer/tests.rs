@@ -16,15 +16,15 @@ const ME: DeviceId = DeviceId([1; 32]);
 const DEADLINE: Duration = Duration::from_secs(120);
 
 /// A device with one location, on a real disk.
-struct Device {
+pub(super) struct Device {
     base: tempfile::TempDir,
     config: IndexerConfig,
-    index: Index,
-    indexer: Arc<Indexer>,
-    no: LocationNo,
+    pub(super) index: Index,
+    pub(super) indexer: Arc<Indexer>,
+    pub(super) no: LocationNo,
 }
 
-fn quick() -> IndexerConfig {
+pub(super) fn quick() -> IndexerConfig {
     IndexerConfig {
         settle: Duration::from_millis(50),
         root_check: Duration::from_millis(50),
@@ -35,7 +35,7 @@ fn quick() -> IndexerConfig {
 
 impl Device {
     /// With an empty folder; nothing is watched before [`Self::start`].
-    fn new(config: IndexerConfig) -> Self {
+    pub(super) fn new(config: IndexerConfig) -> Self {
         let base = tempfile::tempdir().unwrap();
         fs::create_dir(base.path().join("folder")).unwrap();
         Self::on(base, config)
@@ -67,12 +67,12 @@ impl Device {
         Self::on(base, config)
     }
 
-    fn start(&self) {
+    pub(super) fn start(&self) {
         self.indexer.watch(self.no);
         self.until("a whole scan", || self.progress().indexed);
     }
 
-    fn at(&self, path: &str) -> PathBuf {
+    pub(super) fn at(&self, path: &str) -> PathBuf {
         self.base.path().join("folder").join(path)
     }
 
@@ -80,7 +80,7 @@ impl Device {
         self.indexer.progress(self.no)
     }
 
-    fn until(&self, what: &str, mut done: impl FnMut() -> bool) {
+    pub(super) fn until(&self, what: &str, mut done: impl FnMut() -> bool) {
         let deadline = Instant::now() + DEADLINE;
         while !done() {
             let progress = self.indexer.progress(self.no);
@@ -89,7 +89,7 @@ impl Device {
         }
     }
 
-    fn entry(&self, path: &str) -> Option<Entry> {
+    pub(super) fn entry(&self, path: &str) -> Option<Entry> {
         let names: Vec<_> = path.split('/').map(|n| Name::new(n.as_bytes()).unwrap()).collect();
         self.index.view().unwrap().resolve(self.no, &names).unwrap()
     }
@@ -133,7 +133,7 @@ impl Device {
     }
 
     /// Waits until the index has what the disk has.
-    fn follows(&self) {
+    pub(super) fn follows(&self) {
         let deadline = Instant::now() + DEADLINE;
         loop {
             let (rows, disk) = (self.rows(), self.disk());
@@ -155,7 +155,7 @@ impl Device {
     }
 
     /// Waits until every file is hashed, and checks each.
-    fn hashes(&self) {
+    pub(super) fn hashes(&self) {
         self.until("hash of everything", || {
             self.progress().state == State::Idle && self.progress().files_to_hash == 0
         });
@@ -225,7 +225,7 @@ impl Row {
     }
 }
 
-fn populate(folder: &Path, directories: usize, files: usize) {
+pub(super) fn populate(folder: &Path, directories: usize, files: usize) {
     for d in 0..directories {
         let dir = folder.join(format!("d{}/e{d}", d % 7));
         fs::create_dir_all(&dir).unwrap();

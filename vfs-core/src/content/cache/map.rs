@@ -43,3 +43,11 @@ pub(super) fn decode_map(map: &[u8], size: u64) -> Option<RangeSet> {
     }
     rest.is_empty().then_some(present)
 }
+
+/// How long the part must be at least for what its map says; `None`: it is no map.
+pub(super) fn bytes_in_map(map: &[u8]) -> Option<u64> {
+    let size = map.get(MAP_MAGIC.len()..MAP_MAGIC.len() + 8)?.try_into().ok()?;
+    let size = u64::from_le_bytes(size);
+    let groups = decode_map(map, size)?.end();
+    Some(groups.saturating_mul(GROUP_BYTES).min(size))
+}

@@ -16,6 +16,7 @@
 //! | `file` | one file: read, written, completed |
 //! | `map` | the form of a `.map` |
 //! | `scan`, `boot` | what is there at the start, and whether it is believed |
+//! | `audit` | whether the files are what their ids say, for whoever doubts it |
 //!
 //! **What a crash may cost.** A killed daemon loses map entries not yet written,
 //! never believes a group that is not there: a map is written after the data is
@@ -31,6 +32,9 @@
 //! `state`. None but `changing` is held during I/O on data, and only writers of one
 //! file take that one.
 
+mod audit;
+#[cfg(test)]
+mod audit_tests;
 mod boot;
 mod file;
 mod map;
@@ -38,6 +42,7 @@ mod scan;
 #[cfg(test)]
 mod tests;
 
+pub use audit::{Audited, Hear, Thorough};
 pub use file::CachedFile;
 
 use super::disk;

@@ -57,3 +57,14 @@ pub(super) fn subdirectories(dir: &Path) -> io::Result<Vec<PathBuf>> {
     }
     Ok(found)
 }
+
+/// Which key a file of this directory of the cache belongs to, by its name.
+pub(super) fn key_of(class: &str, name: &str) -> Option<Key> {
+    let (stem, extension) = name.split_once('.').unwrap_or((name, ""));
+    let id = ContentId::from_hex(stem).filter(|_| matches!(extension, "" | "part" | "map"))?;
+    match class {
+        "stamped" => Some(Key::Stamped(id.0)),
+        "content" => Some(Key::Content(id)),
+        _ => class.strip_prefix("suspect-").map(|_| Key::Content(id)),
+    }
+}

@@ -5,36 +5,36 @@ use crate::content::ranges::RangeSet;
 use bytes::Bytes;
 use std::os::unix::fs::MetadataExt;
 
-const GROUP: usize = GROUP_BYTES as usize;
+pub(super) const GROUP: usize = GROUP_BYTES as usize;
 
-fn bytes_of(seed: u8, size: usize) -> Vec<u8> {
+pub(super) fn bytes_of(seed: u8, size: usize) -> Vec<u8> {
     let mut bytes = vec![0; size];
     blake3::Hasher::new_keyed(&[seed; 32]).finalize_xof().fill(&mut bytes);
     bytes
 }
 
-fn key_of(bytes: &[u8]) -> Key {
+pub(super) fn key_of(bytes: &[u8]) -> Key {
     Key::Content(ContentId::of(bytes))
 }
 
-fn open(dir: &Path, limit_bytes: u64) -> Arc<Cache> {
+pub(super) fn open(dir: &Path, limit_bytes: u64) -> Arc<Cache> {
     let cache = Cache::open(dir, limit_bytes);
     assert_eq!(cache.stats().problem, None);
     Arc::new(cache)
 }
 
-fn fill(cache: &Arc<Cache>, bytes: &[u8]) -> Arc<CachedFile> {
+pub(super) fn fill(cache: &Arc<Cache>, bytes: &[u8]) -> Arc<CachedFile> {
     let file = cache.file(key_of(bytes), bytes.len() as u64);
     assert!(file.write(0, bytes));
     file
 }
 
-fn read_all(file: &CachedFile) -> Option<Bytes> {
+pub(super) fn read_all(file: &CachedFile) -> Option<Bytes> {
     file.read(0..file.size())
 }
 
 /// What a crash of the machine looks like at the next start.
-fn crash(dir: &Path) {
+pub(super) fn crash(dir: &Path) {
     fs::write(dir.join("boot"), "1\nanother boot\n").unwrap();
 }
 
