@@ -15,7 +15,7 @@ use crate::error::SyncError;
 use crate::pass_on::{self, Statements};
 use crate::presence::{self, Peer};
 use crate::wire::{ALPN_MEMBER, ALPN_PAIR, MAX_ADDRESSES};
-use crate::{fetch, locks, members, pair};
+use crate::{fetch, locks, members, pair, replicate};
 use iroh::endpoint::{BindOpts, Incoming, QuicTransportConfig, presets};
 use iroh::{Endpoint, RelayMap, RelayMode, RelayUrl, SecretKey};
 use iroh_mdns_address_lookup::MdnsAddressLookup;
@@ -28,7 +28,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::timeout;
 use vfs_core::content::serve::OwnFiles;
-use vfs_core::index::{Index, IndexError, Signed};
+use vfs_core::index::{Index, IndexError, Signed, Unlike};
 use vfs_core::library::{Library, LibraryInfo, State};
 use vfs_core::locks::Coordinator;
 use vfs_core::locks::peers::PeerLocks;
@@ -357,6 +357,14 @@ impl Node {
     /// while it cannot be reached, or has said nothing.
     pub fn stated(&self, location: LocationId) -> Option<Signed> {
         pass_on::stated(&self.shared, location)
+    }
+
+    /// Which rows of a replica are not those that its owner sends now.
+    ///
+    /// # Errors
+    /// Why that cannot be said.
+    pub async fn compare(&self, location: LocationId) -> Result<Unlike, String> {
+        replicate::compare(&self.shared, location).await
     }
 
     /// Has every row of a replica fetched from its owner again; `false`: that cannot be reached,

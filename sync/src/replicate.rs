@@ -22,7 +22,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 use tokio::task::{AbortHandle, JoinSet};
 use vfs_core::changes::{Change, Next};
-use vfs_core::index::{Index, IndexError, LogRow, NewLocation};
+use vfs_core::index::{Index, IndexError, LogRow, NewLocation, Unlike};
 use vfs_core::model::{DeviceId, Location, LocationId, LocationNo, Seq};
 use vfs_core::path::check_label;
 
@@ -32,6 +32,8 @@ const BATCH_BYTES: usize = 256 << 10;
 const GATHER: Duration = Duration::from_millis(5);
 /// How long to wait before a replica is followed again after a failure.
 const AGAIN: Duration = Duration::from_secs(2);
+/// How long all rows of a location may take that are only looked at.
+const COMPARING: Duration = Duration::from_secs(300);
 
 /// This device's location, if the peer may see it.
 fn shared_location(shared: &Shared, peer: DeviceId, id: LocationId) -> Option<Arc<Location>> {
@@ -373,6 +375,48 @@ async fn follow_once(
             })
             .await??;
             after = upto;
+        }
+    }
+}
+
+/// Has the owner of a replica send all of its rows once more, and compares them with those that
+/// are here, which stay as they are.
+pub(crate) async fn compare(shared: &Shared, id: LocationId) -> Result<Unlike, String> {
+    let gone = || "its owner cannot be reached".to_owned();
+    let location = shared.index.location_by_id(id).ok_or_else(gone)?;
+    let owner = shared.peer(location.owner).filter(|peer| peer.is_online()).ok_or_else(gone)?;
+    let link = owner.link().ok_or_else(gone)?;
+    let compared = compare_over(shared, &link, &location);
+    tokio::time::timeout(COMPARING, compared).await.map_err(|_| "it takes too long".to_owned())?
+}
+
+async fn compare_over(shared: &Shared, link: &Link, here: &Location) -> Result<Unlike, String> {
+    let (no, mut after, mut found) = (here.no, Seq(0), Unlike::default());
+    let log_id = shared.index.log_id(no);
+    let request = Request::Rows(Follow { location: here.id, log_id, after });
+    let (mut send, mut recv) = link.connection.open_bi().await.map_err(|e| e.to_string())?;
+    let lost = |e: WireError| e.to_string();
+    wire::send_request(&mut send, link.version, &request).await.map_err(lost)?;
+    let _ = send.finish();
+    let answer = link.answer(&mut recv).await.map_err(lost)?;
+    if !matches!(answer, Response::Rows { log_id: theirs, .. } if theirs == log_id) {
+        return Err("its owner has another log by now".to_owned());
+    }
+    loop {
+        let frame = wire::receive_frame_in(&mut recv, &link.inbound).await.map_err(lost)?;
+        let (Rows { rows, upto, head }, _room) = frame;
+        link.heard();
+        if upto < after || (upto == after && upto < head) {
+            return Err("its rows go backwards".to_owned());
+        }
+        let index = shared.index.clone();
+        let compared = tokio::task::spawn_blocking(move || {
+            index.compare_log(no, (after, upto), &rows, &mut found).map(|()| found)
+        });
+        found = compared.await.map_err(|e| e.to_string())?.map_err(|e| e.to_string())?;
+        after = upto;
+        if upto >= head {
+            return Ok(found);
         }
     }
 }

@@ -150,6 +150,9 @@ fn a_row_of_a_replica_that_is_not_its_owners() {
     pair.reader.start();
     pair.reader.mount();
     pair.reader.wait_online("owner");
+    let (_, found) = doctor(&pair.reader, &["--quick"]);
+    let words = check(&found, "index owner/files")["message"].as_str().unwrap().to_owned();
+    assert!(words.ends_with("1 differ from their owner's: a/file-7"), "{words}");
     assert_mends(&pair.reader, &["index owner/files"]);
     pair.agree();
     assert_eq!(fs::read(pair.ours()).unwrap(), pair.bytes);

@@ -20,7 +20,7 @@ use tokio::sync::oneshot;
 use vfs_core::content::{Audited, Thorough};
 use vfs_core::index::{Attested, Fault, IndexError, StoreError};
 use vfs_core::indexer::{Compared, State};
-use vfs_core::model::{Location, LocationId};
+use vfs_core::model::{FileId, Location, LocationId, Name};
 
 /// As low as hashing.
 const NICE: i32 = 10;
@@ -207,6 +207,10 @@ impl Examination<'_> {
     /// Mends a replica, if that is wanted.
     fn fetch_anew(&mut self, location: &Location, faults: String) -> Outcome<Finding> {
         let (daemon, owner) = (self.daemon, self.daemon.name_of(location.owner));
+        let faults = match self.unlike(location) {
+            Some(unlike) => format!("{faults}; {unlike}"),
+            None => faults,
+        };
         if !self.asked.repair {
             let hint = format!("`sd doctor --repair` fetches it again from “{owner}”");
             return Ok(Problem(faults, hint));
@@ -220,6 +224,24 @@ impl Examination<'_> {
             true => format!("{faults}; it was fetched again"),
             false => format!("{faults}; it is being fetched again"),
         }))
+    }
+
+    /// Which rows of a replica are not its owner's, if that can be said.
+    fn unlike(&mut self, location: &Location) -> Option<String> {
+        let _ = self.told.hear(&format!("asking for the rows of {}", location.name), 0);
+        let compared = self.daemon.runtime.block_on(self.daemon.node.compare(location.id));
+        let unlike = compared
+            .inspect_err(|why| tracing::debug!(why, "it is not known where a replica differs"))
+            .ok()
+            .filter(|unlike| unlike.rows > 0)?;
+        let view = self.daemon.index.view().ok()?;
+        let path = |(dir, name): &(FileId, Name)| {
+            let mut path = view.path(location.no, *dir).ok()??;
+            path.push(name.clone());
+            Some(path)
+        };
+        let paths: Vec<_> = unlike.examples.iter().filter_map(path).collect();
+        Some(format!("{} differ from their owner's: {}", unlike.rows, joined(&paths)))
     }
 
     /// Until every row that the owner told of is here; `false`: that takes too long.
@@ -445,14 +467,18 @@ fn difference_words(found: &Compared) -> String {
     if *unread > 0 {
         words.push(format!("{unread} folders cannot be read"));
     }
-    let path = |names: &Vec<vfs_core::model::Name>| {
+    match found.examples.is_empty() {
+        true => words.join(", "),
+        false => format!("{}: {}", words.join(", "), joined(&found.examples)),
+    }
+}
+
+/// Paths, for people.
+fn joined(paths: &[Vec<Name>]) -> String {
+    let path = |names: &Vec<Name>| {
         names.iter().map(|name| name.display().into_owned()).collect::<Vec<_>>().join("/")
     };
-    let examples: Vec<_> = found.examples.iter().map(path).collect();
-    match examples.is_empty() {
-        true => words.join(", "),
-        false => format!("{}: {}", words.join(", "), examples.join(", ")),
-    }
+    paths.iter().map(path).collect::<Vec<_>>().join(", ")
 }
 
 fn cache_finding(found: &Audited, how: Thorough) -> Finding {

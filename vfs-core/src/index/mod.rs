@@ -11,7 +11,7 @@
 //! | `replica`, `holders` | the other devices' locations; who of them has which bytes |
 //! | `digest`, `relay` | what a log adds up to; replicas from somebody else than their owner |
 //! | `view` | queries |
-//! | `audit`, `differences` | for whoever doubts it: rows against each other, and against a disk |
+//! | `audit`, `differences`, `unlike` | for whoever doubts it: rows against each other, against a disk, against their owner's |
 //!
 //! **Writers** (scanner, watcher, hasher, replication) are serialised by one lock; each
 //! operation is one commit, or several bounded ones where its documentation says so.
@@ -43,6 +43,7 @@ mod sled;
 mod store;
 mod sweep;
 mod tx;
+mod unlike;
 mod view;
 
 #[cfg(test)]
@@ -84,6 +85,7 @@ pub use sled::SledStore;
 pub use store::{
     Batch, Durability, FORMAT, OpenedStore, Snapshot, Store, StoreError, Table, Visit, open_store,
 };
+pub use unlike::Unlike;
 pub use view::View;
 
 /// A relaxed commit follows a durable one for at most this long.
