@@ -51,6 +51,8 @@ impl Drive {
             let names = self.some_names(&dir, most - shown.len()).unwrap_or_default();
             for (name, file) in names {
                 let Ok(found) = self.lookup(dir.ino, name.as_bytes()) else { continue };
+                // An own directory that no kernel holds is not known any more after this, and not
+                // entered: what is below it no kernel can remember either.
                 self.forget(found.ino, 1);
                 let path: Vec<_> = dir.path.iter().chain([&name]).cloned().collect();
                 if found.attr.file_type == FileType::Directory {
