@@ -105,6 +105,14 @@ pub const KEYS: &[Key] = &[
         form: Form::Count { max: 64 },
     },
     Key {
+        name: "index.watches",
+        default: "0",
+        about: "how many directories are watched one by one; of a location with more the whole file \
+                system is watched instead, if this program may (as root, on ext4, XFS, Btrfs or F2FS); \
+                0 chooses 16,384",
+        form: Form::Count { max: 1 << 30 },
+    },
+    Key {
         name: "index.rescan_after",
         default: "60s",
         about: "how long after a whole scan a location that cannot be fully watched is scanned again; \

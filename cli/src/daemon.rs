@@ -7,6 +7,7 @@
 //! `mount-fuse`.
 
 mod applying;
+pub mod arenas;
 mod browse;
 mod check;
 mod conflicts;

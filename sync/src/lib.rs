@@ -18,6 +18,7 @@
 #![forbid(unsafe_code)]
 
 pub mod accept;
+mod compact;
 pub mod deliver;
 pub mod error;
 mod fetch;

@@ -15,7 +15,7 @@ use crate::error::SyncError;
 use crate::pass_on::{self, Statements};
 use crate::presence::{self, Peer};
 use crate::wire::{ALPN_MEMBER, ALPN_PAIR, MAX_ADDRESSES};
-use crate::{fetch, locks, members, pair, replicate};
+use crate::{compact, fetch, locks, members, pair, replicate};
 use iroh::endpoint::{BindOpts, Incoming, QuicTransportConfig, presets};
 use iroh::{Endpoint, RelayMap, RelayMode, RelayUrl, SecretKey};
 use iroh_mdns_address_lookup::MdnsAddressLookup;
@@ -449,6 +449,7 @@ async fn run(shared: Arc<Shared>) {
     tasks.spawn(members::keep(shared.clone()));
     tasks.spawn(locks::keep(shared.clone()));
     tasks.spawn(pass_on::state_own(shared.clone()));
+    tasks.spawn(compact::keep(shared.clone()));
     tasks.spawn(watch_index(shared));
     tasks.join_all().await;
 }

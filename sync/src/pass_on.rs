@@ -24,7 +24,8 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time::{sleep, timeout};
 use vfs_core::changes::{Change, Next, Subscription};
 use vfs_core::index::{
-    AT_ONCE, Attested, Index, IndexError, LogRow, NewLocation, Signed, Spool, Statement, Wanted,
+    AT_ONCE, Attested, Begin, Index, IndexError, LogRow, NewLocation, Signed, Spool, Statement,
+    View, Wanted,
 };
 use vfs_core::model::{DeviceId, Location, LocationId, LocationNo, Seq};
 use vfs_core::path::check_label;
@@ -101,7 +102,7 @@ impl Statements {
 }
 
 /// Runs what waits for the disk off the runtime's threads.
-async fn at_the_disk<T: Send + 'static>(
+pub(crate) async fn at_the_disk<T: Send + 'static>(
     index: &Index,
     work: impl FnOnce(&Index) -> Result<T, IndexError> + Send + 'static,
 ) -> Result<T, String> {
@@ -295,16 +296,15 @@ pub(crate) async fn serve(
     let Some(no) = location.map(|l| l.no) else {
         return reply(send, &Response::Refused(Refusal::NotShared)).await;
     };
-    let mut after = match lot(shared, peer.id, no, asked, None).await {
-        Ok(Lot { log_id, upto, .. }) => {
-            wire::send_frame(send, &Response::Rows { log_id, after: upto }).await?;
-            upto
-        }
+    let begin = match begin(shared, peer.id, no, asked).await {
+        Ok(begin) => begin,
         Err(refusal) => return reply(send, &Response::Refused(refusal)).await,
     };
+    let Begin { log_id, mut after, .. } = begin;
+    wire::send_frame(send, &Response::Rows { log_id, after }).await?;
     while after < asked.head {
         let Ok(_room) = link.outbound.acquire().await else { return Ok(()) };
-        let Ok(Lot { rows, upto, .. }) = lot(shared, peer.id, no, asked, Some(after)).await else {
+        let Ok((rows, upto)) = lot(shared, peer.id, no, asked, (begin, after)).await else {
             let _ = send.reset(0u32.into());
             return Ok(());
         };
@@ -318,40 +318,50 @@ pub(crate) async fn serve(
     Ok(())
 }
 
-/// Some rows of a replica that is as its owner stated it.
-struct Lot {
-    log_id: u64,
-    rows: Vec<LogRow>,
-    upto: Seq,
+/// Where the rows begin for the one who asked.
+async fn begin(
+    shared: &Shared,
+    asker: DeviceId,
+    no: LocationNo,
+    asked: PassOn,
+) -> Result<Begin, Refusal> {
+    let Follow { log_id, after, .. } = asked.follow;
+    passed_on(shared, asker, no, asked.head, move |view| view.resume_at(no, log_id, after)).await
 }
 
-/// The rows after a number; without one: none, and where they begin for the one who asked.
+/// The rows after a place, and up to where they are.
 async fn lot(
     shared: &Shared,
     asker: DeviceId,
     no: LocationNo,
     asked: PassOn,
-    after: Option<Seq>,
-) -> Result<Lot, Refusal> {
+    (begin, after): (Begin, Seq),
+) -> Result<(Vec<LogRow>, Seq), Refusal> {
+    let read = move |view: &View<'_>| {
+        let is_compacted = view.is_compacted(no, &begin, after)?;
+        (!is_compacted).then(|| view.log_after(no, after, LOT_BYTES)).transpose()
+    };
+    passed_on(shared, asker, no, asked.head, read).await?.ok_or(Refusal::Stale)
+}
+
+/// Reads from a replica that is as its owner stated it, if the device may see that.
+async fn passed_on<T: Send + 'static>(
+    shared: &Shared,
+    asker: DeviceId,
+    no: LocationNo,
+    head: Seq,
+    read: impl FnOnce(&View<'_>) -> Result<T, IndexError> + Send + 'static,
+) -> Result<T, Refusal> {
     let read = move |index: &Index| {
         let view = index.view()?;
         let stated = view.attested(no)?.map(|signed| signed.statement);
         let Some(stated) = stated.filter(|stated| stated.is_for(asker)) else {
             return Ok(Err(Refusal::NotShared));
         };
-        let log = stated.log;
-        if log.head != asked.head {
+        if stated.log.head != head {
             return Ok(Err(Refusal::Stale));
         }
-        let (rows, upto) = match after {
-            Some(after) => view.log_after(no, after, LOT_BYTES)?,
-            None => {
-                let Follow { log_id, after, .. } = asked.follow;
-                let has_log = log_id == log.log_id && after <= log.head;
-                (Vec::new(), if has_log { after } else { Seq(0) })
-            }
-        };
-        Ok(Ok(Lot { log_id: log.log_id, rows, upto }))
+        read(&view).map(Ok)
     };
     let read = at_the_disk(&shared.index, read).await;
     read.inspect_err(|error| tracing::warn!(%error, "a replica cannot be passed on"))
@@ -656,12 +666,21 @@ async fn compare_passed_on(shared: &Arc<Shared>, signed: &Signed) -> Result<Verd
     Ok(Verdict::Done)
 }
 
-/// Asks for rows; `None`: the peer does not have them (any more).
+/// What is there for who asks for rows.
+enum Asked {
+    Rows(RecvStream),
+    /// Only the whole log: tombstones are gone since.
+    FromTheBeginning,
+    /// The peer does not have them (any more).
+    Gone,
+}
+
+/// Asks for rows after a place.
 async fn ask(
     link: &Arc<Link>,
     signed: &Signed,
     (log_id, after): (u64, Seq),
-) -> Result<Option<RecvStream>, TakeError> {
+) -> Result<Asked, TakeError> {
     let Statement { location, log, .. } = signed.statement;
     let follow = Follow { location, log_id, after };
     let request = Request::PassOn(PassOn { follow, head: log.head });
@@ -671,13 +690,16 @@ async fn ask(
     let answer = timeout(STALL, link.answer(&mut recv)).await.map_err(|_| too_slow())??;
     match answer {
         Response::Rows { log_id, after: from } if (log_id, from) == (log.log_id, after) => {
-            Ok(Some(recv))
+            Ok(Asked::Rows(recv))
+        }
+        Response::Rows { log_id, after: Seq(0) } if log_id == log.log_id => {
+            Ok(Asked::FromTheBeginning)
         }
         Response::Rows { .. } => Err(TakeError::NotAsStated),
         Response::Refused(Refusal::Failed) => {
             Err(WireError::Lost("the peer cannot pass it on now".into()).into())
         }
-        _ => Ok(None),
+        _ => Ok(Asked::Gone),
     }
 }
 
@@ -707,8 +729,11 @@ async fn take_some(
     after: Seq,
 ) -> Result<Taken, TakeError> {
     let log = signed.statement.log;
-    let asked = ask(link, signed, (log.log_id, after)).await?;
-    let Some(mut recv) = asked else { return Ok(Taken::Gone) };
+    let mut recv = match ask(link, signed, (log.log_id, after)).await? {
+        Asked::Rows(recv) => recv,
+        Asked::FromTheBeginning => return Ok(Taken::Unfit),
+        Asked::Gone => return Ok(Taken::Gone),
+    };
     let mut rows = Vec::new();
     while let Some(more) = next_rows(link, &mut recv).await? {
         rows.extend(more);
@@ -729,7 +754,7 @@ async fn take_all(
 ) -> Result<Taken, TakeError> {
     let log = signed.statement.log;
     let asked = ask(link, signed, (log.log_id, Seq(0))).await?;
-    let Some(mut recv) = asked else { return Ok(Taken::Gone) };
+    let Asked::Rows(mut recv) = asked else { return Ok(Taken::Gone) };
     let path = shared.statements.scratch.join(format!("passed-on-{}", signed.statement.location));
     let statement = signed.clone();
     let made = at_the_disk(&shared.index, move |_| Spool::create(&path, statement)).await;

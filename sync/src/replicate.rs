@@ -9,8 +9,10 @@
 //! A peer can announce and fill its own locations only: another device's location id is
 //! never taken from it.
 
+use crate::compact::Note;
 use crate::members::push;
 use crate::node::Shared;
+use crate::pass_on::at_the_disk;
 use crate::presence::{Link, Peer, reply};
 use crate::wire::{
     self, Announced, Follow, LocationList, MAX_LOCATIONS, MAX_ROWS, Refusal, Request, Response,
@@ -22,7 +24,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 use tokio::task::{AbortHandle, JoinSet};
 use vfs_core::changes::{Change, Next};
-use vfs_core::index::{Index, IndexError, LogRow, NewLocation, Unlike};
+use vfs_core::index::{Begin, Index, IndexError, LogRow, NewLocation, Unlike};
 use vfs_core::model::{DeviceId, Location, LocationId, LocationNo, Seq};
 use vfs_core::path::check_label;
 
@@ -90,10 +92,22 @@ pub(crate) async fn serve(
         return reply(send, &Response::Refused(Refusal::NotShared)).await;
     };
     let (index, no) = (&shared.index, location.no);
-    let log_id = index.log_id(no);
     // Subscribed before the first look, so that nothing falls in between.
     let mut feed = index.feed().subscribe();
-    let mut after = index.resume_at(no, follow.log_id, follow.after);
+    let mut note = Note::of(peer.id, no);
+    let begun = at_the_disk(index, move |index| {
+        let begin = index.view()?.resume_at(no, follow.log_id, follow.after)?;
+        note.note(index, begin.after);
+        Ok((begin, note))
+    });
+    let (begin, mut note) = match begun.await {
+        Ok(begun) => begun,
+        Err(error) => {
+            tracing::error!(%error, "rows could not be read");
+            return reply(send, &Response::Refused(Refusal::Failed)).await;
+        }
+    };
+    let Begin { log_id, mut after, .. } = begin;
     wire::send_frame(send, &Response::Rows { log_id, after }).await?;
     let mut is_first = true;
     loop {
@@ -104,10 +118,22 @@ pub(crate) async fn serve(
             let _ = send.finish();
             return Ok(());
         }
-        let Ok((rows, upto)) = read_log(index, no, after).await else {
+        let read = at_the_disk(index, move |index| {
+            note.note(index, after);
+            let view = index.view()?;
+            let is_compacted = view.is_compacted(no, &begin, after)?;
+            let rows =
+                (!is_compacted).then(|| view.log_after(no, after, BATCH_BYTES)).transpose()?;
+            Ok((rows, note))
+        });
+        let read =
+            read.await.inspect_err(|error| tracing::error!(%error, "rows could not be read"));
+        let Ok((Some((rows, upto)), again)) = read else {
+            // Asked again, it is told where to begin anew.
             let _ = send.reset(0u32.into());
             return Ok(());
         };
+        note = again;
         if upto > after || is_first {
             let head = index.head(no).max(upto);
             send_rows(send, rows, upto, head).await?;
@@ -137,16 +163,6 @@ fn concerns(next: &Next, no: LocationNo) -> bool {
         Change::Locations => true,
         Change::Devices | Change::Reset => false,
     })
-}
-
-async fn read_log(index: &Index, no: LocationNo, after: Seq) -> Result<(Vec<LogRow>, Seq), String> {
-    let index = index.clone();
-    let read = move || {
-        let view = index.view().map_err(|e| e.to_string())?;
-        view.log_after(no, after, BATCH_BYTES).map_err(|e| e.to_string())
-    };
-    let rows = tokio::task::spawn_blocking(read).await.map_err(|e| e.to_string()).flatten();
-    rows.inspect_err(|error| tracing::error!(%error, "rows could not be read"))
 }
 
 /// Several frames when the rows are tiny: their number is bounded too.
@@ -347,11 +363,16 @@ async fn follow_once(
         Response::Refused(Refusal::NotShared) => return Err(FollowError::NotShared),
         other => return Err(FollowError::Rows(format!("refused: {other:?}"))),
     };
-    if (log_id, after) != (known_log, known_head) {
-        if after != Seq(0) {
-            return Err(FollowError::Rows("they begin in the middle".into()));
-        }
-        no = change(peer, index, move |index| index.restart_replica(no, log_id)).await?;
+    let is_other = (log_id, after) != (known_log, known_head);
+    if is_other && after != Seq(0) {
+        return Err(FollowError::Rows("they begin in the middle".into()));
+    }
+    if after == Seq(0) {
+        no = change(peer, index, move |index| {
+            let is_to_be_emptied = is_other || index.has_leftovers(no)?;
+            if is_to_be_emptied { index.restart_replica(no, log_id) } else { Ok(no) }
+        })
+        .await?;
     }
     loop {
         let frame = wire::receive_frame_in(&mut recv, &link.inbound).await?;

@@ -26,7 +26,7 @@ pub const ALPN_MEMBER: &[u8] = b"spacedrive/1";
 pub const ALPN_PAIR: &[u8] = b"spacedrive/pair/1";
 
 /// The newest version this program speaks.
-pub const NEWEST: u16 = 3;
+pub const NEWEST: u16 = 4;
 /// The oldest version this program speaks.
 pub const OLDEST: u16 = 1;
 
@@ -36,8 +36,8 @@ pub const DELIVERS: u16 = 2;
 /// The version from which on locks are coordinated.
 pub const LOCKS: u16 = 2;
 
-/// The version from which on replicas are passed on.
-pub const PASSES_ON: u16 = 3;
+/// The version from which on replicas are passed on; in version 3 statements had another form.
+pub const PASSES_ON: u16 = 4;
 
 /// The longest request, in bytes.
 pub const MAX_REQUEST: usize = 4 << 10;

@@ -321,6 +321,64 @@ fn directories_that_cannot_be_watched_are_scanned_again_and_again() {
     }
 }
 
+#[test]
+fn the_daemon_keeps_freed_memory_in_few_places() {
+    let Some(lab) = Lab::local(&[]) else { return };
+    let mut device = lab.stopped_device("small");
+    device.start();
+    let environment = fs::read(format!("/proc/{}/environ", device.pid())).unwrap();
+    let mut variables = environment.split(|byte| *byte == 0);
+    assert!(variables.any(|variable| variable == b"MALLOC_ARENA_MAX=2"));
+}
+
+#[test]
+fn a_location_of_very_many_directories_is_watched_as_a_whole() {
+    const DIRECTORIES: usize = 300;
+    const WATCHES: &str = "100";
+    let Some(lab) = Lab::local(&[Need::Fuse, Need::Root]) else { return };
+    for number in 0..DIRECTORIES {
+        let folder = lab.folder("source").join(format!("{:02}/{number:03}", number % 20));
+        fs::create_dir_all(&folder).unwrap();
+        fs::write(folder.join("file"), text(number)).unwrap();
+    }
+    for round in 0..3 {
+        fs::create_dir_all(lab.folder("source").join(format!("spare-{round}/below"))).unwrap();
+    }
+    let pair = pair(&lab, |owner| {
+        owner.sd(&["config", "set", "index.watches", WATCHES]).ok();
+        // What is seen was not found by a rescan.
+        owner.sd(&["config", "set", "index.rescan_after", "1h"]).ok();
+        owner.start();
+    });
+    pair.wait_equal(PATIENCE);
+    assert!(!pair.owner.logged("its whole file system is watched").is_empty());
+    assert_eq!(pair.owner.location_row("owner", "files").unwrap()["watch"], "watching");
+    let rescans = pair.owner.logged("scanning everything again").len();
+    for round in 0..3 {
+        for number in 0..DIRECTORIES {
+            let folder = pair.theirs.join(format!("{:02}/{number:03}", number % 20));
+            let file = folder.join("file");
+            match (number + round) % 6 {
+                0 => append(&file, "more"),
+                1 => save(&file, &format!("saved in round {round}")),
+                2 => fs::write(folder.join(format!("new-{round}")), "new").unwrap(),
+                3 => fs::create_dir_all(folder.join(format!("dir-{round}/deep/er"))).unwrap(),
+                4 => set_mode(&file, 0o600 + round as u32),
+                _ => fs::rename(&file, folder.join("moved"))
+                    .and_then(|()| fs::write(&file, "new one"))
+                    .unwrap(),
+            }
+        }
+        let spare = pair.theirs.join(format!("spare-{round}"));
+        fs::rename(&spare, pair.theirs.join(format!("{round:02}/moved"))).unwrap();
+        // The mark tells of this, too.
+        fs::write(lab.folder("elsewhere").join("file"), text(round)).unwrap();
+        pair.wait_equal(PATIENCE);
+        files::assert_same_bytes(&pair.theirs, &pair.ours);
+    }
+    assert_eq!(pair.owner.logged("scanning everything again").len(), rescans);
+}
+
 /// A thousand changes of all kinds.
 fn thousand_changes(folder: &Path) {
     storm(folder, 1000..1984);

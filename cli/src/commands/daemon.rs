@@ -3,6 +3,7 @@
 use super::Context;
 use crate::args::DaemonCommand;
 use crate::control::{Client, Request};
+use crate::daemon::arenas;
 use crate::data_dir::{DataDir, await_end};
 use crate::failure::{Code, Failure, Outcome};
 use crate::reply::{DaemonStatus, PendingCount, Status, Stopped};
@@ -14,6 +15,11 @@ const STOP_PATIENCE: Duration = Duration::from_secs(30);
 const STATUS_PATIENCE: Duration = Duration::from_secs(10);
 
 pub fn run(context: &Context, command: DaemonCommand) -> Outcome<()> {
+    if let DaemonCommand::Run { .. } = command
+        && let Err(e) = arenas::take_few()
+    {
+        context.out.warn(format_args!("the daemon will use more memory than it needs: {e}"));
+    }
     match command {
         DaemonCommand::Run { background: true } => {
             crate::daemon::run_in_background(&context.located()?, &context.global.set)

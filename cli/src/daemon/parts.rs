@@ -275,6 +275,7 @@ fn indexer_config(config: &Config) -> IndexerConfig {
             false => 0,
         },
         rescan_after: config.rescan_after(),
+        watches: config.count("index.watches").unwrap_or(default.watches),
         ..default
     }
 }

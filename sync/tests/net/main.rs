@@ -2,6 +2,7 @@
 
 mod bench;
 mod books;
+mod compact;
 mod content;
 mod device;
 mod locks;

@@ -229,6 +229,16 @@ fn gone(seq: u64) -> LogRow {
     LogRow { seq: Seq(seq), parent: FileId::ROOT, name, entry: None }
 }
 
+/// Rows of files, with these numbers, as some device has them.
+fn rows(device: &Device, numbers: std::ops::RangeInclusive<u64>) -> Vec<LogRow> {
+    let location = device.add_location("own", None);
+    fill(device, &location, *numbers.end());
+    let view = device.index.view().unwrap();
+    let (mut rows, _) = view.log_after(location.no, Seq(1), 1 << 20).unwrap();
+    rows.iter_mut().zip(numbers).for_each(|(row, seq)| row.seq = Seq(seq));
+    rows
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn rows_that_their_owner_did_not_state_are_refused() {
     let victim = Device::first("desk").await;
@@ -245,7 +255,7 @@ async fn rows_that_their_owner_did_not_state_are_refused() {
     // More rows than there can be are not waited for.
     let log = LogDigest { rows: 1, ..log };
     liar.offer(liar.sign(&liar.owner, log)).await;
-    let mut send = liar.begin(log, vec![gone(1), gone(2)]).await;
+    let mut send = liar.begin(log, rows(&victim, 1..=2)).await;
     until_stopped(&mut send).await;
 
     // Nor are no rows.

@@ -230,8 +230,13 @@ impl<'a> Auditor<'a> {
             self.summed.add(place);
         } else if place.seq <= self.state.head {
             self.later.add(place);
-        } else if self.is_own {
-            // Those of a replica may be about to come again.
+        }
+        self.check_number(place.seq);
+    }
+
+    /// Rows of a replica may be about to come again.
+    fn check_number(&mut self, seq: Seq) {
+        if self.is_own && seq > self.state.head {
             self.fault(Fault::Counts);
         }
     }
@@ -299,7 +304,7 @@ impl<'a> Auditor<'a> {
             return Ok(());
         };
         let seq = Seq(u64::from_be_bytes(seq));
-        self.add(Summand { seq, parent, name: &name, entry: None });
+        self.check_number(seq);
         let log = self.snapshot.get(Table::Log, &key::log(self.no, seq))?;
         if log.is_none_or(|log| log != logged(parent, &name)) {
             self.fault(Fault::Unlisted);

@@ -135,7 +135,7 @@ fn what_the_other_tables_lack_or_have_too_much_is_told() {
                 let tombstone = key::entry(f.no, FileId::ROOT, b"a");
                 batch.put(Table::Tombstones, tombstone, Seq(1).0.to_be_bytes());
             },
-            &[(Fault::Unlisted, 2), (Fault::Counts, 1), (Fault::Sum, 1)],
+            &[(Fault::Unlisted, 2), (Fault::Counts, 1)],
         ),
         (
             &|f, batch| batch.put(Table::Entries, key::entry(f.no, FileId::ROOT, b"a"), [0xff; 4]),

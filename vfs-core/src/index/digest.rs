@@ -1,6 +1,6 @@
 //! What a location's log adds up to: by this two devices tell that they have the same rows.
 //!
-//! Every place in a log, a row or a tombstone, is hashed to 1,024 numbers of 16 bits, and these
+//! Every row is hashed with its place in the log to 1,024 numbers of 16 bits, and these
 //! are added up, each modulo 2^16 (LtHash: Bellare and Micciancio 1997; with this many numbers
 //! nobody finds other rows of the same sum, Lewi et al. 2019). A sum needs no order and no tree:
 //! a row that is replaced is taken away from it, one that is new is added.
@@ -33,20 +33,21 @@ const FEW_ROWS: usize = 128;
 static ROW: LazyLock<blake3::Hasher> =
     LazyLock::new(|| blake3::Hasher::new_derive_key("spacedrive 2026 a row of a location's log"));
 
-/// What a whole log is: two locations of the same have the same rows, tombstones included.
+/// What a whole log is: two locations of the same have the same rows. Tombstones do not count:
+/// each device drops them in its own time.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct LogDigest {
     /// The log's id.
     pub log_id: u64,
     /// Its last sequence number.
     pub head: Seq,
-    /// How many places it has.
+    /// How many rows it has.
     pub rows: u64,
     /// BLAKE3 of their sum.
     pub digest: [u8; 32],
 }
 
-/// The sum of the places of a log up to one of them.
+/// The sum of the rows of a log up to a place.
 #[derive(Clone, PartialEq, Eq)]
 pub(super) struct Sum {
     upto: Seq,
@@ -60,13 +61,13 @@ impl Default for Sum {
     }
 }
 
-/// One place of a log, as it is hashed: the bytes are those of a [`super::LogRow`].
+/// A row of a log, as it is hashed.
 #[derive(Clone, Copy, Serialize)]
 pub(super) struct Summand<'a> {
     pub(super) seq: Seq,
     pub(super) parent: FileId,
     pub(super) name: &'a Name,
-    pub(super) entry: Option<&'a Entry>,
+    pub(super) entry: &'a Entry,
 }
 
 impl Summand<'_> {
@@ -84,16 +85,29 @@ impl Sum {
         self.upto
     }
 
+    /// How many rows it has.
+    pub(super) fn rows(&self) -> u64 {
+        self.rows
+    }
+
     pub(super) fn add(&mut self, place: Summand<'_>) {
         self.combine(place, u16::wrapping_add);
         self.rows = self.rows.wrapping_add(1);
-        self.upto = self.upto.max(place.seq);
+        self.pass(place.seq);
     }
 
-    /// Adds a place with the row of its name, which may have another place by now.
+    /// Adds a place with the row of its name. If the row has another place by now, or the name
+    /// none, this place is a tombstone.
     fn add_row(&mut self, (seq, parent, name): (Seq, FileId, &Name), row: Option<Row>) {
-        let row = row.filter(|row| row.seq == seq);
-        self.add(Summand { seq, parent, name, entry: row.as_ref().map(|row| &row.entry) });
+        match row.filter(|row| row.seq == seq) {
+            Some(Row { entry, .. }) => self.add(Summand { seq, parent, name, entry: &entry }),
+            None => self.pass(seq),
+        }
+    }
+
+    /// Goes past a tombstone.
+    pub(super) fn pass(&mut self, place: Seq) {
+        self.upto = self.upto.max(place);
     }
 
     /// Adds the sum of later places.

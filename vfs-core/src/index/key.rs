@@ -89,19 +89,39 @@ pub(super) fn whole(no: LocationNo) -> Vec<u8> {
     join(&[b"whole", &location(no)])
 }
 
+/// Meta: up to where a replica has rows beyond its head.
+pub(super) fn beyond(no: LocationNo) -> Vec<u8> {
+    join(&[b"beyond", &location(no)])
+}
+
 /// Meta: from where on Content lacks the rows of a replica.
 pub(super) fn unlisted(no: LocationNo) -> Vec<u8> {
     join(&[b"unlisted", &location(no)])
 }
 
-/// Meta: what a location's log adds up to.
+/// Meta: what the rows of a location add up to.
 pub(super) fn sum(no: LocationNo) -> Vec<u8> {
-    join(&[b"sum", &location(no)])
+    join(&[b"total", &location(no)])
 }
 
-/// Meta: what the owner signed of a replica's log.
+/// Meta: what the owner signed of a replica's rows.
 pub(super) fn statement(no: LocationNo) -> Vec<u8> {
-    join(&[b"statement", &location(no)])
+    join(&[b"signed", &location(no)])
+}
+
+/// Meta: the place below which a location's log has no tombstones.
+pub(super) fn floor(no: LocationNo) -> Vec<u8> {
+    join(&[b"floor", &location(no)])
+}
+
+/// Meta: how far a member has come in an own location.
+pub(super) fn seen(no: LocationNo, member: DeviceId) -> Vec<u8> {
+    join(&[&seen_of(no), &member.0])
+}
+
+/// The prefix of [`seen`].
+pub(super) fn seen_of(no: LocationNo) -> Vec<u8> {
+    join(&[b"seen", &location(no)])
 }
 
 /// Meta: a location that its owner does not announce any more.

@@ -125,10 +125,15 @@ impl Index {
         }
         self.write(|tx| {
             tx.batch.delete(Table::Meta, key::state(no));
-            tx.batch.delete(Table::Meta, key::whole(no));
-            tx.batch.delete(Table::Meta, key::unlisted(no));
-            tx.batch.delete(Table::Meta, key::sum(no));
-            tx.batch.delete(Table::Meta, key::statement(no));
+            for key in [key::whole(no), key::unlisted(no), key::sum(no), key::statement(no)] {
+                tx.batch.delete(Table::Meta, key);
+            }
+            for key in [key::floor(no), key::beyond(no)] {
+                tx.batch.delete(Table::Meta, key);
+            }
+            for key in read::keys(tx, Table::Meta, &key::seen_of(no), usize::MAX)? {
+                tx.batch.delete(Table::Meta, key);
+            }
             tx.batch.delete(Table::Locations, key::location(no));
             Ok(false)
         })

@@ -10,6 +10,7 @@
 //! | `expect` | what this device itself is about to put on its disks |
 //! | `replica`, `holders` | the other devices' locations; who of them has which bytes |
 //! | `digest`, `relay` | what a log adds up to; replicas from somebody else than their owner |
+//! | `compact` | tombstones that nobody needs any more |
 //! | `view` | queries |
 //! | `audit`, `differences`, `unlike` | for whoever doubts it: rows against each other, against a disk, against their owner's |
 //!
@@ -25,6 +26,7 @@
 //! seen is never given twice.
 
 mod audit;
+mod compact;
 mod differences;
 mod digest;
 mod expect;
@@ -74,6 +76,7 @@ use std::time::{Duration, Instant};
 use tx::Tx;
 
 pub use audit::{Audit, Fault};
+pub use compact::Seen;
 pub use differences::{Difference, Differences, Differs};
 pub use digest::LogDigest;
 pub(crate) use key::after_prefix;
@@ -86,7 +89,7 @@ pub use store::{
     Batch, Durability, FORMAT, OpenedStore, Snapshot, Store, StoreError, Table, Visit, open_store,
 };
 pub use unlike::Unlike;
-pub use view::View;
+pub use view::{Begin, View};
 
 /// A relaxed commit follows a durable one for at most this long.
 const DURABLE_EVERY: Duration = Duration::from_secs(1);

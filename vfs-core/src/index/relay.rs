@@ -16,11 +16,13 @@
 
 use super::digest::{self, LogDigest, Sum, Summand};
 use super::key;
-use super::replica::{apply, check_order, check_row, follow};
+use super::observe::root_name;
+use super::replica::{apply, beyond, check_order, check_row, follow, note_whole};
 use super::row::{State, decode, encode};
 use super::store::{Snapshot, StoreError, Table};
 use super::sweep;
-use super::{Index, IndexError, LogRow, View};
+use super::tx::{Place, Tx};
+use super::{Index, IndexError, LogRow, ROOT_PARENT, View};
 use crate::model::{DeviceId, Location, LocationId, LocationNo, Seq};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
@@ -32,7 +34,9 @@ use std::path::{Path, PathBuf};
 pub const AT_ONCE: usize = 8192;
 /// Names a statement apart from everything else that a device signs. Whoever changes the form of
 /// a statement, or of a row, changes this.
-const PURPOSE: &[u8] = b"spacedrive 2026 statement of a location's log\0";
+const PURPOSE: &[u8] = b"spacedrive 2026 statement of a location's rows\0";
+/// Tombstones that a whole log may have, if it has fewer rows.
+const TOMBSTONES: u64 = 1 << 20;
 /// The longest lot of rows in a spool, in bytes: it is read into memory.
 const MAX_LOT: usize = 16 << 20;
 
@@ -123,7 +127,7 @@ impl Index {
             let state = tx.state(no)?;
             let has_moved = (state.log_id, state.head) != (log.log_id, log.head);
             match here {
-                Some(here) if here == log && !has_moved => {
+                Some(here) if here == log && !has_moved && has_no_others(tx, no, log)? => {
                     tx.batch.put(Table::Meta, key::statement(no), encode(signed));
                     Ok(Attested::Same)
                 }
@@ -156,7 +160,8 @@ impl Index {
         }
         let state = self.memory().state(location.no).unwrap_or_default();
         if state.log_id == stated.log.log_id && !state.resetting {
-            let is_ahead = stated.log.head > state.head;
+            let beyond = beyond(&*self.store().snapshot()?, location.no)?;
+            let is_ahead = stated.log.head > state.head && stated.log.head >= beyond;
             return Ok(match is_ahead {
                 true => Wanted::After(location.no, state.head),
                 false => Wanted::Nothing,
@@ -189,16 +194,20 @@ impl Index {
         // The rows that are here already cost no more than time.
         self.digest(no)?;
         let applied = self.write(|tx| {
+            is_news(tx, no, log)?;
             let state = tx.state(no)?;
             follow(state, log.log_id)?;
             check_order(state.head, &rows, log.head)?;
             state.head = log.head;
             rows.into_iter().try_for_each(|row| apply(tx, no, row))?;
             sweep::sweep_replica(tx, no, AT_ONCE)?;
-            if !digest::is_settled(tx, no)? || digest::sum_some(tx, no, 2 * AT_ONCE)? != Some(log) {
+            let is_as_stated = digest::is_settled(tx, no)?
+                && digest::sum_some(tx, no, 2 * AT_ONCE)? == Some(log)
+                && has_no_others(tx, no, log)?;
+            if !is_as_stated {
                 return Err(IndexError::NotAsStated);
             }
-            tx.batch.put(Table::Meta, key::whole(no), encode(&(log.log_id, log.head)));
+            note_whole(tx, no, log.log_id, log.head);
             tx.batch.put(Table::Meta, key::statement(no), encode(signed));
             Ok(())
         });
@@ -220,23 +229,32 @@ impl Index {
     ) -> Result<LocationNo, IndexError> {
         let log_id = spooled.signed.statement.log.log_id;
         let is_same_log = self.log_id(no) == log_id;
+        if is_same_log {
+            is_news(&*self.store().snapshot()?, no, spooled.signed.statement.log)?;
+        }
         let no = if is_same_log { no } else { self.restart_replica(no, log_id)? };
-        if self.take_rows(no, &mut spooled)? != Attested::Differs {
+        if self.take_rows(no, &mut spooled, true)? != Attested::Differs {
             return Ok(no);
         }
-        // What was here before was not right.
+        // What was here before was not right, or a tombstone was not, for which nobody vouches.
+        // A log needs none from its beginning on.
         let no = self.restart_replica(no, log_id)?;
-        self.take_rows(no, &mut spooled)?;
+        self.take_rows(no, &mut spooled, false)?;
         Ok(no)
     }
 
-    fn take_rows(&self, no: LocationNo, spooled: &mut Spooled) -> Result<Attested, IndexError> {
+    fn take_rows(
+        &self,
+        no: LocationNo,
+        spooled: &mut Spooled,
+        with_tombstones: bool,
+    ) -> Result<Attested, IndexError> {
         let Spooled { signed, lots } = spooled;
         let log = signed.statement.log;
         let head = self.rewind(no, log.log_id)?;
         lots.rewind()?;
         while let Some(mut rows) = lots.next()? {
-            rows.retain(|row| row.seq > head);
+            rows.retain(|row| row.seq > head && (with_tombstones || row.entry.is_some()));
             if let Some(upto) = rows.last().map(|row| row.seq) {
                 self.apply_replica_part(no, log.log_id, rows, upto)?;
             }
@@ -275,6 +293,19 @@ impl View<'_> {
     }
 }
 
+/// Whether there are no more rows here than those of a sum that is right. One that lost its place
+/// in the log to a tombstone, which nobody vouches for, is not in the sum.
+fn has_no_others(tx: &mut Tx<'_>, no: LocationNo, log: LogDigest) -> Result<bool, IndexError> {
+    let root = Place { no, parent: ROOT_PARENT, name: &root_name() };
+    let roots = u64::from(tx.row(root)?.is_some());
+    Ok(tx.state(no)?.counts.entries.wrapping_add(roots) == log.rows)
+}
+
+/// What is older than a row that the replica has already is not taken: that row would stay.
+fn is_news(from: &dyn Snapshot, no: LocationNo, log: LogDigest) -> Result<(), IndexError> {
+    if log.head < beyond(from, no)? { Err(IndexError::NotAsStated) } else { Ok(()) }
+}
+
 fn statement(from: &dyn Snapshot, no: LocationNo) -> Result<Option<Signed>, IndexError> {
     let value = from.get(Table::Meta, &key::statement(no))?;
     value.map(|v| decode(&v, "what an owner signed")).transpose()
@@ -286,7 +317,7 @@ pub struct Spool {
     file: BufWriter<File>,
     path: PathBuf,
     sum: Sum,
-    rows: u64,
+    places: u64,
 }
 
 impl Spool {
@@ -297,20 +328,26 @@ impl Spool {
         let file = file.map_err(failed)?;
         std::fs::remove_file(path).map_err(failed)?;
         let (file, path) = (BufWriter::new(file), path.to_owned());
-        Ok(Self { signed, file, path, sum: Sum::default(), rows: 0 })
+        Ok(Self { signed, file, path, sum: Sum::default(), places: 0 })
     }
 
     /// Adds the next rows. An error ends it: these are not the rows of the statement.
     pub fn push(&mut self, rows: &[LogRow]) -> Result<(), IndexError> {
         let log = self.signed.statement.log;
-        self.rows += rows.len() as u64;
-        if self.rows > log.rows {
+        self.places += rows.len() as u64;
+        if self.places > log.rows.saturating_add(log.rows.max(TOMBSTONES)) {
             return Err(IndexError::NotAsStated);
         }
         rows.iter().try_for_each(check_row)?;
         check_order(self.sum.upto(), rows, log.head)?;
         for LogRow { seq, parent, name, entry } in rows {
-            self.sum.add(Summand { seq: *seq, parent: *parent, name, entry: entry.as_ref() });
+            match entry {
+                Some(entry) => self.sum.add(Summand { seq: *seq, parent: *parent, name, entry }),
+                None => self.sum.pass(*seq),
+            }
+        }
+        if self.sum.rows() > log.rows {
+            return Err(IndexError::NotAsStated);
         }
         let lot = encode(&rows);
         let written = u32::try_from(lot.len())

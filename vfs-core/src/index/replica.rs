@@ -9,7 +9,7 @@ use super::key;
 use super::observe::root_name;
 use super::read;
 use super::row::{State, encode};
-use super::store::Table;
+use super::store::{Snapshot, Table};
 use super::sweep::{doom_replica, gone_directory};
 use super::tx::{Place, Tx};
 use super::{Index, IndexError, LogRow, ROOT_PARENT};
@@ -48,16 +48,16 @@ impl Index {
         self.log_id(no) == log_id && (upto == Seq(0) || has_rows())
     }
 
-    /// After which number a device is sent the rows of this log, when it has those of `log_id` up
-    /// to `after`: after 0, if that is not this log, or more than there is of it.
-    pub fn resume_at(&self, no: LocationNo, log_id: u64, after: Seq) -> Seq {
-        let has_log = log_id == self.log_id(no) && after <= self.head(no);
-        if has_log { after } else { Seq(0) }
+    /// Whether a replica has rows although its log is to begin: it was about to take them again.
+    pub fn has_leftovers(&self, no: LocationNo) -> Result<bool, IndexError> {
+        let state = self.memory().state(no).unwrap_or_default();
+        let has_rows = state.counts.entries > 0 || state.tombstones > 0;
+        Ok(has_rows || beyond(&*self.store().snapshot()?, no)? > Seq(0))
     }
 
     /// Has rows that are newer than where the replica was last whole come again: of those between
     /// there and its head, some that have changed since may be missing here. Until they are here
-    /// it is whole nowhere, for what it has of them stays.
+    /// it is whole nowhere, for what it has of them stays, and no older state may be taken.
     pub(super) fn rewind(&self, no: LocationNo, log_id: u64) -> Result<Seq, IndexError> {
         let whole = self.memory().whole(no).filter(|(log, _)| *log == log_id);
         let whole = whole.map_or(Seq(0), |(_, upto)| upto);
@@ -66,7 +66,9 @@ impl Index {
             let state = tx.state(no)?;
             follow(state, log_id)?;
             if state.head > whole {
-                state.head = whole;
+                let had = std::mem::replace(&mut state.head, whole);
+                let beyond = beyond(tx, no)?.max(had);
+                tx.batch.put(Table::Meta, key::beyond(no), beyond.0.to_be_bytes());
                 for key in [key::whole(no), key::sum(no), key::statement(no)] {
                     tx.batch.delete(Table::Meta, key);
                 }
@@ -126,7 +128,7 @@ impl Index {
             check_order(state.head, &rows, upto)?;
             let head = std::mem::replace(&mut state.head, upto);
             match is_whole {
-                true => tx.batch.put(Table::Meta, key::whole(no), encode(&(log_id, upto))),
+                true => note_whole(tx, no, log_id, upto),
                 false => holders::put_off(tx, no, head)?,
             }
             rows.into_iter().try_for_each(|row| apply(tx, no, row))
@@ -171,7 +173,8 @@ impl Index {
         self.replica(no)?;
         self.write(|tx| {
             tx.set_state(no, State { resetting: true, ..State::default() });
-            for key in [key::whole(no), key::unlisted(no), key::sum(no), key::statement(no)] {
+            let known = [key::whole(no), key::unlisted(no), key::sum(no), key::statement(no)];
+            for key in known.into_iter().chain([key::floor(no), key::beyond(no)]) {
                 tx.batch.delete(Table::Meta, key);
             }
             tx.changes.push(Change::Reset);
@@ -226,6 +229,19 @@ impl Renumbered {
         *count += 1;
         *count <= RENUMBERED_AT_MOST
     }
+}
+
+/// The replica is as its owner's whole log was at a number, which is beyond all that it has had.
+pub(super) fn note_whole(tx: &mut Tx<'_>, no: LocationNo, log_id: u64, upto: Seq) {
+    tx.batch.put(Table::Meta, key::whole(no), encode(&(log_id, upto)));
+    tx.batch.delete(Table::Meta, key::beyond(no));
+}
+
+/// The number of the last row that a replica has, if that is beyond its head.
+pub(super) fn beyond(from: &dyn Snapshot, no: LocationNo) -> Result<Seq, IndexError> {
+    let Some(value) = from.get(Table::Meta, &key::beyond(no))? else { return Ok(Seq(0)) };
+    let value = value.try_into().map_err(|_| IndexError::DamagedRow("a number"))?;
+    Ok(Seq(u64::from_be_bytes(value)))
 }
 
 pub(super) fn follow(state: &mut State, log_id: u64) -> Result<(), IndexError> {

@@ -14,6 +14,7 @@ use super::locations::draw_log_ids_from;
 use super::mem::MemStore;
 use super::relay::{Attested, Signed, Spool, Statement, Wanted};
 use super::store::Table;
+use super::sweep::gone_name;
 use super::tests::{check_invariants, dump, name};
 use super::*;
 use crate::library::{Member, State as Library};
@@ -100,7 +101,8 @@ impl World {
             88..91 => self.cut_off(),
             91..94 => self.switch_device(),
             94..95 => self.lose_index(),
-            95..97 => self.jump(),
+            95..96 => self.jump(),
+            96..97 => self.compact(),
             _ => self.gossip(),
         }
     }
@@ -156,12 +158,17 @@ impl World {
         let at_owner = from.location_by_id(self.devices[owner].location).unwrap().no;
         let mut here = self.devices[reader].replica_of(&self.devices[owner]);
         let (log_id, head) = (from.log_id(at_owner), to.head(here));
-        let after = from.resume_at(at_owner, to.log_id(here), head);
+        let view = from.view().unwrap();
+        let begin = view.resume_at(at_owner, to.log_id(here), head).unwrap();
+        let after = begin.after;
+        assert_eq!(begin.log_id, log_id);
         let is_anew = (log_id, after) != (to.log_id(here), head);
         if is_anew {
             here = to.restart_replica(here, log_id).unwrap();
         }
-        let (rows, upto) = from.view().unwrap().log_after(at_owner, after, bytes).unwrap();
+        // Of a log with a floor, what was cut off on the way up to there is begun again.
+        let bytes = if begin.floor > after { usize::MAX } else { bytes };
+        let (rows, upto) = view.log_after(at_owner, after, bytes).unwrap();
         let is_whole = upto == from.head(at_owner);
         match is_whole {
             true => to.apply_replica(here, log_id, rows, upto).unwrap(),
@@ -189,7 +196,7 @@ impl World {
         let no = index.location_by_id(device.location).unwrap().no;
         let statement = index.state_of(no, device.clock_ms as u64).unwrap()?;
         let log = statement.log;
-        assert_eq!(log.rows, dump(index, Table::Log, &key::location(no)).len() as u64);
+        assert_eq!(log.rows, dump(index, Table::Entries, &key::location(no)).len() as u64);
         let stated = rows_of(index, no);
         let before =
             self.stated.entry((statement.location, log.log_id, log.head)).or_insert(stated.clone());
@@ -202,6 +209,21 @@ impl World {
         let attested = self.devices[reader].index().attest(here, signed).unwrap();
         assert_ne!(attested, Attested::Differs, "{reader} has other rows than {owner} sent");
         self.tell(|| format!("{reader} compares itself with {owner}: {attested:?}"));
+    }
+
+    /// A device drops tombstones of any location, whoever may still need them.
+    fn compact(&mut self) {
+        let at = self.pick();
+        let Some(index) = &self.devices[at].index else { return };
+        let locations = index.locations();
+        let location = locations.choose(&mut self.rng).expect("its own at least");
+        let upto = Seq(self.rng.random_range(0..=index.head(location.no).0 + 1));
+        let dropped = index.compact(location.no, upto).unwrap();
+        check(index, location.no);
+        let left = dump(index, Table::Tombstones, &key::location(location.no));
+        let is_right = |seq: &Vec<u8>| u64::from_be_bytes(seq[..].try_into().unwrap()) > upto.0;
+        assert!(left.iter().all(|(_, seq)| is_right(seq)));
+        self.tell(|| format!("{at} compacts {:?} to {upto:?}: {dropped}", location.owner.0[0]));
     }
 
     /// A device takes from another what that one has of a third.
@@ -229,26 +251,33 @@ impl World {
             Wanted::After(_, after) if !is_far_behind => Some(after),
             Wanted::After(..) | Wanted::All => None,
         };
+        let log_id = signed.statement.log.log_id;
+        // It may have dropped what belongs in between.
+        let after =
+            after.filter(|after| view.resume_at(there, log_id, *after).unwrap().after == *after);
         let mut lots = lots_after(&view, there, after.unwrap_or_default());
-        let is_lie = lie.is_some_and(|how| falsify(&mut lots, how));
+        let lie = lie.and_then(|how| falsify(&mut lots, how));
         let before = rows_of(to, here);
-        let is_whole =
-            after.is_none_or(|after| to.has_all(here, signed.statement.log.log_id, after));
+        let is_whole = after.is_none_or(|after| to.has_all(here, log_id, after));
         let taken = match after {
             None => take_whole(to, here, &signed, &lots),
             Some(_) => to.apply_stated(here, lots.concat(), &signed).unwrap_or(false),
         };
-        if !is_whole && !taken && !is_lie {
+        if !is_whole && !taken && lie.is_none() {
             // Rows before these were missing: nobody can tell from a head which.
             assert_eq!(rows_of(to, here), before);
             assert!(take_whole(to, here, &signed, &lots_after(&view, there, Seq(0))));
             self.check_attested(reader, owner);
             return true;
         }
-        self.tell(|| {
-            format!("{reader} takes {owner} from {relay}: {wanted:?}, lie {is_lie}: {taken}")
-        });
-        assert_eq!(taken, !is_lie, "a lie is refused and the truth is taken");
+        self.tell(|| format!("{reader} takes {owner} from {relay}: {wanted:?}, {lie:?}: {taken}"));
+        match lie {
+            None => assert!(taken, "the truth is taken"),
+            Some(Lie::Changed) => assert!(!taken, "a lie is refused"),
+            // Nobody vouches for tombstones, and a row that is left out may be there already. What
+            // comes of it is as stated, or refused.
+            Some(Lie::Tombstone | Lie::LeftOut) => {}
+        }
         let here = self.devices[reader].replica_of(&self.devices[owner]);
         match taken {
             true => self.check_attested(reader, owner),
@@ -530,7 +559,7 @@ fn is_signed(owner: DeviceId, signed: &Signed) -> bool {
 }
 
 fn rows_of(index: &Index, no: LocationNo) -> Rows {
-    let tables = [Table::Entries, Table::Nodes, Table::Log, Table::Tombstones];
+    let tables = [Table::Entries, Table::Nodes];
     let rows = tables.into_iter().flat_map(|table| {
         let rows = dump(index, table, &key::location(no)).into_iter();
         rows.map(move |(key, value)| (table, key[2..].to_vec(), value))
@@ -568,18 +597,35 @@ fn take_whole(index: &Index, no: LocationNo, signed: &Signed, lots: &[Vec<LogRow
     true
 }
 
-/// Changes what is passed on; `false`: there is nothing that could be changed so.
-fn falsify(lots: &mut [Vec<LogRow>], how: u8) -> bool {
-    let Some(rows) = lots.iter_mut().find(|rows| !rows.is_empty()) else { return false };
+/// What of the rows that are passed on is not so.
+#[derive(Clone, Copy, Debug)]
+enum Lie {
+    Changed,
+    LeftOut,
+    Tombstone,
+}
+
+/// Changes what is passed on; `None`: there is nothing that could be changed so.
+fn falsify(lots: &mut [Vec<LogRow>], how: u8) -> Option<Lie> {
+    let rows = lots.iter_mut().find(|rows| !rows.is_empty())?;
     let row = rows.first_mut().expect("not empty");
-    match how {
-        0 => drop(rows.remove(0)),
-        1 => row.name = name("never there"),
-        2 if row.entry.is_none() => return false,
-        2 => row.entry = None,
+    let lie = match (&row.entry, how) {
+        (None, _) => Lie::Tombstone,
+        (Some(_), 0) => Lie::LeftOut,
+        (Some(_), _) => Lie::Changed,
+    };
+    match (how, lie) {
+        (0, _) => drop(rows.remove(0)),
+        (1, _) => row.name = name("never there"),
+        (2, Lie::Changed) => row.entry = None,
+        // As if a directory of this location were gone for good.
+        (2, Lie::Tombstone) => {
+            (row.parent, row.name) =
+                (ROOT_PARENT, gone_name(FileId(FileId::ROOT.0 + row.seq.0 % 8)));
+        }
         _ => row.seq = Seq(row.seq.0 - 1),
     }
-    true
+    Some(lie)
 }
 
 fn run(seed: u64, is_told: bool) {

@@ -936,3 +936,76 @@ fn a_few_holders_are_given_of_each_location() {
     let of = |no| holders.iter().filter(|(holder, _)| *holder == no).count();
     assert_eq!((of(f.no), of(other), holders.len()), (4, 4, 8));
 }
+
+// Tombstones that nobody needs.
+
+#[test]
+fn tombstones_go_when_every_member_has_seen_them() {
+    const MANY: u64 = 20_000;
+    const DAY_MS: u64 = 24 * 3600 * 1000;
+    let f = fixture();
+    let files: Vec<_> = (0..MANY).map(|n| file(&format!("f{n}"), 100 + n)).collect();
+    f.list(FileId::ROOT, &files);
+    let before = f.index.head(f.no);
+    f.list(FileId::ROOT, &[]);
+    let head = f.index.head(f.no);
+    let (near, far, gone) = (DeviceId([8; 32]), DeviceId([9; 32]), DeviceId([10; 32]));
+    let now = 100 * DAY_MS;
+    let note = |member, upto, at_ms| f.index.note_seen(f.no, member, Seen { upto, at_ms }).unwrap();
+    let compactable = || f.index.compactable(f.no, |member| member != gone, now).unwrap();
+    assert_eq!(compactable(), Some(head), "nobody follows it");
+    note(near, head, now - DAY_MS);
+    note(far, before, now - 29 * DAY_MS);
+    note(gone, Seq(1), now);
+    assert_eq!(compactable(), Some(before), "one member has not seen the deletions");
+    assert_eq!(f.index.compact(f.no, before).unwrap(), 0);
+    note(far, before, now - 31 * DAY_MS);
+    assert_eq!(compactable(), Some(head), "it is not waited for any longer");
+
+    let digest = f.index.digest(f.no).unwrap();
+    let began = f.index.view().unwrap().resume_at(f.no, f.index.log_id(f.no), before).unwrap();
+    assert_eq!(began.after, before);
+    assert_eq!(f.index.compact(f.no, head).unwrap(), MANY);
+    check_invariants(&f.index, f.no);
+    assert_eq!(f.index.digest(f.no).unwrap(), digest, "it is still the same to others");
+    assert_eq!(compactable(), None);
+    let view = f.index.view().unwrap();
+    let resume = |after| view.resume_at(f.no, f.index.log_id(f.no), after).unwrap().after;
+    assert_eq!((resume(head), resume(before)), (head, Seq(0)), "the far one begins anew");
+    assert!(view.is_compacted(f.no, &began, before).unwrap(), "one under way does, too");
+    assert!(!view.is_compacted(f.no, &began, head).unwrap(), "unless it has them behind it");
+}
+
+/// Nobody vouches for tombstones: one that takes the place of a row which is here already must not
+/// hide that row from the sum.
+#[test]
+fn a_tombstone_that_was_made_up_does_not_keep_a_deleted_file() {
+    let owner = fixture();
+    owner.list(FileId::ROOT, &[file("a", 10)]);
+    let log_id = owner.index.log_id(owner.no);
+    let rows_after =
+        |after| owner.index.view().unwrap().log_after(owner.no, after, 1 << 20).unwrap();
+    let here = replica();
+    let (rows, whole) = rows_after(Seq(0));
+    here.index.apply_replica(here.no, log_id, rows, whole).unwrap();
+    owner.observe(FileId::ROOT, "m", Some(file("m", 11)));
+    let (rows, cut_off) = rows_after(whole);
+    let m = rows.last().unwrap().seq;
+    here.index.apply_replica_part(here.no, log_id, rows, cut_off).unwrap();
+    owner.observe(FileId::ROOT, "m", None);
+    owner.observe(FileId::ROOT, "b", Some(file("b", 12)));
+
+    let statement = owner.index.state_of(owner.no, 1).unwrap().unwrap();
+    let signed = Signed { statement, signature: [[0; 32]; 2] };
+    let mut lie = rows_after(Seq(0)).0;
+    lie.retain(|row| row.entry.is_some());
+    let made_up = log_row(m.0, FileId::ROOT, "never there", None);
+    lie.insert(lie.partition_point(|row| row.seq < m), made_up);
+    let mut spool = Spool::create(&here.folder.path().join("spool"), signed).unwrap();
+    spool.push(&lie).unwrap();
+    let no = here.index.apply_spooled(here.no, spool.finish().unwrap()).unwrap();
+    let view = here.index.view().unwrap();
+    let is_there = |text: &str| view.entry(no, FileId::ROOT, text.as_bytes()).unwrap().is_some();
+    assert_eq!([is_there("a"), is_there("b"), is_there("m")], [true, true, false]);
+    assert!(view.attested(no).unwrap().is_some());
+}

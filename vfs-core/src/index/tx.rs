@@ -45,7 +45,7 @@ impl Place<'_> {
 
     /// The place in the log of what has this name.
     pub(super) fn summand<'r>(&'r self, row: &'r Row) -> Summand<'r> {
-        Summand { seq: row.seq, parent: self.parent, name: self.name, entry: Some(&row.entry) }
+        Summand { seq: row.seq, parent: self.parent, name: self.name, entry: &row.entry }
     }
 
     pub(super) fn node_key(&self, file: FileId) -> Vec<u8> {
@@ -143,7 +143,7 @@ impl<'a> Tx<'a> {
         Ok(self.sums.get_mut(&no).expect("inserted above"))
     }
 
-    /// A place of the log goes.
+    /// A row loses its place in the log.
     fn leave_log(&mut self, no: LocationNo, place: Summand<'_>) -> Result<(), IndexError> {
         self.batch.delete(Table::Log, key::log(no, place.seq));
         let loaded = self.loaded_sum(no)?;
@@ -271,9 +271,7 @@ impl<'a> Tx<'a> {
     ) -> Result<(), IndexError> {
         let damaged = || IndexError::DamagedRow("a tombstone");
         let seq = Seq(u64::from_be_bytes(seq.try_into().map_err(|_| damaged())?));
-        let parent = key::entry_parent(&key).ok_or_else(damaged)?;
-        let name = key::entry_name(&key).ok_or_else(damaged)?;
-        self.leave_log(no, Summand { seq, parent, name: &name, entry: None })?;
+        self.batch.delete(Table::Log, key::log(no, seq));
         self.batch.delete(Table::Tombstones, key);
         let tombstones = &mut self.state(no)?.tombstones;
         *tombstones = tombstones.saturating_sub(1);

@@ -1,5 +1,6 @@
 //! Queries, on one consistent state.
 
+use super::compact;
 use super::key;
 use super::observe::root_name;
 use super::read;
@@ -21,6 +22,18 @@ const HOLDERS_EACH: usize = 4;
 const ROW_BYTES: usize = 160;
 /// Rows of one answer, whatever their size.
 const LOG_ROWS_MAX: usize = 65_536;
+
+/// Where a device begins to read a log.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Begin {
+    /// Of this log.
+    pub log_id: u64,
+    /// After this place: after 0, if what the device has is another log, more than there is of
+    /// it, or so old that tombstones which it does not know of are gone. What it has is to be
+    /// emptied then.
+    pub after: Seq,
+    pub(super) floor: Seq,
+}
 
 /// One consistent state of the index.
 pub struct View<'a> {
@@ -45,6 +58,16 @@ impl<'a> View<'a> {
         name: &[u8],
     ) -> Result<Option<Entry>, IndexError> {
         Ok(read::row(&*self.snapshot, no, parent, name)?.map(|row| row.entry))
+    }
+
+    /// The file that had this inode of the owner's disk when last seen.
+    pub fn file_on_disk(&self, no: LocationNo, ino: u64) -> Result<Option<FileId>, IndexError> {
+        if let Some(file) = read::file_on_disk(&*self.snapshot, no, ino)? {
+            return Ok(Some(file));
+        }
+        // Files are told from each other by their inodes; the location's folder is told by more.
+        let root = self.entry(no, ROOT_PARENT, root_name().as_bytes())?;
+        Ok(root.filter(|root| root.disk_ino == ino).map(|root| root.file_id))
     }
 
     /// A file, with any one of its names.
@@ -173,6 +196,26 @@ impl<'a> View<'a> {
         Ok(found)
     }
 
+    /// Where the rows of this log begin for a device that has those of `log_id` up to `after`.
+    pub fn resume_at(&self, no: LocationNo, log_id: u64, after: Seq) -> Result<Begin, IndexError> {
+        let state = self.state(no)?;
+        let floor = compact::floor(self.snapshot(), no)?;
+        let is_known = log_id == state.log_id && (floor..=state.head).contains(&after);
+        let after = if is_known { after } else { Seq(0) };
+        Ok(Begin { log_id: state.log_id, after, floor })
+    }
+
+    /// Whether tombstones went since the log was begun to be read that belong after a place: then
+    /// it is to be begun anew.
+    pub fn is_compacted(
+        &self,
+        no: LocationNo,
+        begin: &Begin,
+        after: Seq,
+    ) -> Result<bool, IndexError> {
+        Ok(compact::floor(self.snapshot(), no)? > begin.floor.max(after))
+    }
+
     /// Rows of the log after a place, about `max_bytes` of them but at least one, and up to
     /// where they reach; the same place when there is nothing more.
     ///
@@ -203,15 +246,13 @@ impl<'a> View<'a> {
         }
         let last = rows.last().map_or(after, |row| row.seq);
         // What was swept has left holes, also at the end.
-        let upto = if limited { last } else { last.max(self.head(no)?) };
+        let upto = if limited { last } else { last.max(self.state(no)?.head) };
         Ok((rows, upto))
     }
 
-    fn head(&self, no: LocationNo) -> Result<Seq, IndexError> {
-        let Some(state) = self.snapshot.get(Table::Meta, &key::state(no))? else {
-            return Ok(Seq(0));
-        };
-        Ok(decode::<State>(&state, "a location's state")?.head)
+    fn state(&self, no: LocationNo) -> Result<State, IndexError> {
+        let state = self.snapshot.get(Table::Meta, &key::state(no))?;
+        state.map_or_else(|| Ok(State::default()), |state| decode(&state, "a location's state"))
     }
 
     /// The row of a place in the log: what has another place by now, or none, is gone here.

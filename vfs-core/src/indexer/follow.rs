@@ -140,9 +140,11 @@ impl Changes {
 impl Core {
     /// The thread that reads events, until the stop.
     pub(super) fn event_loop(&self, watcher: &Watcher) {
+        // Looked up anew for each event: what was indexed before it happened is known then.
+        let file_of = |no, ino| self.index.view().ok()?.file_on_disk(no, ino).ok()?;
         while !self.is_stopping() {
             let mut noted = false;
-            let read = watcher.wait(&mut |hint| {
+            let read = watcher.wait(&file_of, &mut |hint| {
                 self.note(hint);
                 noted = true;
             });
@@ -176,11 +178,28 @@ impl Core {
                 drop(hints);
                 return self.events_lost("the kernel dropped events, too many came at once");
             }
+            Hint::OverflowIn(no) => {
+                drop(hints);
+                return self.events_lost_in(no);
+            }
         }
         if hints.waiting.len() > DIRECTORIES_TO_SCAN {
             hints.waiting.clear();
             drop(hints);
             self.events_lost("too many directories changed at once");
+        }
+    }
+
+    /// What overflows the queue of a mark may be elsewhere on the file system, and go on for long:
+    /// so a pass is not begun at once when one has just ended.
+    fn events_lost_in(&self, no: LocationNo) {
+        let Some(place) = self.place(no) else { return };
+        let is_first = lock(&place.degraded).lose_events(
+            "the kernel dropped events of the file system; scanning everything again".to_owned(),
+        );
+        if is_first {
+            tracing::warn!(location = no.0, "the kernel dropped events of the file system");
+            self.tend_soon();
         }
     }
 

@@ -3,7 +3,7 @@
 //! | module | what it does |
 //! |---|---|
 //! | `scan` | directories of the disk to rows, breadth first and on demand |
-//! | `watch`, `follow` | the kernel's events, and what they make us look at |
+//! | `watch`, `mark`, `follow` | the kernel's events, and what they make us look at |
 //! | `hash` | content ids and manifests, behind everything else |
 //! | `asked` | names that this device itself changed, looked at now |
 //! | `tend` | folders that come and go, rescans, what has to be tried again |
@@ -19,6 +19,7 @@ mod asked;
 mod compare;
 mod follow;
 mod hash;
+mod mark;
 mod place;
 mod scan;
 mod tend;
@@ -52,6 +53,9 @@ pub struct IndexerConfig {
     pub settle: Duration,
     /// Whether to watch for changes; without it they are seen by rescans only.
     pub watch: bool,
+    /// How many directories are watched one by one; with more, whole file systems are watched if
+    /// that is allowed.
+    pub watches: usize,
     /// How often the folder of each location is looked for.
     pub root_check: Duration,
     /// How long after a whole scan a location that cannot be fully watched is scanned again, at least.
@@ -65,6 +69,7 @@ impl Default for IndexerConfig {
             hash_threads: 2,
             settle: Duration::from_millis(500),
             watch: true,
+            watches: 16_384,
             root_check: Duration::from_secs(1),
             rescan_after: Duration::from_secs(60),
         }
@@ -193,7 +198,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 impl Indexer {
     /// Starts the threads; no location is looked at before [`Self::watch`].
     pub fn start(index: Index, manifests: Arc<Manifests>, config: IndexerConfig) -> Arc<Self> {
-        let watcher = config.watch.then(Watcher::new).and_then(|created| {
+        let watcher = config.watch.then(|| Watcher::new(config.watches)).and_then(|created| {
             created.inspect_err(|e| tracing::warn!("changes cannot be watched: {e}")).ok()
         });
         let core = Arc::new(Core {

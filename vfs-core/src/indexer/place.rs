@@ -234,22 +234,40 @@ pub(super) struct Degraded {
     unwatched_before: Option<(u64, String)>,
     /// When to scan everything again, while there are such directories.
     pub rescan_at: Option<Instant>,
+    /// Not before this, after the last pass.
+    rests_until: Option<Instant>,
+    /// Events were lost since the last pass began.
+    lost_in_pass: bool,
 }
 
 impl Degraded {
     pub fn begin_pass(&mut self) {
         self.unwatched_before = self.unwatched.take();
         self.rescan_at = None;
+        self.lost_in_pass = false;
     }
 
     /// `again`: something was lost since the pass began. `next`: when to begin one
     /// by itself, if some directories have no watch.
     pub fn end_pass(&mut self, again: bool, next: Instant) {
-        if !again {
+        if !again && !self.lost_in_pass {
             self.lost_events = None;
         }
         self.unwatched_before = None;
-        self.rescan_at = self.unwatched.as_ref().map(|_| next);
+        self.rests_until = Some(next);
+        let is_to_follow = self.lost_in_pass || self.unwatched.is_some();
+        self.rescan_at = is_to_follow.then_some(next);
+    }
+
+    /// Notes that everything is to be scanned again, after a rest since the last time; whether that
+    /// is news.
+    pub fn lose_events(&mut self, why: String) -> bool {
+        let now = Instant::now();
+        let is_news = self.lost_events.is_none();
+        self.lost_events = Some(why);
+        self.lost_in_pass = true;
+        self.rescan_at.get_or_insert(self.rests_until.map_or(now, |rest| rest.max(now)));
+        is_news
     }
 
     /// `next`: when to begin a pass, if none is planned yet.

@@ -77,6 +77,9 @@ impl Core {
         queue.again = false;
         lock(&place.scanned).restart();
         lock(&place.degraded).begin_pass();
+        if let Some(watcher) = &self.watcher {
+            watcher.unmark(place.no);
+        }
         lock(&place.unread).clear();
         *lock(&place.strays) = Strays::default();
         queue.push(Job::once(FileId::ROOT));

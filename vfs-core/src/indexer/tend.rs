@@ -169,7 +169,7 @@ impl Core {
         place.set_offline(why);
         lock(&place.scan).clear();
         if let Some(watcher) = &self.watcher {
-            watcher.retain(place.no, |_| false);
+            watcher.end(place.no);
         }
     }
 }

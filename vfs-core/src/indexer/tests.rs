@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
 use std::ops::ControlFlow;
+use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
@@ -22,6 +23,11 @@ pub(super) struct Device {
     pub(super) index: Index,
     pub(super) indexer: Arc<Indexer>,
     pub(super) no: LocationNo,
+}
+
+/// With so few watches that the file system is marked, where that can be done.
+fn marked() -> IndexerConfig {
+    IndexerConfig { watches: 2, ..quick() }
 }
 
 pub(super) fn quick() -> IndexerConfig {
@@ -86,6 +92,16 @@ impl Device {
             let progress = self.indexer.progress(self.no);
             assert!(Instant::now() < deadline, "no {what} in time: {progress:?}");
             std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Its directories are not watched one by one, where a mark can be set.
+    fn is_marked(&self) {
+        let folder = fs::File::open(self.at("")).unwrap();
+        let can_be = mark::Mark::set(folder.as_fd());
+        if can_be.inspect_err(|e| println!("not tested with a mark: {e}")).is_ok() {
+            let watcher = self.indexer.core.watcher.as_ref().unwrap();
+            assert_eq!(watcher.directories(self.no), []);
         }
     }
 
@@ -260,7 +276,17 @@ fn a_scan_equals_a_walk() {
 
 #[test]
 fn single_changes_are_seen() {
-    let device = Device::new(quick());
+    single_changes(&Device::new(quick()));
+}
+
+#[test]
+fn single_changes_are_seen_by_a_mark() {
+    let device = Device::new(marked());
+    single_changes(&device);
+    device.is_marked();
+}
+
+fn single_changes(device: &Device) {
     populate(&device.at(""), 3, 3);
     device.start();
 
@@ -316,10 +342,30 @@ fn a_file_that_a_program_let_go_of_is_hashed_again() {
 
 #[test]
 fn bursts_are_seen() {
-    let device = Device::new(quick());
+    bursts(&Device::new(quick()));
+}
+
+#[test]
+fn bursts_are_seen_by_a_mark() {
+    let device = Device::new(marked());
+    bursts(&device);
+    device.is_marked();
+    // As after a disk that was away.
+    let core = &device.indexer.core;
+    core.go_offline(&core.place(device.no).unwrap(), "a test".into());
+    device.follows();
+    burst_in(&device, "again");
+    device.is_marked();
+}
+
+fn bursts(device: &Device) {
     device.start();
+    burst_in(device, "first");
+}
+
+fn burst_in(device: &Device, folder: &str) {
     for round in 0..3 {
-        let name = |n: &str| device.at(&format!("{n}{round}"));
+        let name = |n: &str| device.at(&format!("{folder}/{n}{round}"));
         fs::create_dir_all(name("a").join("b/c/d/e/f")).unwrap();
         fs::write(name("a").join("b/c/d/e/f/leaf"), b"leaf").unwrap();
         populate(&name("many"), 40, 10);
@@ -329,7 +375,7 @@ fn bursts_are_seen() {
         }
         fs::rename(name("many").join("d1"), name("a").join("b/c/d1")).unwrap();
         if round > 0 {
-            fs::remove_dir_all(device.at(&format!("many{}", round - 1))).unwrap();
+            fs::remove_dir_all(device.at(&format!("{folder}/many{}", round - 1))).unwrap();
         }
     }
     device.follows();
@@ -454,7 +500,9 @@ fn what_a_folder_that_is_gone_does_not_list_is_not_deleted() {
 
 #[test]
 fn what_was_listed_of_a_folder_is_not_recorded_when_it_was_found_anew() {
-    let config = IndexerConfig { root_check: Duration::from_secs(3600), watch: false, ..quick() };
+    // Nor a scan while the file is aside.
+    let never = Duration::from_secs(3600);
+    let config = IndexerConfig { root_check: never, rescan_after: never, watch: false, ..quick() };
     let device = Device::new(config);
     populate(&device.at(""), 3, 3);
     device.start();
