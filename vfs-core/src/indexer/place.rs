@@ -50,7 +50,7 @@ pub(super) struct Place {
     /// them meanwhile was not seen.
     pub lost: Mutex<HashSet<FileId>>,
     pub strays: Mutex<Strays>,
-    pub sweep_at: Mutex<Option<Instant>>,
+    pub sweep: Mutex<Option<Due>>,
     pub degraded: Mutex<Degraded>,
     pub hash: Mutex<HashQueue>,
     pub indexed: AtomicBool,
@@ -223,6 +223,16 @@ impl Strays {
     }
 }
 
+/// When something is to be done that was asked for more than once.
+#[derive(Clone, Copy)]
+pub(super) struct Due {
+    first: Instant,
+    at: Instant,
+}
+
+/// The longest that a sweep is put off.
+const SWEEP_AT_LAST: Duration = Duration::from_secs(30);
+
 /// Why changes may go unseen, and until when.
 #[derive(Default)]
 pub(super) struct Degraded {
@@ -313,7 +323,7 @@ impl Place {
             unread: Mutex::default(),
             lost: Mutex::default(),
             strays: Mutex::default(),
-            sweep_at: Mutex::default(),
+            sweep: Mutex::default(),
             degraded: Mutex::default(),
             hash: Mutex::default(),
             indexed: AtomicBool::new(false),
@@ -558,12 +568,19 @@ impl Place {
         queue.waiting() > 0 || queue.pass.is_some()
     }
 
-    /// Asks for the rows of what lost its name to be dropped, once renames had time to
-    /// end. An earlier request stands, so that steady changes do not put it off for ever.
+    /// Asks for the rows of what lost its name to be dropped, once renames had time to end, also
+    /// the last of them: its halves may be seen one after the other. But steady changes do not put
+    /// it off for ever.
     pub fn sweep_after(&self, delay: Duration) {
-        let at = Instant::now() + delay;
-        let mut sweep_at = lock(&self.sweep_at);
-        *sweep_at = Some(sweep_at.map_or(at, |earlier| earlier.min(at)));
+        let now = Instant::now();
+        let mut sweep = lock(&self.sweep);
+        let Due { first, at } = sweep.unwrap_or(Due { first: now, at: now });
+        *sweep = Some(Due { first, at: at.max(now + delay).min(first + SWEEP_AT_LAST) });
+    }
+
+    /// Whether they are to be dropped now.
+    pub fn is_sweep_due(&self, now: Instant) -> bool {
+        lock(&self.sweep).is_some_and(|due| due.at <= now)
     }
 }
 

@@ -107,7 +107,7 @@ impl Core {
     /// Drops the rows of what lost its name and did not get one again. Not during a
     /// scan, which may yet find the new name.
     pub(super) fn sweep(&self, place: &Place) {
-        *lock(&place.sweep_at) = None;
+        *lock(&place.sweep) = None;
         let lost = std::mem::take(&mut *lock(&place.lost));
         loop {
             match self.index.sweep_location(place.no, SWEEP_ROWS) {

@@ -109,7 +109,7 @@ impl Core {
         }
         let now = Instant::now();
         let scanning = || self.places().iter().any(|place| place.is_scanning());
-        if lock(&place.sweep_at).is_some_and(|at| at <= now) && !scanning() {
+        if place.is_sweep_due(now) && !scanning() {
             self.sweep(place);
         }
         self.seek_strays(place);

@@ -723,3 +723,22 @@ fn a_file_that_never_rests_does_not_stop_the_others() {
     device.follows();
     device.hashes();
 }
+
+/// The halves of a rename may be looked at one after the other, with a sweep that a scan asked for
+/// between them.
+#[test]
+fn what_has_just_lost_its_name_is_not_swept_with_what_lost_it_before() {
+    let device = Device::new(IndexerConfig { root_check: Duration::from_secs(3600), ..quick() });
+    device.start();
+    let place = device.indexer.core.place(device.no).unwrap();
+    let (delay, now) = (Duration::from_secs(2), Instant::now());
+    *lock(&place.sweep) = None;
+    place.sweep_after(Duration::ZERO);
+    assert!(place.is_sweep_due(now + Duration::from_millis(500)));
+    place.sweep_after(delay);
+    assert!(!place.is_sweep_due(now + delay - Duration::from_millis(1)));
+    place.sweep_after(Duration::ZERO);
+    assert!(!place.is_sweep_due(now + delay - Duration::from_millis(1)));
+    place.sweep_after(Duration::from_secs(3600));
+    assert!(place.is_sweep_due(now + Duration::from_secs(31)), "it is not put off for ever");
+}
