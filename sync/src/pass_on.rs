@@ -561,7 +561,10 @@ pub(crate) fn fetch_anew(shared: &Shared, id: LocationId) -> Result<bool, IndexE
     // Whatever was applied meanwhile, it may have another number by now.
     let Some(location) = index.location_by_id(id) else { return Ok(false) };
     if index.log_id(location.no) != 0 {
-        index.restart_replica(location.no, index.log_id(location.no))?;
+        let restarted = index.restart_replica(location.no, index.log_id(location.no));
+        // It may have another number although its old rows could not be cleared away.
+        ask_for_all(&link);
+        return restarted.map(|_| true);
     }
     ask_for_all(&link);
     Ok(true)

@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 use vfs_core::content::{Audited, Thorough};
-use vfs_core::index::{Attested, Fault, IndexError, StoreError};
+use vfs_core::index::{Attested, Fault, IndexError, StoreError, Unlike};
 use vfs_core::indexer::{Compared, State};
 use vfs_core::model::{FileId, Location, LocationId, Name};
 
@@ -28,6 +28,8 @@ const NICE: i32 = 10;
 const MEETING: Duration = Duration::from_secs(10);
 /// How long a replica may take to begin to come again.
 const FETCHING: Duration = Duration::from_secs(60);
+/// However much comes.
+const FETCHING_AT_LAST: Duration = Duration::from_secs(1800);
 
 /// What is asked of a check.
 #[derive(Clone, Copy, Debug)]
@@ -91,7 +93,8 @@ impl Told {
         if self.at.elapsed() >= PROGRESS_EVERY {
             self.at = Instant::now();
             let progress = Progress { what: what.to_owned(), entries, directories_waiting: 0 };
-            self.is_gone |= self.link.blocking_send(Event::Progress(progress)).is_err();
+            // Not waited for: whoever looks on may have stopped the command for a while.
+            self.is_gone |= !self.link.tell(Event::Progress(progress));
         }
         if self.is_gone { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     }
@@ -207,47 +210,54 @@ impl Examination<'_> {
     /// Mends a replica, if that is wanted.
     fn fetch_anew(&mut self, location: &Location, faults: String) -> Outcome<Finding> {
         let (daemon, owner) = (self.daemon, self.daemon.name_of(location.owner));
-        let faults = match self.unlike(location) {
-            Some(unlike) => format!("{faults}; {unlike}"),
+        // What is here goes only if the owner has just shown that it can send all of it.
+        let unlike = self.unlike(location);
+        let can_send = unlike.is_some();
+        let faults = match unlike.filter(|unlike| unlike.rows > 0) {
+            Some(unlike) => format!("{faults}; {}", self.unlike_words(location, &unlike)),
             None => faults,
         };
         if !self.asked.repair {
             let hint = format!("`sd doctor --repair` fetches it again from “{owner}”");
             return Ok(Problem(faults, hint));
         }
-        if !daemon.node.fetch_anew(location.id).map_err(index_failure)? {
+        if !can_send || !daemon.node.fetch_anew(location.id).map_err(index_failure)? {
             let hint = format!("`sd doctor --repair` fetches it again when “{owner}” is online");
             return Ok(Problem(faults, hint));
         }
-        let is_back = self.wait_for_replica(location.id);
-        Ok(Mended(match is_back {
-            true => format!("{faults}; it was fetched again"),
-            false => format!("{faults}; it is being fetched again"),
-        }))
+        Ok(match self.wait_for_replica(location.id) {
+            true => Mended(format!("{faults}; it was fetched again")),
+            false => Note(format!("{faults}; it is being fetched again")),
+        })
     }
 
     /// Which rows of a replica are not its owner's, if that can be said.
-    fn unlike(&mut self, location: &Location) -> Option<String> {
+    fn unlike(&mut self, location: &Location) -> Option<Unlike> {
         let _ = self.told.hear(&format!("asking for the rows of {}", location.name), 0);
         let compared = self.daemon.runtime.block_on(self.daemon.node.compare(location.id));
-        let unlike = compared
+        compared
             .inspect_err(|why| tracing::debug!(why, "it is not known where a replica differs"))
             .ok()
-            .filter(|unlike| unlike.rows > 0)?;
-        let view = self.daemon.index.view().ok()?;
+    }
+
+    fn unlike_words(&self, location: &Location, unlike: &Unlike) -> String {
+        let Ok(view) = self.daemon.index.view() else {
+            return format!("{} differ from their owner's", unlike.rows);
+        };
         let path = |(dir, name): &(FileId, Name)| {
             let mut path = view.path(location.no, *dir).ok()??;
             path.push(name.clone());
             Some(path)
         };
         let paths: Vec<_> = unlike.examples.iter().filter_map(path).collect();
-        Some(format!("{} differ from their owner's: {}", unlike.rows, joined(&paths)))
+        format!("{} differ from their owner's: {}", unlike.rows, joined(&paths))
     }
 
     /// Until every row that the owner told of is here; `false`: that takes too long.
     fn wait_for_replica(&mut self, id: LocationId) -> bool {
         let (mut deadline, mut head) = (Instant::now() + FETCHING, None);
-        while Instant::now() < deadline && !self.told.is_gone {
+        let at_last = Instant::now() + FETCHING_AT_LAST;
+        while Instant::now() < deadline.min(at_last) && !self.told.is_gone {
             let Some(location) = self.daemon.index.location_by_id(id) else { return false };
             let peers = self.daemon.node.peers();
             if replica_condition(&location, &peers).indexed && self.meets(&location) {
@@ -437,10 +447,10 @@ fn disk_finding(found: &Compared) -> Finding {
     if found.differences() > 0 {
         return Problem(words, "`sd doctor --repair` scans these folders again".into());
     }
-    if found.unread > 0 {
+    if found.unread > found.forbidden {
         return Problem(words, "look at the rights of these folders, and at the disk".into());
     }
-    match found.undecided {
+    match found.undecided + found.forbidden {
         0 => Fine(words),
         _ => Note(words),
     }

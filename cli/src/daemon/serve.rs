@@ -172,6 +172,11 @@ impl Link {
         self.events.blocking_send(event).map_err(|_| gone())
     }
 
+    /// Sends an event that may be left out, if there is room; `false`: the command went away.
+    pub fn tell(&self, event: Event) -> bool {
+        !matches!(self.events.try_send(event), Err(mpsc::error::TrySendError::Closed(_)))
+    }
+
     /// The answer to [`Event::Confirm`].
     pub async fn answer(&mut self) -> Outcome<Answer> {
         self.answers.recv().await.ok_or_else(gone)

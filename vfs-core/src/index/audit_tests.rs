@@ -227,3 +227,16 @@ fn an_own_location_begins_anew_under_another_number() {
     assert_eq!(faults(&f), []);
     check_invariants(&f.index, f.no);
 }
+
+/// `sd doctor --repair` has them sent again, so they must go.
+#[test]
+fn rows_that_cannot_be_understood_are_cleared_away() {
+    let f = replica();
+    let rows = (1..=3).map(hashed_row).collect();
+    f.index.apply_replica(f.no, 9, rows, Seq(3)).unwrap();
+    damage(&f, |batch| batch.put(Table::Entries, key::entry(f.no, FileId::ROOT, b"2"), [0xff; 4]));
+    let no = f.index.restart_replica(f.no, 9).unwrap();
+    assert_ne!(no, f.no);
+    let left = tests::dump(&f.index, Table::Entries, &key::location(f.no));
+    assert!(left.is_empty(), "{left:?}");
+}

@@ -314,16 +314,24 @@ fn mark_gone(tx: &mut Tx<'_>, place: Place<'_>, name: &Name) {
 fn purge_entries(tx: &mut Tx<'_>, no: LocationNo) -> Result<bool, IndexError> {
     let keys = read::keys(tx, Table::Entries, &key::location(no), COMMIT_ROWS)?;
     for key in &keys {
-        let name = key::entry_name(key).ok_or(IndexError::DamagedRow("a name"))?;
-        let parent = key::entry_parent(key).ok_or(IndexError::DamagedRow("a directory"))?;
-        if let Some(Entry { content: Some(content), file_id, .. }) =
-            tx.row(Place { no, parent, name: &name })?.map(|r| r.entry)
-        {
+        if let Some(Entry { content: Some(content), file_id, .. }) = readable_entry(tx, no, key)? {
             tx.batch.delete(Table::Content, key::content(content, no, file_id));
         }
         tx.batch.delete(Table::Entries, key.as_slice());
     }
     Ok(!keys.is_empty())
+}
+
+/// What cannot be understood goes all the same: it may be why the rows go.
+fn readable_entry(tx: &Tx<'_>, no: LocationNo, key: &[u8]) -> Result<Option<Entry>, IndexError> {
+    let Some((parent, name)) = key::entry_parent(key).zip(key::entry_name(key)) else {
+        return Ok(None);
+    };
+    match tx.row(Place { no, parent, name: &name }) {
+        Ok(row) => Ok(row.map(|row| row.entry)),
+        Err(IndexError::DamagedRow(_)) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 fn purge_keys(tx: &mut Tx<'_>, table: Table, no: LocationNo) -> Result<bool, IndexError> {

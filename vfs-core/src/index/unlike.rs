@@ -14,13 +14,20 @@ const EXAMPLES: usize = 5;
 /// What differs between two logs.
 #[derive(Clone, Default, PartialEq, Eq, Debug)]
 pub struct Unlike {
-    /// Places of the log at which they have different rows, or only one of them has one.
+    /// Places of the log at which they have different rows, or only one of them has one. Tombstones
+    /// do not count: each device drops them in its own time.
     pub rows: u64,
     /// Some of them: the directory and the name in it.
     pub examples: Vec<(FileId, Name)>,
 }
 
 impl Unlike {
+    fn add_row(&mut self, row: &LogRow) {
+        if row.entry.is_some() {
+            self.add(row.parent, &row.name);
+        }
+    }
+
     fn add(&mut self, parent: FileId, name: &Name) {
         self.rows += 1;
         let is_named = self.examples.iter().any(|(dir, named)| (*dir, named) == (parent, name));
@@ -44,18 +51,28 @@ impl Index {
         let mut theirs = theirs.iter().peekable();
         read::log_range(&*snapshot, no, after, upto, &mut |seq, parent, name| {
             while let Some(lacking) = theirs.next_if(|row| row.seq < seq) {
-                found.add(lacking.parent, &lacking.name);
+                found.add_row(lacking);
             }
-            let here = read::row(&*snapshot, no, parent, name.as_bytes())?;
-            let entry = here.filter(|row| row.seq == seq).map(|row| row.entry);
             let other = theirs.next_if(|row| row.seq == seq);
-            if other != Some(&LogRow { seq, parent, name: name.clone(), entry }) {
-                let (parent, name) = other.map_or((parent, &name), |row| (row.parent, &row.name));
-                found.add(parent, name);
+            let here = match read::row(&*snapshot, no, parent, name.as_bytes()) {
+                Ok(row) => row.filter(|row| row.seq == seq).map(|row| row.entry),
+                // Whatever it was, it is not that.
+                Err(IndexError::DamagedRow(_)) => {
+                    found.add(parent, &name);
+                    return Ok(ControlFlow::Continue(()));
+                }
+                Err(error) => return Err(error),
+            };
+            let here = here.map(|entry| LogRow { seq, parent, name, entry: Some(entry) });
+            let there = other.filter(|row| row.entry.is_some());
+            if there != here.as_ref()
+                && let Some(row) = there.or(here.as_ref())
+            {
+                found.add_row(row);
             }
             Ok(ControlFlow::Continue(()))
         })?;
-        theirs.for_each(|lacking| found.add(lacking.parent, &lacking.name));
+        theirs.for_each(|lacking| found.add_row(lacking));
         Ok(())
     }
 }
@@ -87,6 +104,9 @@ mod tests {
         let found = compare(&[(0, 3, &theirs[..3]), (3, 7, &theirs[3..])]);
         let names = ["2", "4", "5", "more"].map(|text| (FileId::ROOT, name(text)));
         assert_eq!(found, Unlike { rows: 4, examples: names.into() });
+        // A name that is gone, which only one of them still remembers.
+        let gone = vec![log_row(7, FileId::ROOT, "gone", None)];
+        assert_eq!(compare(&[(0, 6, &rows), (6, 7, &gone)]).rows, 0);
         assert_eq!(compare(&[(0, 6, &[])]).rows, 6);
         assert_eq!(compare(&[(0, 6, &[])]).examples.len(), EXAMPLES);
     }

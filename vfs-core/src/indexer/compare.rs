@@ -51,6 +51,8 @@ pub struct Compared {
     pub undecided: u64,
     /// Directories that could not be read; their rows are neither right nor wrong.
     pub unread: u64,
+    /// Those of them that this user may not read.
+    pub forbidden: u64,
     /// Some of what differs or could not be read, by their paths.
     pub examples: Vec<Vec<Name>>,
     /// Directories with differences; as many as are noted.
@@ -164,8 +166,9 @@ impl<'a> Comparison<'a> {
                 self.compared.entries += entries;
                 differences
             }
-            Err(_) => {
+            Err(e) => {
                 self.compared.unread += 1;
+                self.compared.forbidden += u64::from(e.kind() == Kind::AccessDenied);
                 self.compared.name(&path, None);
                 return Ok(Vec::new());
             }
