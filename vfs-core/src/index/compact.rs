@@ -135,7 +135,5 @@ fn some_tombstones(
 
 /// The place below which the log of a location has no tombstones.
 pub(super) fn floor(from: &dyn Snapshot, no: LocationNo) -> Result<Seq, IndexError> {
-    let Some(value) = from.get(Table::Meta, &key::floor(no))? else { return Ok(Seq(0)) };
-    let value = value.try_into().map_err(|_| IndexError::DamagedRow("a floor"))?;
-    Ok(Seq(u64::from_be_bytes(value)))
+    read::noted(from, &key::floor(no))
 }

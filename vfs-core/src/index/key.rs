@@ -124,6 +124,11 @@ pub(super) fn seen_of(no: LocationNo) -> Vec<u8> {
     join(&[b"seen", &location(no)])
 }
 
+/// Meta: everything that is true of a replica's rows as they are, and goes with them.
+pub(super) fn about_rows(no: LocationNo) -> [Vec<u8>; 6] {
+    [whole(no), beyond(no), unlisted(no), sum(no), statement(no), floor(no)]
+}
+
 /// Meta: a location that its owner does not announce any more.
 pub(super) fn withdrawn(id: LocationId) -> Vec<u8> {
     join(&[b"withdrawn", &id.0])

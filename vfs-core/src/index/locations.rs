@@ -125,10 +125,7 @@ impl Index {
         }
         self.write(|tx| {
             tx.batch.delete(Table::Meta, key::state(no));
-            for key in [key::whole(no), key::unlisted(no), key::sum(no), key::statement(no)] {
-                tx.batch.delete(Table::Meta, key);
-            }
-            for key in [key::floor(no), key::beyond(no)] {
+            for key in key::about_rows(no) {
                 tx.batch.delete(Table::Meta, key);
             }
             for key in read::keys(tx, Table::Meta, &key::seen_of(no), usize::MAX)? {

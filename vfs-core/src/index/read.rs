@@ -52,6 +52,13 @@ pub(super) fn file_on_disk(
     key::split_file(&value).map(Some).ok_or(IndexError::DamagedRow("an inode"))
 }
 
+/// A number that is noted in Meta; 0, if none is.
+pub(super) fn noted(from: &dyn Snapshot, key: &[u8]) -> Result<Seq, IndexError> {
+    let Some(value) = from.get(Table::Meta, key)? else { return Ok(Seq(0)) };
+    let value = value.try_into().map_err(|_| IndexError::DamagedRow("a number"))?;
+    Ok(Seq(u64::from_be_bytes(value)))
+}
+
 /// What is known of a file without a name.
 pub(super) fn orphan(
     from: &dyn Snapshot,

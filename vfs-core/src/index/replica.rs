@@ -173,8 +173,7 @@ impl Index {
         self.replica(no)?;
         self.write(|tx| {
             tx.set_state(no, State { resetting: true, ..State::default() });
-            let known = [key::whole(no), key::unlisted(no), key::sum(no), key::statement(no)];
-            for key in known.into_iter().chain([key::floor(no), key::beyond(no)]) {
+            for key in key::about_rows(no) {
                 tx.batch.delete(Table::Meta, key);
             }
             tx.changes.push(Change::Reset);
@@ -239,9 +238,7 @@ pub(super) fn note_whole(tx: &mut Tx<'_>, no: LocationNo, log_id: u64, upto: Seq
 
 /// The number of the last row that a replica has, if that is beyond its head.
 pub(super) fn beyond(from: &dyn Snapshot, no: LocationNo) -> Result<Seq, IndexError> {
-    let Some(value) = from.get(Table::Meta, &key::beyond(no))? else { return Ok(Seq(0)) };
-    let value = value.try_into().map_err(|_| IndexError::DamagedRow("a number"))?;
-    Ok(Seq(u64::from_be_bytes(value)))
+    read::noted(from, &key::beyond(no))
 }
 
 pub(super) fn follow(state: &mut State, log_id: u64) -> Result<(), IndexError> {

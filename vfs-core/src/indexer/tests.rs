@@ -506,6 +506,8 @@ fn what_was_listed_of_a_folder_is_not_recorded_when_it_was_found_anew() {
     let device = Device::new(config);
     populate(&device.at(""), 3, 3);
     device.start();
+    // A file that is to be hashed while it is aside would be found missing.
+    device.hashes();
     let dir = device.entry("d1/e1").unwrap().file_id;
     let file = device.entry("d1/e1/f2").unwrap().file_id;
     let core = &device.indexer.core;
@@ -741,4 +743,28 @@ fn what_has_just_lost_its_name_is_not_swept_with_what_lost_it_before() {
     assert!(!place.is_sweep_due(now + delay - Duration::from_millis(1)));
     place.sweep_after(Duration::from_secs(3600));
     assert!(place.is_sweep_due(now + Duration::from_secs(31)), "it is not put off for ever");
+}
+
+/// What overflows the queue of a mark may lie outside the location, and go on for long.
+#[test]
+fn lost_events_of_a_file_system_lead_to_a_scan_after_a_rest() {
+    let device = Device::new(IndexerConfig { watch: false, ..quick() });
+    let place = Place::new(device.no, device.at(""), device.config.clone(), None, Box::new(|_| ()));
+    let (mut degraded, now) = (lock(&place.degraded), Instant::now());
+    let rest = now + Duration::from_secs(60);
+    assert!(degraded.lose_events("lost".into()), "it is news");
+    assert!(
+        degraded.rescan_at.is_some_and(|at| at <= Instant::now()),
+        "nothing was scanned lately"
+    );
+    degraded.begin_pass();
+    assert!(!degraded.lose_events("lost again".into()));
+    degraded.end_pass(false, rest);
+    assert_eq!(degraded.reason().as_deref(), Some("lost again"), "that pass may have missed it");
+    assert_eq!(degraded.rescan_at, Some(rest));
+    degraded.begin_pass();
+    degraded.end_pass(false, rest);
+    assert_eq!((degraded.reason(), degraded.rescan_at), (None, None));
+    degraded.lose_events("lost".into());
+    assert_eq!(degraded.rescan_at, Some(rest), "not at once after a pass");
 }

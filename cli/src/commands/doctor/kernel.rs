@@ -16,7 +16,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-/// Longer than a kernel may remember anything without being told of its changes.
+/// A kernel is told of a change within a second; what it shows otherwise for longer stays so.
 const SETTLE: Duration = Duration::from_millis(2500);
 /// How long a mount may take for all of it.
 const PATIENCE: Duration = Duration::from_secs(60);
