@@ -13,6 +13,7 @@ mod check;
 mod conflicts;
 pub mod guard;
 mod handle;
+mod inherited;
 mod locations;
 mod log;
 mod members;
@@ -107,6 +108,7 @@ fn silent(dir: &DataDir, child: &mut Child) -> Failure {
 
 /// The started side of [`start`].
 pub fn run_in_background(dir: &DataDir, set: &[String]) -> Outcome<()> {
+    inherited::close();
     // Fails for the leader of a process group, which has left its terminal already.
     let _ = rustix::process::setsid();
     let result = dir.clone().prepare().and_then(|dir| {

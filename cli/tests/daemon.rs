@@ -62,6 +62,23 @@ fn stopping_ends_it_and_asking_does_not_start_it() {
 }
 
 #[test]
+fn what_the_starter_had_open_is_not_kept_open() {
+    let device = Device::new();
+    let lock = device.folder("script").join("lock");
+    fs::write(&lock, "").unwrap();
+    let status = device
+        .command_by(&["sh", "-c", "exec 7<\"$0\"; exec \"$@\"", text(&lock)])
+        .args(["status", "--json"])
+        .output()
+        .unwrap();
+    let status: Value = serde_json::from_slice(&status.stdout).unwrap();
+    let open = fs::read_dir(format!("/proc/{}/fd", status["daemon"]["pid"])).unwrap();
+    let open: Vec<_> = open.filter_map(|fd| fs::read_link(fd.unwrap().path()).ok()).collect();
+    assert!(open.contains(&device.data().join("sd.log")), "{open:?}");
+    assert!(!open.contains(&lock), "{open:?}");
+}
+
+#[test]
 fn sigterm_is_a_clean_end() {
     let device = Device::new();
     let mut daemon =

@@ -21,6 +21,7 @@
 
 use crate::convert;
 use crate::io_mode::{IoMode, IoModes};
+use crate::linger::Linger;
 use crate::listings::Listings;
 use crate::locking;
 use crate::negotiate::Negotiated;
@@ -35,6 +36,7 @@ use fuser::{
 use std::ffi::OsStr;
 use std::io;
 use std::ops::ControlFlow;
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -60,6 +62,7 @@ pub(crate) struct Adapter {
     modes: IoModes<BackingId>,
     listings: Arc<Listings>,
     stage: Arc<Stage>,
+    linger: Linger<Arc<OwnedFd>>,
 }
 
 /// What the helper opens, only to close it.
@@ -99,8 +102,10 @@ impl Adapter {
         negotiated: Arc<Negotiated>,
         listings: Arc<Listings>,
         stage: Arc<Stage>,
+        device: Arc<OwnedFd>,
     ) -> Self {
-        Self { drive, runtime, negotiated, modes: IoModes::default(), listings, stage }
+        let (modes, linger) = (IoModes::default(), Linger::new(device));
+        Self { drive, runtime, negotiated, modes, listings, stage, linger }
     }
 
     /// The helper makes a name that is there.
@@ -303,6 +308,7 @@ impl Filesystem for Adapter {
     }
 
     fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let _serving = self.linger.serve();
         let (mut parent, mut name) = (ino(parent), name.as_bytes().to_owned());
         let longest = match self.stage.look(request, parent, &name) {
             Look::Plain => Duration::MAX,
@@ -336,6 +342,7 @@ impl Filesystem for Adapter {
     }
 
     fn getattr(&self, _: &Request, node: INodeNo, fh: Option<FileHandle>, reply: ReplyAttr) {
+        let _serving = self.linger.serve();
         let found = run("getattr", || self.drive.getattr(ino(node), fh.map(handle)));
         self.reply_attr(reply, found);
     }
@@ -358,6 +365,7 @@ impl Filesystem for Adapter {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
+        let _serving = self.linger.serve();
         let set = SetAttr {
             perm: mode.map(convert::perm),
             uid,
@@ -383,6 +391,7 @@ impl Filesystem for Adapter {
     }
 
     fn readlink(&self, _: &Request, node: INodeNo, reply: ReplyData) {
+        let _serving = self.linger.serve();
         match run("readlink", || self.drive.readlink(ino(node))) {
             Ok(target) => reply.data(&target),
             Err(errno) => reply.error(errno),
@@ -399,6 +408,7 @@ impl Filesystem for Adapter {
         rdev: u32,
         reply: ReplyEntry,
     ) {
+        let _serving = self.linger.serve();
         if self.stage.is_helper(request) {
             return self.reply_entry(reply, self.play_make(parent, name));
         }
@@ -421,6 +431,7 @@ impl Filesystem for Adapter {
         _umask: u32,
         reply: ReplyEntry,
     ) {
+        let _serving = self.linger.serve();
         if self.stage.is_helper(request) {
             return self.reply_entry(reply, self.play_make(parent, name));
         }
@@ -433,6 +444,7 @@ impl Filesystem for Adapter {
     }
 
     fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let _serving = self.linger.serve();
         if self.stage.is_helper(request) {
             return reply_empty(reply, self.play_remove(parent, name));
         }
@@ -441,6 +453,7 @@ impl Filesystem for Adapter {
     }
 
     fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let _serving = self.linger.serve();
         if self.stage.is_helper(request) {
             return reply_empty(reply, self.play_remove(parent, name));
         }
@@ -456,6 +469,7 @@ impl Filesystem for Adapter {
         target: &Path,
         reply: ReplyEntry,
     ) {
+        let _serving = self.linger.serve();
         if self.stage.is_helper(request) {
             return self.reply_entry(reply, self.play_make(parent, name));
         }
@@ -477,6 +491,7 @@ impl Filesystem for Adapter {
         flags: fuser::RenameFlags,
         reply: ReplyEmpty,
     ) {
+        let _serving = self.linger.serve();
         if self.stage.is_helper(request) {
             let played = self.play_move((parent, name), (new_parent, new_name));
             return reply_empty(reply, played);
@@ -499,6 +514,7 @@ impl Filesystem for Adapter {
         new_name: &OsStr,
         reply: ReplyEntry,
     ) {
+        let _serving = self.linger.serve();
         if self.stage.is_helper(request) {
             return reply.error(Errno::EPERM);
         }
@@ -509,6 +525,7 @@ impl Filesystem for Adapter {
     }
 
     fn open(&self, request: &Request, node: INodeNo, flags: fuser::OpenFlags, reply: ReplyOpen) {
+        let _serving = self.linger.serve();
         let flags = convert::open_flags(flags.0);
         let node = ino(node);
         if self.stage.is_helper(request) {
@@ -557,6 +574,7 @@ impl Filesystem for Adapter {
         flags: i32,
         reply: ReplyCreate,
     ) {
+        let _serving = self.linger.serve();
         if self.stage.is_helper(request) {
             return reply.error(Errno::EPERM);
         }
@@ -604,6 +622,7 @@ impl Filesystem for Adapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        let _serving = self.linger.serve();
         let (fh, len) = (handle(fh), size as usize);
         match run("read", || self.drive.try_read(fh, offset, len).transpose()) {
             Ok(Some(bytes)) => reply.data(&bytes),
@@ -632,6 +651,7 @@ impl Filesystem for Adapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
+        let _serving = self.linger.serve();
         let fh = handle(fh);
         self.stage.did_to(ino(node));
         let written = run("write", || {
@@ -656,6 +676,7 @@ impl Filesystem for Adapter {
 
     /// Also the end of a process's record locks, whatever the bytes come to.
     fn flush(&self, _: &Request, _: INodeNo, fh: FileHandle, owner: LockOwner, reply: ReplyEmpty) {
+        let _serving = self.linger.serve();
         if fh == NO_HANDLE {
             return reply.ok();
         }
@@ -749,6 +770,7 @@ impl Filesystem for Adapter {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
+        let _serving = self.linger.serve();
         if fh == NO_HANDLE {
             return reply.ok();
         }
@@ -800,6 +822,7 @@ impl Filesystem for Adapter {
     }
 
     fn opendir(&self, _: &Request, node: INodeNo, _: fuser::OpenFlags, reply: ReplyOpen) {
+        let _serving = self.linger.serve();
         match run("opendir", || self.drive.opendir(ino(node))) {
             Ok(opened) => {
                 reply.opened(FileHandle(opened.0), self.listing_flags(ino(node), opened));
@@ -816,6 +839,7 @@ impl Filesystem for Adapter {
         cookie: u64,
         mut reply: ReplyDirectory,
     ) {
+        let _serving = self.linger.serve();
         let mut add = |item: DirItem<'_>| {
             let (name, kind) = (OsStr::from_bytes(item.name), convert::file_type(item.file_type));
             stop_if(reply.add(INodeNo(item.ino.0), item.next_cookie, kind, name))
@@ -836,6 +860,7 @@ impl Filesystem for Adapter {
         cookie: u64,
         mut reply: ReplyDirectoryPlus,
     ) {
+        let _serving = self.linger.serve();
         let mut add = |item: DirItem<'_>| {
             let (valid, attr, generation) = match item.found {
                 Some(found) => (
@@ -867,6 +892,7 @@ impl Filesystem for Adapter {
         _: fuser::OpenFlags,
         reply: ReplyEmpty,
     ) {
+        let _serving = self.linger.serve();
         self.listings.close(node.0, fh.0);
         let released = run("releasedir", || {
             self.drive.releasedir(handle(fh));
@@ -887,6 +913,7 @@ impl Filesystem for Adapter {
     }
 
     fn statfs(&self, _: &Request, node: INodeNo, reply: ReplyStatfs) {
+        let _serving = self.linger.serve();
         match run("statfs", || self.drive.statfs(ino(node))) {
             Ok(s) => reply.statfs(
                 s.blocks,
@@ -912,6 +939,7 @@ impl Filesystem for Adapter {
         _position: u32,
         reply: ReplyEmpty,
     ) {
+        let _serving = self.linger.serve();
         if self.stage.is_helper(request) {
             return reply.error(Errno::EPERM);
         }
@@ -930,6 +958,7 @@ impl Filesystem for Adapter {
         size: u32,
         reply: ReplyXattr,
     ) {
+        let _serving = self.linger.serve();
         let value = match self.stage.prove(request, name.as_bytes()) {
             Some(proof) => Ok(proof),
             None => run("getxattr", || self.drive.getxattr(ino(node), name.as_bytes())),
@@ -938,10 +967,12 @@ impl Filesystem for Adapter {
     }
 
     fn listxattr(&self, _: &Request, node: INodeNo, size: u32, reply: ReplyXattr) {
+        let _serving = self.linger.serve();
         reply_xattr(reply, size, run("listxattr", || self.drive.listxattr(ino(node))));
     }
 
     fn removexattr(&self, request: &Request, node: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let _serving = self.linger.serve();
         if self.stage.is_helper(request) {
             return reply.error(Errno::EPERM);
         }

@@ -15,6 +15,7 @@
 //! | `locking` | waiting for locks, and the signals that end it |
 //! | `io_mode` | passthrough or cached, per open inode |
 //! | `listings` | which directories' listings the kernel may go on using |
+//! | `linger` | looking for the next request before sleeping |
 //! | `convert` | attributes, times, errors and flags |
 //! | `invalidate`, `notify` | changes, told to the kernel |
 //! | `events` | changes, told to the programs that watch |
@@ -34,6 +35,7 @@ mod helper;
 mod inside;
 mod invalidate;
 mod io_mode;
+mod linger;
 mod listings;
 mod locking;
 mod mounts;

@@ -156,6 +156,7 @@ fn start(
         Arc::clone(&negotiated),
         Arc::clone(&listings),
         Arc::clone(&stage),
+        Arc::clone(&device),
     );
     let session = fuser::Session::from_fd(
         adapter,

@@ -44,8 +44,15 @@ impl Device {
     }
 
     pub fn command(&self) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_sd"));
+        self.command_by(&[])
+    }
+
+    /// By another program, which is given the path of `sd` and then the arguments.
+    pub fn command_by(&self, starter: &[&str]) -> Command {
+        let words = [starter, &[env!("CARGO_BIN_EXE_sd")]].concat();
+        let mut command = Command::new(words[0]);
         command
+            .args(&words[1..])
             .env("SD_DATA_DIR", &self.data)
             .env("HOME", self.home.path())
             .env("SD_NETWORK_BIND", "127.0.0.1:0")

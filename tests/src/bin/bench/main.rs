@@ -5,6 +5,7 @@
 //! of the machine hits both.
 
 mod scale;
+mod walks;
 
 use anyhow::{Context, Result, ensure};
 use e2e::disk::MemoryDisk;
@@ -45,9 +46,10 @@ fn main() -> Result<()> {
 
 type Part = (&'static str, fn() -> Result<Vec<Row>>);
 
-const PARTS: [Part; 5] = [
+const PARTS: [Part; 6] = [
     ("own", own_files),
     ("lan", lan),
+    ("walk", walks::walks),
     ("far", far),
     ("many", many_entries),
     (ONLY_NAMED, scale::million),
@@ -111,7 +113,7 @@ impl Row {
 /// All parts, or those that are named.
 fn measure(wanted: &[&str]) -> Result<Vec<Row>> {
     let known = |name: &&str| PARTS.iter().any(|(part, _)| part == name);
-    ensure!(wanted.iter().all(known), "a part is one of own, lan, far, many, scale");
+    ensure!(wanted.iter().all(known), "a part is one of own, lan, walk, far, many, scale");
     let mut rows = Vec::new();
     let is_wanted = |name| match wanted {
         [] => name != ONLY_NAMED,
@@ -242,7 +244,6 @@ fn own_files() -> Result<Vec<Row>> {
 fn lan() -> Result<Vec<Row>> {
     let lab = lab_or_reason(Lab::lan(&[Need::Root, Need::Fuse]))?;
     let source = lab.folder("source");
-    files::real_tree(&lab.folder("source/tree"), 20_000);
     let size = 512 * MIB;
     files::random_file(&source.join("big"), size, 2);
     for n in 0..16 {
@@ -263,17 +264,6 @@ fn lan() -> Result<Vec<Row>> {
     let native_file = source.join("big");
     let again =
         side_by_side(|| cold_read_speed(&native_file), || cold_read_speed(&mounted.join("big")))?;
-    let walks = side_by_side(
-        || {
-            files::drop_kernel_caches();
-            walk(&source.join("tree"))
-        },
-        || {
-            fresh_mount(&reader);
-            walk(&mounted.join("tree"))
-        },
-    )?;
-    let warm = side_by_side(|| walk(&source.join("tree")), || walk(&mounted.join("tree")))?;
     let (mut round, mut until_there) = (0, Vec::new());
     let native = lab.folder("native");
     let (native_write, write) = side_by_side(
@@ -304,20 +294,6 @@ fn lan() -> Result<Vec<Row>> {
             reference: Some(("native, cold", again.0)),
             drive: again.1,
             must: 0.9,
-        },
-        Row {
-            work: "find -ls of 20,000 remote files, fresh mount",
-            unit: "s",
-            reference: Some(("native, cold", walks.0)),
-            drive: walks.1,
-            must: 1.3,
-        },
-        Row {
-            work: "find -ls of them again",
-            unit: "s",
-            reference: Some(("native, warm", warm.0)),
-            drive: warm.1,
-            must: 1.3,
         },
         Row {
             work: "write 256 MiB to a remote device, LAN, until close",
