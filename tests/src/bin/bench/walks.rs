@@ -48,7 +48,7 @@ pub fn walks() -> Result<Vec<Row>> {
     let near = measure(&[])?;
     let far = measure(&["--delay", "40"])?;
     let row = |shape: usize, place: usize, (native, drive): (f64, f64)| Row {
-        work: SHAPES[shape].works[place],
+        work: SHAPES[shape].works[place].into(),
         unit: "s",
         reference: Some(("native, cold", native)),
         drive,
