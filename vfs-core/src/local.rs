@@ -323,8 +323,9 @@ fn mount_point(dir: &Statx, name: Name) -> FsResult<Observed> {
 /// any other failure fails the whole listing, so that no entry is ever taken for deleted.
 pub fn list_dir(dir: BorrowedFd<'_>) -> FsResult<Listing> {
     let own = stat_of(dir)?;
-    let mut entries = Vec::new();
-    for raw in raw_entries(dir)? {
+    let raw_entries = raw_entries(dir)?;
+    let mut entries = Vec::with_capacity(raw_entries.len());
+    for raw in raw_entries {
         match observe_raw(dir, &own, raw) {
             Ok(entry) => entries.push(entry),
             Err(e) if e.kind() == Kind::NotFound => {}

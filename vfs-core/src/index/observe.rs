@@ -70,10 +70,12 @@ impl Index {
             let Comparison { directories, gone, new } = self.compare(no, dir, listing)?;
             found.push(Some(directories));
             // What is gone comes first: what appears may be the same file under another name.
-            names.extend(gone.into_iter().map(|name| (at, dir, name, None)));
-            names.extend(new.into_iter().map(|o| (at, dir, o.name.clone(), Some(o))));
+            let gone = gone.into_iter().map(move |name| (at, dir, name, None));
+            let new = new.into_iter().map(move |o| (at, dir, o.name.clone(), Some(o)));
+            names.push(gone.chain(new));
         }
-        let mut names = names.into_iter().peekable();
+        // One by one: of a huge directory there is no second copy.
+        let mut names = names.into_iter().flatten().peekable();
         while names.peek().is_some() {
             self.write(|tx| {
                 let mut checked = None;
@@ -101,22 +103,26 @@ impl Index {
     ) -> Result<Comparison, IndexError> {
         listing.sort_by(|a, b| a.name.cmp(&b.name));
         listing.dedup_by(|a, b| a.name == b.name);
-        let mut found = Comparison::default();
-        let mut listing = listing.into_iter().peekable();
+        let (mut directories, mut gone) = (Vec::new(), Vec::new());
+        let (mut at, mut is_new) = (0, vec![true; listing.len()]);
         let snapshot = self.store().snapshot()?;
         read::scan_prefix(&*snapshot, Table::Entries, &key::entry(no, dir, b""), &mut |k, v| {
             let name = key::entry_name(k).ok_or(IndexError::DamagedRow("a name"))?;
-            while let Some(new) = listing.next_if(|o| o.name < name) {
-                found.new.push(new);
-            }
-            match listing.next_if(|o| o.name == name) {
-                Some(now) => found.keep(name, decode(v, "an entry")?, now),
-                None => found.gone.push(name),
+            at += listing[at..].iter().take_while(|o| o.name < name).count();
+            let Some(now) = listing.get(at).filter(|o| o.name == name) else {
+                gone.push(name);
+                return Ok(ControlFlow::Continue(()));
+            };
+            let Row { entry, .. } = decode(v, "an entry")?;
+            is_new[at] = !is_unchanged(&entry, now);
+            if !is_new[at] && is_directory(&entry) {
+                directories.push((name, entry.file_id));
             }
             Ok(ControlFlow::Continue(()))
         })?;
-        found.new.extend(listing);
-        Ok(found)
+        let mut is_new = is_new.into_iter();
+        listing.retain(|_| is_new.next().unwrap_or(true));
+        Ok(Comparison { directories, gone, new: listing })
     }
 
     /// One name of a directory, as it is now; `None`: it is gone.
@@ -231,23 +237,12 @@ pub struct Sighting {
     pub content: Option<(Stamp, ContentId)>,
 }
 
-#[derive(Default)]
 struct Comparison {
     /// Directories that are as before.
     directories: Vec<(Name, FileId)>,
     gone: Vec<Name>,
     /// Appeared or changed.
     new: Vec<Observed>,
-}
-
-impl Comparison {
-    fn keep(&mut self, name: Name, row: Row, now: Observed) {
-        if !is_unchanged(&row.entry, &now) {
-            self.new.push(now);
-        } else if is_directory(&row.entry) {
-            self.directories.push((name, row.entry.file_id));
-        }
-    }
 }
 
 /// The name of a location's own folder below [`ROOT_PARENT`].

@@ -36,6 +36,15 @@ pub fn million() -> Result<Vec<Row>> {
         .try_for_each(|n| File::create(flat.join(format!("file-{n}"))).map(drop))?;
     let (mut rows, owner, reader) = measure(&lab, &MILLION)?;
     rows.extend(list(&owner, &reader, &flat)?);
+    for (name, device) in [("owner", &owner), ("reader", &reader)] {
+        rows.push(Row {
+            work: format!("peak memory of the {name} since its start"),
+            unit: "MiB",
+            reference: None,
+            drive: device.memory().0 as f64 / MIB as f64,
+            must: 300.0,
+        });
+    }
     Ok(rows)
 }
 
