@@ -102,9 +102,9 @@ impl Adapter {
         negotiated: Arc<Negotiated>,
         listings: Arc<Listings>,
         stage: Arc<Stage>,
-        device: Arc<OwnedFd>,
+        linger: Linger<Arc<OwnedFd>>,
     ) -> Self {
-        let (modes, linger) = (IoModes::default(), Linger::new(device));
+        let modes = IoModes::default();
         Self { drive, runtime, negotiated, modes, listings, stage, linger }
     }
 

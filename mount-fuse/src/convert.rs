@@ -9,10 +9,11 @@ use vfs_core::drive::{
 use vfs_core::error::{FsError, Kind};
 use vfs_core::model::{FileType, Time};
 
-/// What `st_blksize` says of a directory, in bytes: the C library asks for as much of a listing at
-/// once. The kernel asks for attributes with the first part of a listing only, and for those of
-/// each further name when a program wants them. So the first part holds more than a thousand
-/// names, and not so many that a program waits long for the first of a million.
+/// What `st_blksize` says of a directory, in bytes: glibc asks for as much of a listing at once, and
+/// from Linux 6.16 on so does the kernel (before, one page). The kernel asks for attributes with the
+/// first part of a listing only, and for those of each further name when a program wants them. So
+/// the first part holds more than a thousand names, and not so many that a program waits long for
+/// the first of a million.
 const LISTED_AT_ONCE: u32 = 256 << 10;
 
 /// What a program sees of a failure. A kind that the kernel's callers do not expect of the

@@ -9,7 +9,8 @@
 //! It costs a processor's time:
 //!
 //! - One thread of a mount at most looks, and gives way to whatever else wants its processor.
-//! - Only while requests follow each other quickly: a request now and then costs nothing.
+//! - Only while requests follow each other quickly: one now and then costs nothing, several at once
+//!   cost one moment after the last of them.
 //! - Who has looked in vain twice in a row leaves out ever more answers before the next look.
 //!
 //! No request depends on it: the other threads sleep in `read` meanwhile and are woken as ever.
@@ -32,8 +33,8 @@ const DOUBLED_AT_MOST: u32 = 8;
 
 /// When the threads of one mount look before they sleep.
 pub(crate) struct Linger<D> {
-    /// The kernel's end of the mount; `None` where nobody looks, as the program that is to send
-    /// the next request would have no processor.
+    /// The kernel's end of the mount; `None` where nobody looks: the program that is to send the
+    /// next request would have no processor, or nobody would sleep in `read` meanwhile.
     device: Option<D>,
     began: Instant,
     /// When the last answer was given, in nanoseconds since then.
@@ -43,17 +44,19 @@ pub(crate) struct Linger<D> {
 }
 
 impl<D: AsFd> Linger<D> {
-    pub(crate) fn new(device: D) -> Self {
+    /// For a mount with so many serving threads.
+    pub(crate) fn new(device: D, threads: usize) -> Self {
         let has_processors = thread::available_parallelism().is_ok_and(|count| count.get() > 1);
         Self {
-            device: has_processors.then_some(device),
+            device: (has_processors && threads > 1).then_some(device),
             began: Instant::now(),
             answered: AtomicU64::new(0),
             pace: Mutex::default(),
         }
     }
 
-    /// To be held while a request is served, until it is answered.
+    /// To be held while a request is served, until it is answered. Not by what waits for a lock or
+    /// a disk: nothing follows it quickly.
     pub(crate) fn serve(&self) -> Serving<'_, D> {
         let answered = Duration::from_nanos(self.answered.load(Ordering::Relaxed));
         let is_quick = self.began.elapsed().saturating_sub(answered) < QUICK;
@@ -129,7 +132,7 @@ mod tests {
 
     /// A mount on a machine of several processors, whatever this one has.
     fn over(device: PipeReader) -> Linger<PipeReader> {
-        Linger { device: Some(device), ..Linger::new(std::io::pipe().unwrap().0) }
+        Linger { device: Some(device), ..Linger::new(std::io::pipe().unwrap().0, 2) }
     }
 
     /// Serves a request that came soon after the last answer, and says how long it took.

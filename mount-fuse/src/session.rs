@@ -15,6 +15,7 @@ use crate::error::MountError;
 use crate::events::{self, Teller};
 use crate::helper::HelperCommand;
 use crate::invalidate::Invalidator;
+use crate::linger::Linger;
 use crate::listings::Listings;
 use crate::mounts::{self, DeviceNo, MountInfo};
 use crate::negotiate::Negotiated;
@@ -156,7 +157,7 @@ fn start(
         Arc::clone(&negotiated),
         Arc::clone(&listings),
         Arc::clone(&stage),
-        Arc::clone(&device),
+        Linger::new(Arc::clone(&device), options.threads),
     );
     let session = fuser::Session::from_fd(
         adapter,

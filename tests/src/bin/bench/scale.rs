@@ -42,7 +42,7 @@ pub fn million() -> Result<Vec<Row>> {
             unit: "MiB",
             reference: None,
             drive: device.memory().0 as f64 / MIB as f64,
-            must: 300.0,
+            must: Some(300.0),
         });
     }
     Ok(rows)
@@ -120,14 +120,14 @@ fn index(owner: &mut Device, source: &Path, scale: &Scale) -> Result<Vec<Row>> {
             unit: "/s",
             reference: None,
             drive: entries / first.as_secs_f64(),
-            must: 50_000.0,
+            must: Some(50_000.0),
         },
         Row {
             work: "find 1,000 changes among them at the start".into(),
             unit: "s",
             reference: Some(("find -ls", find)),
             drive: second.as_secs_f64(),
-            must: 2.0,
+            must: Some(2.0),
         },
     ])
 }
@@ -163,7 +163,7 @@ fn replicate(owner: &Device, reader: &mut Device) -> Result<Row> {
         unit: "/s",
         reference: None,
         drive: entries / began.elapsed().as_secs_f64(),
-        must: 100_000.0,
+        must: Some(100_000.0),
     })
 }
 
@@ -175,7 +175,13 @@ fn sizes(owner: &Device, reader: &Device, scale: &Scale) -> Result<Vec<Row>> {
     let entries = count(owner, "files", "entries")?;
     let on_disk = |device: &Device| device.status()["index"]["bytes"].as_f64();
     let [theirs, ours] = [on_disk(owner), on_disk(reader)];
-    let row = |work: String, unit, drive, must| Row { work, unit, reference: None, drive, must };
+    let row = |work: String, unit, drive, must| Row {
+        work,
+        unit,
+        reference: None,
+        drive,
+        must: Some(must),
+    };
     let memory = |device: &Device| device.memory().1 as f64 / MIB as f64;
     Ok(vec![
         row(
@@ -212,7 +218,7 @@ fn mount(reader: &mut Device) -> Result<Row> {
         unit: "s",
         reference: None,
         drive: began.elapsed().as_secs_f64(),
-        must: 1.0,
+        must: Some(1.0),
     })
 }
 
@@ -238,7 +244,7 @@ fn list(owner: &Device, reader: &Device, flat: &Path) -> Result<Vec<Row>> {
         unit,
         reference: None,
         drive,
-        must,
+        must: Some(must),
     };
     Ok(vec![
         row(
