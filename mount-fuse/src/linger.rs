@@ -4,7 +4,7 @@
 //! waits for each answer. To wake the thread that sleeps in `read` takes longer than to answer, on
 //! a virtual machine some times as long. So the thread that gave an answer looks for the next
 //! request for [`MOMENT`] before it goes to sleep
-//! (docs/decisions/0009-look-before-sleeping.md).
+//! (docs/decisions/0008-look-before-sleeping.md).
 //!
 //! It costs a processor's time:
 //!
