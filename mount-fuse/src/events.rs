@@ -50,6 +50,9 @@ const LOOK_SHARE_MAX: u32 = 5;
 const BATCH: usize = 64;
 /// How long who takes the mount away waits for the call that is being made.
 const QUIET_PATIENCE: Duration = Duration::from_secs(2);
+/// A file that has grown is told when its new size is shown; and every so often while that has to
+/// wait, as it may go on growing without an end.
+const GROWTH_PATIENCE: Duration = Duration::from_secs(1);
 /// How often a name is made anew that a program has looked up meanwhile.
 const TRIES: usize = 3;
 /// The next helper is started no sooner after the last one was.
@@ -98,6 +101,7 @@ impl Teller {
             restart_pause: RESTART_AFTER,
             ending: None,
             rest_until: Instant::now(),
+            growing_since: None,
             watched: HashSet::new(),
             look_from: Instant::now(),
             is_hurried: false,
@@ -162,6 +166,8 @@ struct Telling {
     ending: Option<thread::JoinHandle<()>>,
     /// Telling takes half of the time at most.
     rest_until: Instant,
+    /// Since when something is told later because files are growing.
+    growing_since: Option<Instant>,
     /// Who watched at the last look.
     watched: HashSet<InodeNo>,
     look_from: Instant,
@@ -216,7 +222,9 @@ impl Telling {
 
     /// Tells who watches; what could not be told stays to be told in one.
     fn tell(&mut self, pending: &mut Pending, stopped: &mut oneshot::Receiver<()>) {
-        let changed = pending.take();
+        let mut changed = pending.take();
+        let growing = self.parts.drive.hold_back_growing(&mut changed);
+        let growing = self.still_growing(growing, &mut changed);
         let newcomers = match Instant::now() < self.look_from {
             true => {
                 self.is_hurried = true;
@@ -243,6 +251,21 @@ impl Telling {
                 return self.put_off(pending);
             }
         }
+        pending.put_back(growing);
+    }
+
+    /// What of this is told later; from time to time it is told now as well.
+    fn still_growing(&mut self, growing: Backlog, changed: &mut Backlog) -> Backlog {
+        if growing.is_empty() {
+            self.growing_since = None;
+            return growing;
+        }
+        let since = *self.growing_since.get_or_insert_with(Instant::now);
+        if since.elapsed() > GROWTH_PATIENCE {
+            self.growing_since = None;
+            changed.extend(&growing);
+        }
+        growing
     }
 
     /// When there may be a helper again, all are told that something changed.

@@ -12,6 +12,7 @@
 //! they are not told again while anything is mounted inside the drive, and believe no answer
 //! for longer than half a minute anyway.
 
+use crate::growth::Grower;
 use crate::inside::Inside;
 use crate::listings::Listings;
 use crate::mounts::DeviceNo;
@@ -41,6 +42,7 @@ impl Invalidator {
     pub(crate) fn start(
         drive: Arc<Drive>,
         kernel: Kernel,
+        grower: Grower,
         listings: Arc<Listings>,
         device: Option<DeviceNo>,
         runtime: &Handle,
@@ -50,7 +52,9 @@ impl Invalidator {
         let (stop, mut stopped) = oneshot::channel::<()>();
         let runtime = runtime.clone();
         let inside = device.filter(|_| kernel.drops_names()).map(Inside::new);
-        let mut tell = Tell { kernel, listings, inside };
+        // What has grown since the kernel is told of growth was perhaps not heard of.
+        grower.look();
+        let mut tell = Tell { kernel, grower, listings, inside };
         thread::Builder::new().name("sd-invalidate".into()).spawn(move || {
             let mut again = Again::default();
             loop {
@@ -127,6 +131,7 @@ impl Again {
 /// Whom to tell.
 struct Tell {
     kernel: Kernel,
+    grower: Grower,
     listings: Arc<Listings>,
     /// Where names are dropped with what is mounted on them.
     inside: Option<Inside>,
@@ -150,9 +155,12 @@ impl Tell {
             }
             Invalidation::Content(ino) => kernel.drop_pages(ino.0),
             Invalidation::Attributes(ino) => kernel.expire_attributes(ino.0),
+            Invalidation::Growth => self.grower.look(),
             Invalidation::Everything => {
                 self.listings.forget_all();
                 kernel.expire_everything();
+                // Which files have grown is not lost with the changes that told of them.
+                self.grower.look();
             }
         }
     }

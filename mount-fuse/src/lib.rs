@@ -31,6 +31,7 @@ mod attach;
 mod convert;
 mod error;
 mod events;
+mod growth;
 mod helper;
 mod inside;
 mod invalidate;

@@ -73,6 +73,12 @@ impl Kernel {
         self.inval_inode(ino, 0);
     }
 
+    /// The same of a file, with the pages from this byte on only. It waits for those that are just
+    /// being read.
+    pub(crate) fn drop_pages_from(&self, ino: u64, from: u64) {
+        self.inval_inode(ino, i64::try_from(from).unwrap_or(i64::MAX));
+    }
+
     /// Any name may have changed. On kernels without epochs nothing can be sent; there the
     /// cache times are bounded instead ([`crate::adapter`]).
     pub(crate) fn expire_everything(&self) {

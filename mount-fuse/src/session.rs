@@ -13,6 +13,7 @@ use crate::adapter::Adapter;
 use crate::attach::{self, Detach};
 use crate::error::MountError;
 use crate::events::{self, Teller};
+use crate::growth::Grower;
 use crate::helper::HelperCommand;
 use crate::invalidate::Invalidator;
 use crate::linger::Linger;
@@ -173,6 +174,7 @@ fn start(
     }
     let kernel = || Kernel::new(Arc::downgrade(&device), negotiated.abi(), number);
     let told = (kernel(), kernel());
+    let grower = Grower::new(&drive, kernel());
     let serving = Serving::start(session, device, mountpoint, number).map_err(failed)?;
     let teller = match (&options.helper, number) {
         (Some(command), Some(device)) if tells => {
@@ -184,7 +186,7 @@ fn start(
         _ => None,
     };
     let invalidator =
-        Invalidator::start(drive, told.0, listings, number, &runtime).map_err(failed)?;
+        Invalidator::start(drive, told.0, grower, listings, number, &runtime).map_err(failed)?;
     Ok(Mount {
         mountpoint: mountpoint.to_owned(),
         number,

@@ -8,6 +8,7 @@ mod conflicts;
 mod doctor;
 mod events;
 mod gone_owner;
+mod growth;
 mod kills;
 mod liar;
 mod live;

@@ -4,10 +4,11 @@
 //! replicas follow. The feed carries *that* something changed, with what is
 //! needed to name it in a kernel cache; whoever needs the row reads the index.
 //! A subscriber that falls behind is told so ([`Next::Missed`]) and must treat
-//! everything as changed: nothing is ever silently dropped.
+//! everything as changed: nothing is ever silently dropped. Who must know of a change before
+//! anybody can see it in the index is a [`Witness`].
 
-use crate::model::{Entry, FileId, FileType, LocationNo, Name};
-use std::sync::Arc;
+use crate::model::{ContentId, Entry, FileId, FileType, LocationNo, Name, Stamp};
+use std::sync::{Arc, PoisonError, RwLock, Weak};
 use tokio::sync::broadcast;
 
 /// How many changes a slow subscriber may lag before it is told that it missed some.
@@ -39,6 +40,8 @@ pub enum Change {
         generation: u32,
         /// What a program that watches it may be told; `None` when nothing.
         noticed: Option<Noticed>,
+        /// Bytes were appended.
+        grew: Option<Grew>,
     },
     /// A location appeared, disappeared or was renamed; so may have its device.
     Locations,
@@ -78,7 +81,26 @@ impl Change {
             file: new.into(),
             touched,
         });
-        Self::Attributes { location, file, generation, noticed }
+        Self::Attributes { location, file, generation, noticed, grew: Grew::between(old, new) }
+    }
+}
+
+/// How a file has grown: its bytes are what they were, and some more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grew {
+    /// Its stamp before.
+    pub was: Stamp,
+    /// What its bytes are now.
+    pub content: ContentId,
+}
+
+impl Grew {
+    /// From one state of a version to the next. An owner lets a file keep its generation only when
+    /// it has read all of it, so the hash is known.
+    fn between(old: &Entry, new: &Entry) -> Option<Self> {
+        let has_grown = new.attr.file_type == FileType::File && new.attr.size > old.attr.size;
+        let content = new.content.filter(|_| has_grown)?;
+        Some(Self { was: old.stamp(), content })
     }
 }
 
@@ -141,13 +163,22 @@ pub enum Next {
     Missed,
 }
 
+/// Sees changes before they can be seen in the index.
+pub trait Witness: Send + Sync {
+    /// These are about to be committed; called by whoever commits, who waits for it.
+    fn coming(&self, changes: &[Change]);
+}
+
 /// The sending half, shared by everything that commits to the index.
 #[derive(Clone, Debug)]
-pub struct Feed(broadcast::Sender<Arc<[Change]>>);
+pub struct Feed {
+    sender: broadcast::Sender<Arc<[Change]>>,
+    witnesses: Arc<RwLock<Vec<Weak<dyn Witness>>>>,
+}
 
 impl Default for Feed {
     fn default() -> Self {
-        Self(broadcast::Sender::new(CAPACITY / 256))
+        Self { sender: broadcast::Sender::new(CAPACITY / 256), witnesses: Arc::default() }
     }
 }
 
@@ -156,13 +187,27 @@ impl Feed {
     pub fn publish(&self, changes: Vec<Change>) {
         if !changes.is_empty() {
             // No subscriber is not an error: nothing is mounted and no peer is connected.
-            let _ = self.0.send(changes.into());
+            let _ = self.sender.send(changes.into());
         }
     }
 
     /// Everything published from now on.
     pub fn subscribe(&self) -> Subscription {
-        Subscription(self.0.subscribe())
+        Subscription(self.sender.subscribe())
+    }
+
+    /// Has the changes of every commit seen, for as long as this witness lives.
+    pub(crate) fn add_witness(&self, witness: &Arc<impl Witness + 'static>) {
+        let mut witnesses = self.witnesses.write().unwrap_or_else(PoisonError::into_inner);
+        witnesses.retain(|w| w.strong_count() > 0);
+        let witness: Weak<dyn Witness> = Arc::<_>::downgrade(witness) as _;
+        witnesses.push(witness);
+    }
+
+    /// Has the witnesses see changes that are about to be committed.
+    pub(crate) fn announce(&self, changes: &[Change]) {
+        let witnesses = self.witnesses.read().unwrap_or_else(PoisonError::into_inner);
+        witnesses.iter().filter_map(Weak::upgrade).for_each(|witness| witness.coming(changes));
     }
 }
 

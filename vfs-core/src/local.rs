@@ -270,6 +270,24 @@ pub fn observe_at(dir: BorrowedFd<'_>, name: &Name) -> FsResult<Observed> {
     }
 }
 
+/// A regular file of an open directory, for reading; as careful as [`Root::open_for_reading`].
+pub fn open_file_at(dir: BorrowedFd<'_>, name: &Name) -> FsResult<File> {
+    require_regular(&stat_of(handle_at(dir, name)?.as_fd())?)?;
+    let path = c_string(name.as_bytes().to_vec());
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK;
+    let file = match open_beneath(dir, &path, flags | OFlags::NOATIME) {
+        Err(e) if e.kind() == Kind::NotPermitted => open_beneath(dir, &path, flags)?,
+        opened => opened?,
+    };
+    require_regular(&stat_of(file.as_fd())?)?;
+    Ok(File::from(file))
+}
+
+/// What has this name, seen through a file that was opened by it.
+pub fn observe_file(file: &File, name: Name) -> FsResult<Observed> {
+    observe_handle(file.as_fd(), name)
+}
+
 fn observe_handle(handle: BorrowedFd<'_>, name: Name) -> FsResult<Observed> {
     let stat = stat_of(handle)?;
     let target = match attr_of(&stat).file_type {

@@ -31,6 +31,11 @@ impl LocationNo {
     pub const LIMIT: u16 = 1 << 14;
     /// The first number of own locations; replicas have those below.
     pub const FIRST_OWN: u16 = Self::LIMIT / 2;
+
+    /// Whether it is an own location's.
+    pub fn is_own(self) -> bool {
+        self.0 >= Self::FIRST_OWN
+    }
 }
 
 impl LocationId {
@@ -104,6 +109,11 @@ impl ContentId {
 pub const NAME_MAX: usize = 255;
 /// The longest symlink target, in bytes (`PATH_MAX` less the terminator).
 pub const TARGET_MAX: usize = 4095;
+
+/// The largest file that may grow as the version that it is: its owner reads all of it to be sure
+/// that its bytes are as before. A larger one becomes another version, so a kernel may be given
+/// its bytes for good.
+pub const MAX_GROWTH_BYTES: u64 = 64 << 20;
 
 /// One path component, as bytes: 1 to 255 of them, no `/`, no NUL, not `.` or `..`.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -265,7 +275,8 @@ pub struct Entry {
     pub file_id: FileId,
     /// `st_ino` on the owner's disk.
     pub disk_ino: u64,
-    /// Grows with every new version of the bytes that may differ from the one before.
+    /// Grows with every new version of the bytes, unless they surely are those of the one before
+    /// and some more: then the file is larger than it was, and its content is known.
     pub generation: u32,
     /// `stat` data.
     pub attr: Attr,
@@ -280,6 +291,15 @@ impl Entry {
     pub fn stamp(&self) -> Stamp {
         let Attr { size, mtime, ctime, .. } = self.attr;
         Stamp { disk_ino: self.disk_ino, size, mtime, ctime }
+    }
+
+    /// Whether its bytes are those of an earlier row of the same file, and more.
+    pub fn is_grown(&self, before: &Self) -> bool {
+        let is_same = (self.file_id, self.disk_ino) == (before.file_id, before.disk_ino);
+        is_same
+            && self.generation == before.generation
+            && self.content.is_some()
+            && self.attr.size > before.attr.size
     }
 
     /// Whether a row from a peer keeps every bound that this crate relies on.

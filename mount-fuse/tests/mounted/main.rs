@@ -3,6 +3,7 @@
 mod common;
 mod events;
 mod files;
+mod growth;
 mod remote;
 mod session;
 mod writes;

@@ -5,6 +5,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
+use vfs_core::model::MAX_GROWTH_BYTES;
 
 fn theirs(rig: &Rig) -> PathBuf {
     drive::peer_folder(rig.mount.mountpoint())
@@ -72,11 +73,11 @@ fn a_read_copy_and_a_written_one_are_one_file() {
 #[test]
 fn a_file_that_the_kernel_reads_by_itself_is_written_to_as_another_inode() {
     for rig in Rig::both("a_file_that_the_kernel_reads_by_itself_is_written_to_as_another_inode") {
-        let old = vec![b'o'; 200_000];
+        let old = vec![b'o'; MAX_GROWTH_BYTES as usize + 200_000];
         rig.parts.add_peer_file(2, "file", &old);
         let path = theirs(&rig).join("file");
         assert!(fs::read(&path).unwrap() == old);
-        // Whole in the cache, and so handed to the kernel.
+        // Whole in the cache, and too large to grow, and so handed to the kernel.
         let mut reader = File::open(&path).unwrap();
         let mut writer = OpenOptions::new().write(true).open(&path).unwrap();
         writer.write_all(b"NEW").unwrap();

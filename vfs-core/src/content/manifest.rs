@@ -12,7 +12,8 @@
 //! lowest level, whatever the file's size: below that level, only met in files
 //! above 8 GiB, whoever proves a range hashes the neighbours from the file.
 //!
-//! Everything here is pure but [`Manifest::of_file`], which reads one file.
+//! Everything here is pure but [`Manifest::of_file`] and [`Manifest::of_grown_file`], which read
+//! one file.
 
 use crate::model::ContentId;
 use blake3::Hasher;
@@ -81,33 +82,65 @@ impl Manifest {
         Self::of_file_with(file, size, cancel, MAX_LEAVES)
     }
 
+    /// As [`Self::of_file`], with the content id of the first `begun` bytes of the same reading;
+    /// these are at most `size`. It uses no further thread, and ends when `is_over` says so.
+    pub fn of_grown_file(
+        file: &File,
+        size: u64,
+        begun: u64,
+        is_over: &IsOver<'_>,
+    ) -> io::Result<Option<(ContentId, Self)>> {
+        if groups_of(size) <= 1 {
+            let bytes = read_small_file(file, size, is_over)?;
+            let ids = |bytes: Vec<u8>| {
+                (ContentId::of(&bytes[..begun as usize]), Self::of_bytes(&bytes).1)
+            };
+            return Ok(bytes.map(ids));
+        }
+        let base = base_level(groups_of(size), MAX_LEAVES);
+        let hashed = hash_leaves(file, size, (GROUP_BYTES << base, 1), begun, is_over)?;
+        Ok(hashed.map(|Leaves { leaves, begun: end }| {
+            let before = begun.saturating_sub(1) / (GROUP_BYTES << base);
+            let begun = Self::id_of_beginning(begun, base, &leaves[..before as usize], end);
+            (begun, Self::from_leaves(size, base, leaves))
+        }))
+    }
+
+    /// Of whole leaves and of what follows them, if anything is there at all.
+    fn id_of_beginning(
+        size: u64,
+        base: u32,
+        before: &[ChainingValue],
+        end: Option<Box<Hasher>>,
+    ) -> ContentId {
+        match end {
+            None => ContentId::of(&[]),
+            Some(end) if before.is_empty() => ContentId(*end.finalize().as_bytes()),
+            Some(end) => {
+                let leaves = [before, &[end.finalize_non_root()]].concat();
+                Self::from_leaves(size, base, leaves).content
+            }
+        }
+    }
+
     fn of_file_with(
         file: &File,
         size: u64,
         cancel: &AtomicBool,
         max_leaves: u64,
     ) -> io::Result<Option<(ContentId, Self)>> {
+        let is_over = &|| cancel.load(Ordering::Relaxed);
         let base = base_level(groups_of(size), max_leaves);
         if groups_of(size) >> base <= 1 && base == 0 {
-            return Self::of_small_file(file, size, cancel);
+            let bytes = read_small_file(file, size, is_over)?;
+            return Ok(bytes.map(|bytes| Self::of_bytes(&bytes)));
         }
-        let leaves = hash_leaves(file, size, GROUP_BYTES << base, cancel)?;
-        Ok(leaves.map(|leaves| {
+        let threads = threads_for(size);
+        let hashed = hash_leaves(file, size, (GROUP_BYTES << base, threads), 0, is_over)?;
+        Ok(hashed.map(|Leaves { leaves, .. }| {
             let manifest = Self::from_leaves(size, base, leaves);
             (manifest.content, manifest)
         }))
-    }
-
-    fn of_small_file(
-        file: &File,
-        size: u64,
-        cancel: &AtomicBool,
-    ) -> io::Result<Option<(ContentId, Self)>> {
-        let mut bytes = vec![0; size as usize];
-        if cancel.load(Ordering::Relaxed) || !read_fully(file, &mut bytes, 0)? {
-            return Ok(None);
-        }
-        Ok(Some(Self::of_bytes(&bytes)))
     }
 
     /// The content id and tree of bytes in memory.
@@ -373,19 +406,39 @@ fn hash_subtree(offset: u64, bytes: &[u8]) -> ChainingValue {
     Hasher::new().set_input_offset(offset).update(bytes).finalize_non_root()
 }
 
-/// The chaining values of a file's units; `None` when cancelled or the file is shorter.
+/// All bytes of a file of at most one group; `None` when cancelled or the file is shorter.
+fn read_small_file(file: &File, size: u64, is_over: &IsOver<'_>) -> io::Result<Option<Vec<u8>>> {
+    let mut bytes = vec![0; size as usize];
+    let is_whole = !is_over() && read_fully(file, &mut bytes, 0)?;
+    Ok(is_whole.then_some(bytes))
+}
+
+/// Whether reading is to end unfinished; asked again and again.
+type IsOver<'a> = dyn Fn() -> bool + Sync + 'a;
+
+/// The chaining values of a file's units, and what came of the last one of its beginning.
+struct Leaves {
+    leaves: Vec<ChainingValue>,
+    /// Of the unit in which the beginning ends, as far as it goes.
+    begun: Option<Box<Hasher>>,
+}
+
+/// The chaining values of a file's units, of whose first `begun` bytes the hash is also wanted;
+/// `None` when cancelled or the file is shorter.
 ///
 /// The threads are the file's own, not a pool's, so that they inherit the caller's CPU and
 /// I/O priority: an indexer that is nice stays nice.
 fn hash_leaves(
     file: &File,
     size: u64,
-    unit: u64,
-    cancel: &AtomicBool,
-) -> io::Result<Option<Vec<ChainingValue>>> {
+    (unit, threads): (u64, u64),
+    begun: u64,
+    is_over: &IsOver<'_>,
+) -> io::Result<Option<Leaves>> {
     let mut leaves = vec![[0; 32]; size.div_ceil(unit) as usize];
     let share = (SHARE_BYTES / unit).max(1) as usize;
     let shares = Mutex::new(leaves.chunks_mut(share).zip((0..).step_by(share)));
+    let end = Mutex::new(None);
     let work = || -> io::Result<bool> {
         let mut buffer = vec![0; READ_BYTES as usize];
         loop {
@@ -393,22 +446,25 @@ fn hash_leaves(
             let Some((leaves, first)) = next else { return Ok(true) };
             for (leaf, n) in leaves.iter_mut().zip(first as u64..) {
                 let unit = n * unit..((n + 1) * unit).min(size);
-                match hash_unit(file, unit, &mut buffer, cancel)? {
-                    Some(value) => *leaf = value,
-                    None => return Ok(false),
+                let hashed = hash_unit(file, unit, begun, &mut buffer, is_over)?;
+                let Some((value, at_end)) = hashed else { return Ok(false) };
+                *leaf = value;
+                if at_end.is_some() {
+                    *end.lock().unwrap_or_else(PoisonError::into_inner) = at_end;
                 }
             }
         }
     };
     let whole = std::thread::scope(|scope| -> io::Result<bool> {
-        let helpers = (1..threads_for(size)).map(|_| scope.spawn(work)).collect::<Vec<_>>();
+        let helpers = (1..threads).map(|_| scope.spawn(work)).collect::<Vec<_>>();
         let mut whole = work()?;
         for helper in helpers {
             whole &= helper.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
         }
         Ok(whole)
     })?;
-    Ok(whole.then_some(leaves))
+    let begun = end.into_inner().unwrap_or_else(PoisonError::into_inner);
+    Ok(whole.then_some(Leaves { leaves, begun }))
 }
 
 fn threads_for(size: u64) -> u64 {
@@ -419,24 +475,31 @@ fn threads_for(size: u64) -> u64 {
     cores.min(size / SHARE_BYTES).clamp(1, MAX_THREADS)
 }
 
+/// The chaining value of a unit, and the hasher as it was after `begun` bytes of the file, if they
+/// end in this unit.
 fn hash_unit(
     file: &File,
     unit: Range<u64>,
+    begun: u64,
     buffer: &mut [u8],
-    cancel: &AtomicBool,
-) -> io::Result<Option<ChainingValue>> {
+    is_over: &IsOver<'_>,
+) -> io::Result<Option<(ChainingValue, Option<Box<Hasher>>)>> {
     let mut hasher = Hasher::new();
     hasher.set_input_offset(unit.start);
-    let mut at = unit.start;
+    let (mut at, mut at_end) = (unit.start, None);
     while at < unit.end {
-        let part = &mut buffer[..(unit.end - at).min(READ_BYTES) as usize];
-        if cancel.load(Ordering::Relaxed) || !read_fully(file, part, at)? {
+        let stop = if at < begun { unit.end.min(begun) } else { unit.end };
+        let part = &mut buffer[..(stop - at).min(READ_BYTES) as usize];
+        if is_over() || !read_fully(file, part, at)? {
             return Ok(None);
         }
         hasher.update(part);
         at += part.len() as u64;
+        if at == begun {
+            at_end = Some(Box::new(hasher.clone()));
+        }
     }
-    Ok(Some(hasher.finalize_non_root()))
+    Ok(Some((hasher.finalize_non_root(), at_end)))
 }
 
 /// Fills the buffer; `false` when the file ends before.
@@ -548,6 +611,26 @@ mod tests {
             stored[n / 8] ^= 1 << (n % 8);
             prop_assert!(Manifest::from_bytes(&stored).is_err());
             prop_assert!(Manifest::from_bytes(&stored[..n / 8]).is_err());
+        }
+    }
+
+    #[test]
+    fn a_grown_file_has_the_id_of_how_it_began_and_its_own() {
+        let group = GROUP_BYTES as usize;
+        let never = &|| false;
+        for size in [1, 1000, group, group + 1, 3 * group, 5 * group + 7, (9 << 20) + 3] {
+            let bytes = bytes_of(size);
+            let file = file_of(&bytes);
+            let borders = [0, 1, 1024, 1025, READ_BYTES as usize, group, 2 * group, 4 * group];
+            let around = borders.into_iter().flat_map(|at| [at.saturating_sub(1), at, at + 1]);
+            for begun in around.chain([size / 2, size - 1, size]).filter(|at| *at <= size) {
+                let grown = Manifest::of_grown_file(&file, size as u64, begun as u64, never);
+                let (id, manifest) = grown.unwrap().unwrap();
+                assert_eq!(id, ContentId::of(&bytes[..begun]), "{begun} of {size}");
+                assert_eq!(manifest, Manifest::of_bytes(&bytes).1, "{begun} of {size}");
+            }
+            let longer = Manifest::of_grown_file(&file, size as u64 + 1, 1, never).unwrap();
+            assert_eq!(longer, None);
         }
     }
 

@@ -102,6 +102,13 @@ impl Manifests {
         None
     }
 
+    /// Removes the manifest of a content, if there is one.
+    pub fn remove(&self, content: ContentId) -> io::Result<()> {
+        let removed = fs::remove_file(self.path(content));
+        self.lock().remove(content);
+        removed.or_else(|e| if e.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(e) })
+    }
+
     /// Removes the manifests that `keep` does not want; gives the number of bytes freed.
     pub fn prune(&self, keep: &mut dyn FnMut(ContentId) -> bool) -> io::Result<u64> {
         let mut freed = 0;
@@ -256,6 +263,20 @@ mod tests {
         assert_eq!(audit(false), (2, 1));
         assert_eq!(audit(true), (2, 1));
         assert_eq!(audit(false), (1, 0));
+        assert_eq!(*manifests.get(b.content()).unwrap(), b);
+    }
+
+    #[test]
+    fn a_removed_one_is_gone_and_need_not_have_been_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let (a, b) = (manifest(1), manifest(2));
+        let manifests = Manifests::open(dir.path()).unwrap();
+        manifests.put(&a).unwrap();
+        manifests.put(&b).unwrap();
+        assert!(manifests.get(a.content()).is_some());
+        manifests.remove(a.content()).unwrap();
+        manifests.remove(a.content()).unwrap();
+        assert_eq!(manifests.get(a.content()), None);
         assert_eq!(*manifests.get(b.content()).unwrap(), b);
     }
 

@@ -494,6 +494,18 @@ impl Reader {
         self.pinned.file.whole()
     }
 
+    /// What is cached makes room, if these bytes are nowhere any more that is known of.
+    pub(crate) fn discard_if_gone(&self) {
+        let pinned = self.pinned.clone();
+        self.pinned.content.runtime.spawn_blocking(move || {
+            let Key::Content(content) = pinned.key.0 else { return pinned.file.discard() };
+            let holders = pinned.content.index.view().and_then(|view| view.holders(content));
+            if holders.is_ok_and(|holders| holders.is_empty()) {
+                pinned.file.discard();
+            }
+        });
+    }
+
     fn within(&self, offset: u64, len: usize) -> Range<u64> {
         let end = offset.saturating_add(len as u64).min(self.size());
         offset.min(end)..end

@@ -3,7 +3,9 @@
 //! Owns no state but the trees being rebuilt. Nothing is believed about a
 //! request: the location must be this device's and shared with the asker, the
 //! range bounded and on group borders, and the file must be the version asked
-//! for before *and* after its bytes were read, so that no answer mixes two.
+//! for before *and* after its bytes were read, so that no answer mixes two; or
+//! the bytes are checked against the content id that was asked for, and the file
+//! may have changed, grown for example.
 
 use super::disk::read_range;
 use super::manifest::{ChainingValue, GROUP_BYTES, Manifest, is_fetchable, verify};
@@ -16,7 +18,6 @@ use crate::model::{
     ContentId, DeviceId, FileId, FileType, Location, LocationId, LocationNo, Name, Stamp,
 };
 use crate::source::{FetchError, Fetched, MAX_FETCH_BYTES, Version};
-use bytes::Bytes;
 use std::collections::HashSet;
 use std::fs::File;
 use std::ops::Range;
@@ -45,10 +46,10 @@ struct Opened {
     file: File,
     /// What it is now, to be compared after reading.
     stamp: Stamp,
-    /// The index says that the file has, or lately had, the content id asked for. Anyone may
-    /// ask for any id, and only for such a one is a whole file hashed.
+    /// The index says that the file has, or lately had, the content id asked for, and its size.
+    /// Anyone may ask for any id, and only for such a one is a whole file hashed.
     content_is_claimed: bool,
-    /// The same of these very bytes.
+    /// The same of these very bytes, as long as the stamp stays.
     content_is_known: bool,
 }
 
@@ -85,13 +86,15 @@ impl OwnFiles {
         let bytes = read_range(&opened.file, range.clone()).map_err(unreadable)?;
         let proof = match version.content {
             None => Vec::new(),
-            Some(content) => self.prove(&opened, content, range, &bytes)?,
+            Some(content) => self.proof(&opened, content, size, &range)?,
         };
-        match stamp_of(&opened.file) {
-            Ok(now) if now == opened.stamp => Ok(Fetched { bytes, proof }),
-            Ok(_) => Err(FetchError::Stale),
-            Err(e) => Err(failed(e)),
-        }
+        let is_right = match version.content {
+            // Known to be right, unless the disk itself lies, which the asker will see.
+            Some(_) if opened.content_is_known && is_unchanged(&opened)? => true,
+            Some(content) => verify(content, size, range, &bytes, &proof),
+            None => is_unchanged(&opened)?,
+        };
+        is_right.then_some(Fetched { bytes, proof }).ok_or(FetchError::Stale)
     }
 
     /// A file as it is now, to set locks on; `writes` as far as this device and the sharing of
@@ -144,12 +147,14 @@ impl OwnFiles {
         })?;
         let stamp = stamp_of(&file).map_err(failed)?;
         let is_indexed = node.entry.stamp() == stamp;
-        let content_is_claimed = version.content.is_some() && node.entry.content == version.content;
+        let content_is_claimed = version.content.is_some()
+            && node.entry.content == version.content
+            && node.entry.attr.size == version.stamp.size;
         let content_is_known = is_indexed && content_is_claimed;
-        // Another stamp may still have the same bytes (a chmod, a touch): then the index says
-        // so already, or the proof will show it.
+        // Another stamp may still have the same bytes (a chmod, a touch), or begin with them (a log
+        // that grows): then the index says so already, or the proof will show it.
         let may_serve =
-            stamp == version.stamp || stamp.size == version.stamp.size && version.content.is_some();
+            stamp == version.stamp || stamp.size >= version.stamp.size && version.content.is_some();
         let opened = Opened { file, stamp, content_is_claimed, content_is_known };
         may_serve.then_some(opened).ok_or(FetchError::Stale)
     }
@@ -165,30 +170,27 @@ impl OwnFiles {
         is_file.then_some((node, path)).ok_or(FetchError::Stale)
     }
 
-    fn prove(
+    fn proof(
         &self,
         opened: &Opened,
         content: ContentId,
-        range: Range<u64>,
-        bytes: &Bytes,
+        size: u64,
+        range: &Range<u64>,
     ) -> Result<Vec<ChainingValue>, FetchError> {
-        let size = opened.stamp.size;
-        let proof = if size <= GROUP_BYTES {
-            Vec::new()
-        } else {
-            let manifest = self.manifest(opened, content)?;
-            let read = &mut |near| read_range(&opened.file, near).map(|bytes| bytes.to_vec());
-            manifest.proof_with(range.clone(), read).map_err(unreadable)?
-        };
-        // Known to be right, unless the disk itself lies, which the asker will see.
-        if opened.content_is_known || verify(content, size, range, bytes, &proof) {
-            return Ok(proof);
+        if size <= GROUP_BYTES {
+            return Ok(Vec::new());
         }
-        Err(FetchError::Stale)
+        let manifest = self.manifest(opened, content, size)?;
+        let read = &mut |near| read_range(&opened.file, near).map(|bytes| bytes.to_vec());
+        manifest.proof_with(range.clone(), read).map_err(unreadable)
     }
 
-    fn manifest(&self, opened: &Opened, content: ContentId) -> Result<Arc<Manifest>, FetchError> {
-        let size = opened.stamp.size;
+    fn manifest(
+        &self,
+        opened: &Opened,
+        content: ContentId,
+        size: u64,
+    ) -> Result<Arc<Manifest>, FetchError> {
         match self.manifests.get(content) {
             Some(manifest) if manifest.size() == size => Ok(manifest),
             Some(_) => Err(FetchError::Stale),
@@ -252,6 +254,11 @@ impl OwnFiles {
         }
         answer
     }
+}
+
+/// Whether the file has the stamp with which it was opened.
+fn is_unchanged(opened: &Opened) -> Result<bool, FetchError> {
+    Ok(stamp_of(&opened.file).map_err(failed)? == opened.stamp)
 }
 
 fn failed(error: FsError) -> FetchError {

@@ -800,6 +800,100 @@ fn a_changed_file_is_stale_and_one_with_the_same_bytes_is_not() {
     assert!(is_stale(&read(&version)));
 }
 
+/// The version as it was, and what can be read of it.
+fn ranges_of(version: &Version) -> [Range<u64>; 4] {
+    let size = version.stamp.size;
+    [0..GROUP_BYTES, GROUP_BYTES..2 * GROUP_BYTES, 2 * GROUP_BYTES..size, 0..size]
+}
+
+fn append_to(path: &Path, bytes: &[u8]) {
+    use std::io::Write;
+    fs::OpenOptions::new().append(true).open(path).unwrap().write_all(bytes).unwrap();
+}
+
+#[test]
+fn a_version_is_served_from_the_file_that_grew_out_of_it() {
+    let own = Own::new();
+    let unhashed = own.version();
+    let version = own.hashed();
+    let (content, size) = (version.content.unwrap(), version.stamp.size);
+    let path = own.folder.join("film.mkv");
+    append_to(&path, &bytes_of(8, GROUP));
+    assert!(is_stale(&own.own.read(OWNER, &unhashed, 0..GROUP_BYTES)), "nothing tells its bytes");
+    for range in ranges_of(&version) {
+        let fetched = own.own.read(OWNER, &version, range.clone()).unwrap();
+        assert_eq!(fetched.bytes, own.bytes[range.start as usize..range.end as usize]);
+        assert!(manifest::verify(content, size, range, &fetched.bytes, &fetched.proof));
+    }
+    // The index has the next version, too.
+    own.observe();
+    assert!(own.own.read(OWNER, &version, 0..size).is_ok());
+
+    let mut first = fs::read(&path).unwrap();
+    first[3] ^= 1;
+    fs::write(&path, first).unwrap();
+    let [changed, same, _, all] = ranges_of(&version);
+    assert!(is_stale(&own.own.read(OWNER, &version, changed)));
+    assert!(is_stale(&own.own.read(OWNER, &version, all)));
+    let fetched = own.own.read(OWNER, &version, same).unwrap();
+    assert_eq!(fetched.bytes, own.bytes[GROUP..2 * GROUP]);
+}
+
+#[test]
+fn a_small_version_is_served_from_the_file_that_grew_out_of_it() {
+    let mut own = Own::new();
+    own.bytes.truncate(1000);
+    let path = own.folder.join("film.mkv");
+    fs::write(&path, &own.bytes).unwrap();
+    own.observe();
+    let version = own.hashed();
+    append_to(&path, b"more");
+    assert_eq!(own.own.read(OWNER, &version, 0..1000).unwrap().bytes, own.bytes);
+    own.observe();
+    assert_eq!(own.own.read(OWNER, &version, 0..1000).unwrap().bytes, own.bytes);
+    own.bytes[0] ^= 1;
+    fs::write(&path, [&own.bytes[..], b"more"].concat()).unwrap();
+    assert!(is_stale(&own.own.read(OWNER, &version, 0..1000)));
+}
+
+#[test]
+fn no_file_is_hashed_for_a_version_that_it_has_left() {
+    let own = Own::new();
+    let version = own.hashed();
+    append_to(&own.folder.join("film.mkv"), b"more");
+    own.observe();
+    assert!(is_stale(&own.own.read(OWNER, &version, 0..GROUP_BYTES)), "its tree is gone");
+    // Nor for one that never was: the hash of all bytes, said to be of a few.
+    let grown = Own { bytes: fs::read(own.folder.join("film.mkv")).unwrap(), ..own };
+    let version = grown.hashed();
+    for size in [100, 2 * GROUP_BYTES] {
+        let shorter = Version { stamp: Stamp { size, ..version.stamp }, ..version.clone() };
+        let range = 0..size.min(GROUP_BYTES);
+        assert!(is_stale(&grown.own.read(OWNER, &shorter, range)), "{size}");
+    }
+    assert_eq!(grown.own.rebuilt.load(Ordering::Relaxed), 0);
+}
+
+#[test]
+fn a_version_is_served_while_the_file_grows() {
+    let own = Own::new();
+    let version = own.hashed();
+    let size = version.stamp.size;
+    assert!(own.own.read(OWNER, &version, 0..size).is_ok());
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                append_to(&own.folder.join("film.mkv"), b"a line\n");
+            }
+        });
+        let read = |_| own.own.read(OWNER, &version, 0..size).unwrap().bytes == own.bytes;
+        let is_right = (0..500).all(read);
+        stop.store(true, Ordering::Relaxed);
+        assert!(is_right);
+    });
+}
+
 #[test]
 fn bytes_that_an_own_location_has_are_not_fetched() {
     let own = Own::new();

@@ -103,7 +103,13 @@ impl Pending {
 
     /// Whether there is nothing to tell.
     pub fn is_empty(&self) -> bool {
-        self.0.names.is_empty() && self.0.coarse.is_empty() && !self.0.everything
+        self.0.is_empty()
+    }
+
+    /// Some of it is to be told again, before what was added since.
+    pub fn put_back(&mut self, before: Backlog) {
+        let since = std::mem::replace(&mut self.0, before);
+        self.0.extend(&since);
     }
 
     /// All of it, which is told now.
@@ -116,6 +122,34 @@ impl Backlog {
     /// Anything may have changed.
     pub fn of_everything() -> Self {
         Self { everything: true, ..Self::default() }
+    }
+
+    /// Whether nothing changed.
+    pub fn is_empty(&self) -> bool {
+        self.names.is_empty() && self.coarse.is_empty() && !self.everything
+    }
+
+    /// These changed, after all that is here.
+    pub fn extend(&mut self, since: &Self) {
+        for (dir, name, net) in &since.names {
+            self.add(*dir, name, *net);
+        }
+        since.coarse.iter().for_each(|dir| self.add_coarse(*dir));
+        if since.everything {
+            *self = Self::of_everything();
+        }
+    }
+
+    /// Takes out the names of files that this holds for.
+    pub(super) fn split_off(&mut self, is_later: impl Fn(LocationNo, FileId) -> bool) -> Self {
+        let (mut now, mut later) = (Self::default(), Self::default());
+        for (dir, name, net) in std::mem::take(&mut self.names) {
+            let is_later = net.now.is_some_and(|file| is_later(dir.0, file.file));
+            let part = if is_later { &mut later } else { &mut now };
+            part.add(dir, &name, net);
+        }
+        (self.names, self.at) = (now.names, now.at);
+        later
     }
 
     fn add(&mut self, dir: Dir, name: &Name, net: Net) {

@@ -24,13 +24,14 @@ pub(super) struct Translation<'a> {
     /// Looked up once: changes of one directory come together.
     last_directory: Option<(LocationNo, FileId, InodeNo)>,
     directories: HashSet<InodeNo>,
+    has_growth: bool,
     out: Vec<Invalidation>,
 }
 
 impl<'a> Translation<'a> {
     pub fn new(top: &'a Top, own: &'a Own, remote: &'a Remote) -> Self {
-        let (last_directory, directories, out) = Default::default();
-        Self { top, own, remote, last_directory, directories, out }
+        let (last_directory, directories, has_growth, out) = Default::default();
+        Self { top, own, remote, last_directory, directories, has_growth, out }
     }
 
     /// What to drop after these changes; everything when the index cannot be read.
@@ -47,7 +48,14 @@ impl<'a> Translation<'a> {
     fn add(&mut self, change: &Change) -> FsResult<()> {
         match change {
             Change::Entry { location, parent, name, .. } => self.entry(*location, *parent, name),
-            Change::Attributes { location, file, .. } => self.attributes(*location, *file),
+            Change::Attributes { location, file, grew, .. } => {
+                if grew.is_some() && self.remote.growing.has((*location, *file)) {
+                    // Of which its attributes are a part.
+                    self.growth();
+                    return Ok(());
+                }
+                self.attributes(*location, *file)
+            }
             // Devices come and go with members, locations with either.
             Change::Locations | Change::Devices => {
                 self.directory(InodeNo::ROOT);
@@ -60,6 +68,12 @@ impl<'a> Translation<'a> {
                 self.out.push(Invalidation::Everything);
                 Ok(())
             }
+        }
+    }
+
+    fn growth(&mut self) {
+        if !std::mem::replace(&mut self.has_growth, true) {
+            self.out.push(Invalidation::Growth);
         }
     }
 

@@ -48,8 +48,8 @@ pub use links::ForeignSymlinks;
 pub use locks::LockOf;
 pub use shown::Shown;
 pub use types::{
-    Caller, Detail, DirItem, FallocateMode, Found, HandleId, InodeNo, Invalidation, Io, OpenFlags,
-    Opened, RenameFlags, SetAttr, Statfs, TimeOrNow, Whence, XattrMode,
+    Caller, Detail, DirItem, FallocateMode, Found, HandleId, InodeNo, Invalidation, Io,
+    KernelCache, OpenFlags, Opened, RenameFlags, SetAttr, Statfs, TimeOrNow, Whence, XattrMode,
 };
 
 use crate::changes::{Change, Subscription};
@@ -59,7 +59,7 @@ use crate::index::Index;
 use crate::indexer::Indexer;
 use crate::library::Library;
 use crate::locks::Locks;
-use crate::model::{FileType, LocationNo, NAME_MAX, Name};
+use crate::model::{FileId, FileType, LocationNo, NAME_MAX, Name};
 use crate::outbox::Outbox;
 use bytes::Bytes;
 use cookie::Stems;
@@ -86,6 +86,35 @@ pub struct DriveConfig {
     pub read_only: bool,
     /// What becomes of other devices' links that lead out of their location.
     pub foreign_symlinks: ForeignSymlinks,
+}
+
+/// A file that has grown.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct GrowingFile((LocationNo, FileId));
+
+/// A kernel that is told when other devices' files grow.
+pub struct Listener(Arc<Drive>);
+
+impl Listener {
+    /// Files that have grown, and that no thread has taken up.
+    pub fn growing(&self) -> Vec<GrowingFile> {
+        self.0.remote.growing.waiting().into_iter().map(GrowingFile).collect()
+    }
+
+    /// Has the kernel know how far a file has grown. It may wait for readers of it, as long as
+    /// their reads take, so this is not for a thread that others wait for.
+    ///
+    /// # Errors
+    /// The index cannot be read; to be called again.
+    pub fn grow(&self, file: GrowingFile, kernel: &dyn KernelCache) -> FsResult<()> {
+        self.0.remote.grow(file.0, kernel)
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.0.remote.growing.unlisten();
+    }
 }
 
 /// The drive; one serves any number of mounts.
@@ -138,6 +167,19 @@ impl Drive {
     /// What a kernel must drop after the changes of one commit; cheaper than one by one.
     pub fn invalidations_of(&self, changes: &[Change]) -> Vec<Invalidation> {
         Translation::new(&self.top, &self.own, &self.remote).of(changes)
+    }
+
+    /// One more kernel keeps what it is told of other devices' files, and is told when they grow,
+    /// until what this gives is dropped.
+    pub fn listen(self: &Arc<Self>) -> Listener {
+        self.remote.growing.listen();
+        Listener(Arc::clone(self))
+    }
+
+    /// Takes out of what changed the files that have become longer than kernels know: a program that
+    /// hears of it looks at once.
+    pub fn hold_back_growing(&self, changed: &mut Backlog) -> Backlog {
+        changed.split_off(|location, file| self.remote.growing.has((location, file)))
     }
 
     /// What programs that watch these inodes are told of what has changed meanwhile, in order.

@@ -4,6 +4,7 @@
 //! | module | what it is |
 //! |---|---|
 //! | `file` | open files: bytes, from the base and from what was written |
+//! | `growth` | open files that become longer |
 //! | `names`, `attributes` | changes, which the outbox accepts |
 //!
 //! Nothing here waits for a network except [`RemoteFile::read`]. A number is turned
@@ -12,6 +13,7 @@
 
 mod attributes;
 mod file;
+mod growth;
 mod names;
 
 use super::inode::RemoteIno;
@@ -24,7 +26,8 @@ use crate::model::{Attr, Entry, FileId, FileType, Location, LocationNo};
 use crate::outbox::Outbox;
 use crate::source::Version;
 use dashmap::DashMap;
-use std::sync::Arc;
+use growth::{Growing, Latest};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 pub(super) use file::RemoteFile;
@@ -47,6 +50,7 @@ pub(super) struct Remote {
     /// The versions that are open, the last one pinned last. A number has a few bits of the
     /// generation only, so it may stand for several of them.
     pinned: DashMap<RemoteIno, Vec<Pin>>,
+    pub growing: Arc<Growing>,
 }
 
 /// A version that so many handles have open.
@@ -55,6 +59,12 @@ struct Pin {
     /// Those that a kernel may read by itself, from the cache's file.
     backed: usize,
     entry: Arc<Entry>,
+    latest: Arc<Latest>,
+}
+
+/// What is held under these locks is replaced whole, so a panic elsewhere is no harm.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 pub(super) fn read_only() -> FsError {
@@ -74,7 +84,9 @@ impl Remote {
         (symlinks, read_only): (ForeignSymlinks, bool),
     ) -> Self {
         outbox.attach(&content);
-        Self { index, content, outbox, uid, gid, symlinks, read_only, pinned: DashMap::new() }
+        let (pinned, growing) = (DashMap::new(), Arc::new(Growing::default()));
+        index.feed().add_witness(&growing);
+        Self { index, content, outbox, uid, gid, symlinks, read_only, pinned, growing }
     }
 
     /// The entry as its owner has it, as the mounting user's own.
@@ -83,7 +95,8 @@ impl Remote {
             FileType::File => entry.generation.into(),
             _ => 0,
         };
-        let attr = Attr { uid: self.uid, gid: self.gid, ..entry.attr };
+        let shown = self.growing.shown(ino.location, entry);
+        let attr = Attr { uid: self.uid, gid: self.gid, ..shown };
         let atime = self.outbox.view().atime(ino.location, ino.file).unwrap_or(attr.mtime);
         Found { ino: ino.no(), generation, attr, atime, valid_for: VALID_FOR }
     }

@@ -96,7 +96,13 @@ impl Drive {
         }];
         if let Some(entry) = view.entry(location, dir.file_id, name.as_bytes())? {
             let (file, generation) = (entry.file_id, entry.generation);
-            changes.push(Change::Attributes { location, file, generation, noticed: None });
+            changes.push(Change::Attributes {
+                location,
+                file,
+                generation,
+                noticed: None,
+                grew: None,
+            });
         }
         index.feed().publish(changes);
         Ok(true)

@@ -3,6 +3,7 @@
 //! source that can be switched off.
 
 mod events;
+mod growth;
 mod listing;
 mod own;
 mod owner;

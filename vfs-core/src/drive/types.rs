@@ -228,6 +228,17 @@ pub struct Statfs {
     pub name_max: u32,
 }
 
+/// What a kernel keeps of files, as far as [`Listener::grow`](super::Listener::grow) changes it.
+pub trait KernelCache {
+    /// Drops the pages of a file from this byte on; may wait for those that are being read.
+    fn drop_pages_from(&self, ino: InodeNo, from: u64);
+    /// Waits for calls that had found a page before it was dropped: they look at the size of the
+    /// file last.
+    fn wait_for_readers(&self);
+    /// Has the attributes of a file asked for again.
+    fn expire_attributes(&self, ino: InodeNo);
+}
+
 /// What a kernel's caches must drop. Never sent from within a request on the same file.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Invalidation {
@@ -244,6 +255,9 @@ pub enum Invalidation {
     Attributes(InodeNo),
     /// The attributes and the pages of a file.
     Content(InodeNo),
+    /// Files have become longer: [`Listener::grow`](super::Listener::grow) is to be called, by a thread
+    /// that may wait.
+    Growth,
     /// Everything: too much changed to name it.
     Everything,
 }

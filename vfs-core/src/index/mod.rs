@@ -80,7 +80,7 @@ pub use compact::Seen;
 pub use differences::{Difference, Differences, Differs};
 pub use digest::LogDigest;
 pub(crate) use key::after_prefix;
-pub use observe::Sighting;
+pub use observe::{BytesRead, Sighting};
 pub use redb::RedbStore;
 pub use relay::{AT_ONCE, Attested, Signed, Spool, Spooled, Statement, Wanted};
 #[cfg(feature = "sled")]
@@ -363,11 +363,16 @@ impl Index {
         if batch.is_empty() {
             return Ok(result);
         }
-        inner.commit(&mut writer, batch, at_least)?;
-        inner.memory.put_states(states);
-        then(&inner.memory, &result);
-        // Under the lock, so that the feed has the order of the commits.
+        inner.feed.announce(&changes);
+        let committed = inner.commit(&mut writer, batch, at_least);
+        if committed.is_ok() {
+            inner.memory.put_states(states);
+            then(&inner.memory, &result);
+        }
+        // Under the lock, so that the feed has the order of the commits. Also when it failed: it may
+        // have taken effect.
         inner.feed.publish(changes);
+        committed?;
         Ok(result)
     }
 }

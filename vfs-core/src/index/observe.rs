@@ -84,7 +84,7 @@ impl Index {
                         found[at] = None;
                     }
                     let Some(directories) = &mut found[at] else { continue };
-                    let entry = settle(tx, Place { no, parent: dir, name: &name }, now)?;
+                    let entry = settle(tx, Place { no, parent: dir, name: &name }, now, None)?;
                     directories.extend(entry.filter(is_directory).map(|e| (name, e.file_id)));
                 }
                 Ok(())
@@ -133,10 +133,22 @@ impl Index {
         name: &Name,
         now: Option<Observed>,
     ) -> Result<Option<Entry>, IndexError> {
+        self.observe_entry_read(no, dir, name, now, None)
+    }
+
+    /// The same of a name whose file was read, and may have grown: it is the same version then.
+    pub fn observe_entry_read(
+        &self,
+        no: LocationNo,
+        dir: FileId,
+        name: &Name,
+        now: Option<Observed>,
+        read: Option<BytesRead>,
+    ) -> Result<Option<Entry>, IndexError> {
         self.own_location(no)?;
         self.write(|tx| {
             check_directory(tx, no, dir)?;
-            settle(tx, Place { no, parent: dir, name }, now)
+            settle(tx, Place { no, parent: dir, name }, now, read.as_ref())
         })
     }
 
@@ -237,6 +249,30 @@ pub struct Sighting {
     pub content: Option<(Stamp, ContentId)>,
 }
 
+/// What was read of a file that was seen to be larger than its row says.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct BytesRead {
+    /// Of the file as it was seen; all bytes of this size were read.
+    pub stamp: Stamp,
+    /// The hash of all of them.
+    pub content: ContentId,
+    /// How many bytes it had according to its row, and the hash of so many of those that were read.
+    pub began: (u64, ContentId),
+    /// No later change of its bytes can have left the stamp as it is; else it is hashed again.
+    pub is_settled: bool,
+}
+
+impl BytesRead {
+    /// Whether the file of this row has only grown: what it had is what was read first. Nothing
+    /// need be known of a file that had no bytes.
+    fn is_growth_of(&self, old: &Entry) -> bool {
+        let (size, content) = self.began;
+        size == old.attr.size
+            && size < self.stamp.size
+            && old.content.map_or(size == 0, |known| known == content)
+    }
+}
+
 struct Comparison {
     /// Directories that are as before.
     directories: Vec<(Name, FileId)>,
@@ -300,14 +336,25 @@ fn entry_of(
 }
 
 /// What the row of this file becomes, and whether its bytes must be hashed (again).
-fn next_version(old: &Entry, now: Observed) -> Result<(Entry, bool), IndexError> {
+fn next_version(
+    old: &Entry,
+    now: Observed,
+    read: Option<&BytesRead>,
+) -> Result<(Entry, bool), IndexError> {
     let stamp = old.stamp();
+    let read = read.filter(|read| read.stamp == now.stamp());
     let new = entry_of(old.file_id, old.generation, old.content, now)?;
     let is_file = new.attr.file_type == FileType::File;
     let was_written = (new.attr.size, new.attr.mtime) != (stamp.size, stamp.mtime);
     // Without a hash nobody could tell two versions under one number apart later.
     let may_be_other = old.content.is_none() && new.attr.ctime != stamp.ctime;
     let new_bytes = is_file && (was_written || may_be_other);
+    if let Some(read) = read.filter(|_| new_bytes) {
+        let is_other = !read.is_growth_of(old);
+        let generation = old.generation.wrapping_add(u32::from(is_other));
+        let entry = Entry { generation, content: Some(read.content), ..new };
+        return Ok((entry, !read.is_settled));
+    }
     if new_bytes || new.target != old.target {
         let generation = old.generation.wrapping_add(1);
         return Ok((Entry { generation, content: None, ..new }, is_file));
@@ -322,6 +369,7 @@ fn settle(
     tx: &mut Tx<'_>,
     place: Place<'_>,
     now: Option<Observed>,
+    read: Option<&BytesRead>,
 ) -> Result<Option<Entry>, IndexError> {
     let old = tx.row(place)?;
     let now = now.filter(|_| !tx.is_hidden(place.no, place.name));
@@ -329,7 +377,7 @@ fn settle(
         (None, None) => Ok(None),
         (Some(old), None) => vanish(tx, place, &old).map(|()| None),
         (Some(old), Some(now)) if is_same_file(&old.entry, &now) => {
-            update(tx, place, old, now).map(Some)
+            update(tx, place, old, now, read).map(Some)
         }
         (Some(old), Some(now)) if is_next_of(tx, place.no, &old.entry, &now) => {
             replace(tx, place, old, now).map(Some)
@@ -354,8 +402,14 @@ fn vanish(tx: &mut Tx<'_>, place: Place<'_>, old: &Row) -> Result<(), IndexError
     Ok(())
 }
 
-fn update(tx: &mut Tx<'_>, place: Place<'_>, old: Row, now: Observed) -> Result<Entry, IndexError> {
-    let (entry, hash) = next_version(&old.entry, now)?;
+fn update(
+    tx: &mut Tx<'_>,
+    place: Place<'_>,
+    old: Row,
+    now: Observed,
+    read: Option<&BytesRead>,
+) -> Result<Entry, IndexError> {
+    let (entry, hash) = next_version(&old.entry, now, read)?;
     if entry == old.entry {
         return Ok(entry);
     }
@@ -366,6 +420,8 @@ fn update(tx: &mut Tx<'_>, place: Place<'_>, old: Row, now: Observed) -> Result<
     }
     if hash {
         tx.enqueue(place.no, &entry);
+    } else if entry.content != old.entry.content {
+        tx.dequeue(place.no, &entry);
     }
     Ok(entry)
 }
@@ -454,7 +510,7 @@ fn link(
     now: Observed,
 ) -> Result<Entry, IndexError> {
     let no = place.no;
-    let (entry, hash) = next_version(&known, now)?;
+    let (entry, hash) = next_version(&known, now, None)?;
     if is_directory(&entry) {
         // It has one name only: the other is where it was before.
         for (parent, name) in read::names(tx, no, entry.file_id, NAMES_ALIKE)? {
@@ -501,7 +557,7 @@ fn sight(tx: &mut Tx<'_>, no: LocationNo, sighting: Sighting) -> Result<Option<E
         return Ok(None);
     }
     let place = Place { no, parent: dir, name: &name };
-    let entry = settle(tx, place, now)?;
+    let entry = settle(tx, place, now, None)?;
     if let (Some(entry), Some((stamp, content))) = (&entry, content) {
         set_content(tx, no, entry.file_id, &stamp, content)?;
         return Ok(tx.row(place)?.map(|row| row.entry));

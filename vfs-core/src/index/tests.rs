@@ -350,6 +350,82 @@ fn a_version_is_told_by_size_and_mtime_and_a_ctime_asks_for_a_hash() {
     assert_eq!(f.index.view().unwrap().holders(ContentId::of(b"2")).unwrap(), []);
 }
 
+/// What was read of a file that is seen, of which `size` bytes were there before.
+fn read_of(now: &Observed, content: &[u8], size: u64, begun: &[u8]) -> BytesRead {
+    let (content, begun) = (ContentId::of(content), ContentId::of(begun));
+    BytesRead { stamp: now.stamp(), content, began: (size, begun), is_settled: true }
+}
+
+#[test]
+fn a_version_grows_only_with_the_bytes_that_it_had() {
+    let f = fixture();
+    let mut grown = file("a", 10);
+    grown.attr.size += 5;
+    grown.attr.mtime.secs += 3;
+    grown.attr.ctime.secs += 3;
+    let right = read_of(&grown, b"more", 10, b"known");
+    let other_stamp = Stamp { size: 16, ..right.stamp };
+    let unread = (1, None);
+    let other = (1, Some(ContentId::of(b"more")));
+    let cases = [
+        (right, (0, Some(ContentId::of(b"more")))),
+        (BytesRead { is_settled: false, ..right }, (0, Some(ContentId::of(b"more")))),
+        (BytesRead { began: (9, ContentId::of(b"known")), ..right }, other),
+        (BytesRead { began: (10, ContentId::of(b"unknown")), ..right }, other),
+        (BytesRead { stamp: other_stamp, ..right }, unread),
+    ];
+    for (read, (generations, content)) in cases {
+        f.observe(FileId::ROOT, "a", None);
+        f.index.sweep_location(f.no, 100).unwrap();
+        let first = f.observe(FileId::ROOT, "a", Some(file("a", 10))).unwrap();
+        assert!(f.hash(&first, ContentId::of(b"known")));
+        f.index.hash_again(f.no, first.file_id).unwrap();
+        let mut feed = f.index.feed().subscribe();
+        let now = Some(grown.clone());
+        let row = f.index.observe_entry_read(f.no, FileId::ROOT, &name("a"), now, Some(read));
+        let row = row.unwrap().unwrap();
+        check_invariants(&f.index, f.no);
+        assert_eq!((row.generation - first.generation, row.content), (generations, content));
+        assert_eq!((row.file_id, row.attr.size), (first.file_id, 15));
+        let is_queued = !read.is_settled || content.is_none();
+        assert_eq!(f.unhashed(), Vec::from_iter(is_queued.then_some(first.file_id)), "{read:?}");
+        let Some(Next::Batch(changes)) = feed.blocking_next() else { panic!() };
+        assert_eq!(matches!(changes[0], Change::Attributes { .. }), generations == 0);
+    }
+}
+
+#[test]
+fn what_is_read_of_an_unhashed_file_is_its_hash_but_only_an_empty_one_grows() {
+    let f = fixture();
+    for (text, ino, size, grows) in [("empty", 10, 0, true), ("unhashed", 20, 10, false)] {
+        let mut first = file(text, ino);
+        first.attr.size = size;
+        let first = f.observe(FileId::ROOT, text, Some(first)).unwrap();
+        let now = file(text, ino);
+        let now = Observed { attr: Attr { size: 11, ..now.attr }, ..now };
+        let read = read_of(&now, b"more", size, b"");
+        let row =
+            f.index.observe_entry_read(f.no, FileId::ROOT, &name(text), Some(now), Some(read));
+        let row = row.unwrap().unwrap();
+        check_invariants(&f.index, f.no);
+        assert_eq!(row.generation == first.generation, grows, "{text}");
+        assert_eq!(row.content, Some(ContentId::of(b"more")));
+        assert_eq!(f.unhashed(), []);
+    }
+}
+
+#[test]
+fn what_is_smaller_or_as_large_has_not_grown() {
+    let f = fixture();
+    let first = f.observe(FileId::ROOT, "a", Some(file("a", 10))).unwrap();
+    assert!(f.hash(&first, ContentId::of(b"known")));
+    let mut now = file("a", 10);
+    now.attr.mtime.secs += 1;
+    let read = read_of(&now, b"known", 10, b"known");
+    let row = f.index.observe_entry_read(f.no, FileId::ROOT, &name("a"), Some(now), Some(read));
+    assert_eq!(row.unwrap().unwrap().generation, first.generation + 1);
+}
+
 #[test]
 fn hard_links_have_one_row_until_the_last_name_goes() {
     let f = fixture();
@@ -369,6 +445,14 @@ fn hard_links_have_one_row_until_the_last_name_goes() {
     let node = f.index.view().unwrap().node(f.no, a.file_id).unwrap().unwrap();
     assert_eq!(node.name, name("b"));
     assert_eq!(f.index.view().unwrap().holders(content).unwrap(), [(f.no, a.file_id)]);
+
+    let grown = Observed { attr: Attr { size: 12, ..link("b").attr }, ..link("b") };
+    f.observe(FileId::ROOT, "a", Some(link("a")));
+    let read = read_of(&grown, b"more", 10, b"both");
+    f.index.observe_entry_read(f.no, FileId::ROOT, &name("b"), Some(grown), Some(read)).unwrap();
+    let [grown_a, grown_b] = ["a", "b"].map(|n| f.entry(FileId::ROOT, n).unwrap());
+    assert_eq!(grown_a, grown_b, "both have grown");
+    assert_eq!((grown_a.generation, grown_a.attr.size), (a.generation, 12));
 
     let mut written = link("b");
     written.attr.size += 1;

@@ -191,7 +191,7 @@ impl<'a> Tx<'a> {
         if !self.is_unlisted {
             self.list_content(place.no, &entry);
         }
-        self.announce(place, old.map(|o| &o.entry), &entry);
+        self.announce(place, old.map(|o| &o.entry), &entry)?;
         self.batch.put(Table::Entries, place.entry_key(), encode(&Row { seq, entry }));
         Ok(())
     }
@@ -335,16 +335,40 @@ impl<'a> Tx<'a> {
         Ok(())
     }
 
-    fn announce(&mut self, place: Place<'_>, old: Option<&Entry>, new: &Entry) {
+    fn announce(
+        &mut self,
+        place: Place<'_>,
+        old: Option<&Entry>,
+        new: &Entry,
+    ) -> Result<(), IndexError> {
         let Place { no: location, parent, name } = place;
         let same = |o: &&Entry| (o.file_id, o.generation) == (new.file_id, new.generation);
-        self.changes.push(match old.filter(same) {
-            Some(old) => Change::of_attributes(location, (parent, name), old, new),
-            None => {
-                let (was, now) = (old.map(Brief::from), Some(Brief::from(new)));
-                Change::Entry { location, parent, name: name.clone(), was, now }
-            }
-        });
+        if let Some(old) = old.filter(same) {
+            let change = Change::of_attributes(location, (parent, name), old, new);
+            self.changes.push(change);
+            return Ok(());
+        }
+        let (was, now) = (old.map(Brief::from), Some(Brief::from(new)));
+        self.changes.push(Change::Entry { location, parent, name: name.clone(), was, now });
+        // A file may have grown before it got this name, and its former row been passed over.
+        if let Some(before) = self.grown_elsewhere(location, new)? {
+            let change = Change::of_attributes(location, (parent, name), &before, new);
+            self.changes.push(change);
+        }
+        Ok(())
+    }
+
+    /// The row of a file of another device, before this commit, that is of the same version and
+    /// shorter. Not of a replica that is just being made: nothing of it was seen before.
+    fn grown_elsewhere(&self, no: LocationNo, new: &Entry) -> Result<Option<Entry>, IndexError> {
+        let may_have_grown = new.attr.file_type == FileType::File && new.content.is_some();
+        if no.is_own() || !may_have_grown || self.memory.whole(no).is_none() {
+            return Ok(None);
+        }
+        let names = read::names(&*self.snapshot, no, new.file_id, 1)?;
+        let Some((parent, name)) = names.first() else { return Ok(None) };
+        let row = read::row(&*self.snapshot, no, *parent, name.as_bytes())?;
+        Ok(row.map(|row| row.entry).filter(|before| new.is_grown(before)))
     }
 }
 

@@ -34,6 +34,8 @@ const DIRECTORIES_TO_SCAN: usize = 100_000;
 #[derive(Default)]
 pub(super) struct Hints {
     waiting: HashMap<(LocationNo, FileId), Changes>,
+    /// Files that are read only when it is their turn: apart, so that nothing else waits for them.
+    growing: HashMap<(LocationNo, FileId), Changes>,
     /// When directories were looked at, for [`CONTENTS_EVERY`].
     looked: HashMap<(LocationNo, FileId), Instant>,
     /// Batches that were taken, and that were looked at.
@@ -45,7 +47,8 @@ pub(super) struct Hints {
 struct Changes {
     first: Instant,
     due: Instant,
-    names: HashSet<Name>,
+    /// And since when; a change that is put off does not become a newer one.
+    names: HashMap<Name, Instant>,
     /// Files that a program could write to until now.
     written: HashSet<Name>,
     /// List it whole.
@@ -67,10 +70,12 @@ impl Hints {
         };
         changes.own |= own;
         if !changes.whole {
-            changes.names.extend(name);
+            if let Some(name) = name {
+                changes.names.entry(name).or_insert(now);
+            }
             if changes.names.len() > NAMES_TO_LIST {
                 changes.whole = true;
-                changes.names = HashSet::new();
+                changes.names = HashMap::new();
             }
         }
     }
@@ -85,29 +90,39 @@ impl Hints {
     fn put_back(&mut self, key: (LocationNo, FileId), mut changes: Changes) {
         changes.due = Instant::now() + BUSY;
         match self.waiting.get_mut(&key) {
-            Some(newer) => {
-                newer.names.extend(changes.names);
-                newer.written.extend(changes.written);
-                newer.whole |= changes.whole;
-                newer.own |= changes.own;
-            }
+            Some(newer) => newer.merge(changes),
             None => {
                 self.waiting.insert(key, changes);
             }
         }
     }
 
+    /// Notes files that are to be looked at again when they are due.
+    fn put_off(&mut self, key: (LocationNo, FileId), later: Changes) {
+        match self.growing.get_mut(&key) {
+            Some(others) => {
+                others.due = others.due.min(later.due);
+                others.merge(later);
+            }
+            None => {
+                self.growing.insert(key, later);
+            }
+        }
+    }
+
     /// What is due, with everything that will be in a moment: the halves of a
-    /// rename are events of two directories.
+    /// rename are events of two directories. What was noted first comes first.
     fn take(&mut self, due: &mut Option<Instant>) -> Option<Batch> {
         let now = Instant::now();
-        *due = self.waiting.values().map(|changes| changes.due).min();
+        *due = self.waiting.values().chain(self.growing.values()).map(|changes| changes.due).min();
         if due.is_none_or(|at| at > now) {
             return None;
         }
         self.looked.retain(|_, at| *at + CONTENTS_EVERY > now);
-        let batch: Batch =
+        let mut batch: Batch =
             self.waiting.extract_if(|_, changes| changes.due <= now + BURST).collect();
+        batch.extend(self.growing.extract_if(|_, changes| changes.due <= now));
+        batch.sort_by_key(|(_, changes)| changes.first);
         self.looked.extend(batch.iter().map(|(key, _)| (*key, now)));
         self.taken += 1;
         Some(batch)
@@ -120,16 +135,48 @@ impl Hints {
 
     /// Whether everything was looked at that was due when the mark was made.
     pub(super) fn is_applied(&self, mark: u64) -> bool {
-        self.applied >= mark || (self.applied == self.taken && self.waiting.is_empty())
+        let is_empty = || self.waiting.is_empty() && self.growing.is_empty();
+        self.applied >= mark || (self.applied == self.taken && is_empty())
     }
 }
 
 type Batch = Vec<((LocationNo, FileId), Changes)>;
 
+/// A file that has grown and is not read yet.
+struct Later {
+    name: Name,
+    noted: Instant,
+    due: Instant,
+}
+
 impl Changes {
     fn new(now: Instant) -> Self {
         let (names, written) = Default::default();
         Self { first: now, due: now, names, written, whole: false, own: false }
+    }
+
+    fn merge(&mut self, other: Self) {
+        self.first = self.first.min(other.first);
+        for (name, noted) in other.names {
+            let known = self.names.entry(name).or_insert(noted);
+            *known = noted.min(*known);
+        }
+        self.written.extend(other.written);
+        self.whole |= other.whole;
+        self.own |= other.own;
+    }
+
+    /// Takes files out that are to be looked at later, if there are any.
+    fn split_off(&mut self, later: Vec<Later>) -> Option<Self> {
+        let due = later.iter().map(|later| later.due).min()?;
+        let first = later.iter().map(|later| later.noted).min()?;
+        let mut split = Self { due, ..Self::new(first) };
+        for Later { name, noted, .. } in later {
+            // What is to be done after the look waits for it.
+            split.written.extend(self.written.take(&name));
+            split.names.insert(name, noted);
+        }
+        Some(split)
     }
 
     fn is_noted(&self) -> bool {
@@ -185,6 +232,7 @@ impl Core {
         }
         if hints.waiting.len() > DIRECTORIES_TO_SCAN {
             hints.waiting.clear();
+            hints.growing.clear();
             drop(hints);
             self.events_lost("too many directories changed at once");
         }
@@ -225,7 +273,7 @@ impl Core {
     fn apply(&self, batch: Batch) {
         let mut gone = Vec::new();
         let mut own = Vec::new();
-        for ((no, dir), changes) in batch {
+        for ((no, dir), mut changes) in batch {
             let Some(place) = self.place(no) else { continue };
             let Some(order) = place.try_order(dir) else {
                 lock(&self.hints).put_back((no, dir), changes);
@@ -237,8 +285,14 @@ impl Core {
             if changes.whole {
                 drop(order);
                 self.list_again(&place, dir);
-            } else if let Err(e) = self.look(&place, dir, changes.names, &mut gone) {
-                self.look_failed(&place, dir, &e);
+            } else {
+                let (names, mut later) = (std::mem::take(&mut changes.names), Vec::new());
+                if let Err(e) = self.look(&place, dir, names, &mut gone, &mut later) {
+                    self.look_failed(&place, dir, &e);
+                }
+                if let Some(later) = changes.split_off(later) {
+                    lock(&self.hints).put_off((no, dir), later);
+                }
             }
             if let Err(e) = self.hash_written(&place, dir, changes.written) {
                 self.look_failed(&place, dir, &e);
@@ -258,21 +312,30 @@ impl Core {
     }
 
     /// Looks at names of a directory, whose order the caller has; those without
-    /// anything are left for later.
+    /// anything, and those that are not to be read yet, are left for later.
     fn look(
         &self,
         place: &Place,
         dir: FileId,
-        names: HashSet<Name>,
+        names: HashMap<Name, Instant>,
         gone: &mut Vec<(LocationNo, FileId, Name)>,
+        later: &mut Vec<Later>,
     ) -> FsResult<()> {
         if names.is_empty() {
             return Ok(());
         }
         let open = self.open_handle(place, &*place.root()?, dir)?;
-        for name in names {
+        let mut names: Vec<_> = names.into_iter().collect();
+        names.sort_by_key(|(_, noted)| *noted);
+        for (name, noted) in names {
             match observe_at(open.as_fd(), &name) {
-                Ok(found) => self.appeared(place, dir, &name, found)?,
+                Ok(found) => match self.growing(place, dir, found)? {
+                    Ok(growing) => {
+                        let due = self.grew_in_turn(place, open.as_fd(), dir, growing, noted)?;
+                        later.extend(due.map(|due| Later { name, noted, due }));
+                    }
+                    Err(found) => drop(self.appeared(place, dir, &name, found, None)?),
+                },
                 Err(e) if e.kind() == Kind::NotFound => gone.push((place.no, dir, name)),
                 Err(e) => self.look_failed(place, dir, &e),
             }

@@ -4,7 +4,7 @@
 //! try again yet. A file is hashed when it was left alone for a while, and the
 //! result counts only if its stamp is the same before and after. The manifest is
 //! stored before the index says that the file is hashed, so a content id in the
-//! index always has one.
+//! index has one, unless another file with the same content has grown since.
 
 use super::Core;
 use super::place::{Place, lock};
@@ -12,7 +12,7 @@ use super::scan::is_gone;
 use crate::content::Manifest;
 use crate::error::{FsError, FsResult, Kind};
 use crate::local::stamp_of;
-use crate::model::{ContentId, FileId, FileType, Stamp, Time};
+use crate::model::{ContentId, FileId, FileType, MAX_GROWTH_BYTES, Stamp, Time};
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -235,6 +235,10 @@ impl Core {
             place.files_hashed.fetch_add(1, Ordering::Relaxed);
             return self.end_recorded(place, hashed);
         }
+        if hashed.stamp.size <= MAX_GROWTH_BYTES {
+            // It may have grown meanwhile, and what it was needs no tree then.
+            self.drop_manifest(hashed.content);
+        }
         match self.hash_stale(place, hashed.file, hashed.took) {
             Ok(outcome) => self.end_hash(place, hashed.file, outcome),
             Err(e) => self.hash_failed(place, hashed.file, &e),
@@ -368,7 +372,7 @@ const WHOLE_SECONDS_SETTLE: Duration = Duration::from_millis(2_100);
 /// advances in ticks: a write within the tick of the last one leaves no trace
 /// in the stamp, and after a settled tick none can. A time without fractions
 /// is taken for one of a file system that has none.
-fn unsettled(stamp: &Stamp, settle: Duration) -> Option<Duration> {
+pub(super) fn unsettled(stamp: &Stamp, settle: Duration) -> Option<Duration> {
     let settle = match stamp.ctime.nanos {
         0 => settle.max(WHOLE_SECONDS_SETTLE),
         _ => settle,

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `scan` | directories of the disk to rows, breadth first and on demand |
 //! | `watch`, `mark`, `follow` | the kernel's events, and what they make us look at |
+//! | `growth` | files that only grew, and the proof of it |
 //! | `hash` | content ids and manifests, behind everything else |
 //! | `asked` | names that this device itself changed, looked at now |
 //! | `tend` | folders that come and go, rescans, what has to be tried again |
@@ -18,6 +19,7 @@
 mod asked;
 mod compare;
 mod follow;
+mod growth;
 mod hash;
 mod mark;
 mod place;
@@ -33,6 +35,7 @@ use crate::model::{FileId, LocationNo};
 pub(crate) use asked::Look;
 pub use compare::{Compared, Hear};
 use follow::Hints;
+use growth::{Duties, Former};
 use place::{Place, lock};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -136,6 +139,8 @@ struct Core {
     places: RwLock<BTreeMap<LocationNo, Arc<Place>>>,
     before_scan: OnceLock<BeforeScan>,
     hints: Mutex<Hints>,
+    duties: Mutex<Duties>,
+    former: Mutex<Former>,
     scan_work: Work,
     hash_work: Work,
     hint_work: Work,
@@ -209,6 +214,8 @@ impl Indexer {
             places: RwLock::default(),
             before_scan: OnceLock::new(),
             hints: Mutex::default(),
+            duties: Mutex::default(),
+            former: Mutex::default(),
             scan_work: Work::default(),
             hash_work: Work::default(),
             hint_work: Work::default(),
@@ -426,5 +433,7 @@ fn lower_priority(nice: i32) {
 
 #[cfg(test)]
 mod compare_tests;
+#[cfg(test)]
+mod growth_tests;
 #[cfg(test)]
 mod tests;

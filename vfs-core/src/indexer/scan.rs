@@ -10,7 +10,7 @@
 use super::Core;
 use super::place::{Job, Place, Strays, lock};
 use crate::error::{FsError, FsResult, Kind};
-use crate::index::Observed;
+use crate::index::{BytesRead, Observed};
 use crate::local::{Listing, Root, ino_of, list_dir, observe_at, stat_of};
 use crate::model::{Entry, FileId, FileType, LocationNo, Name};
 use std::os::fd::{AsFd, OwnedFd};
@@ -303,7 +303,10 @@ impl Core {
         let _order = place.order(dir);
         let open = self.open_handle(place, &root, dir)?;
         match observe_at(open.as_fd(), name) {
-            Ok(found) => self.appeared(place, dir, name, found),
+            Ok(found) => match self.growing(place, dir, found)? {
+                Ok(growing) => self.grew(place, open.as_fd(), dir, growing),
+                Err(found) => self.appeared(place, dir, name, found, None).map(drop),
+            },
             Err(e) if e.kind() == Kind::NotFound => self.disappeared(place, &root, dir, name),
             Err(e) => Err(e),
         }
@@ -330,16 +333,18 @@ impl Core {
         self.refresh(place, node.parent, &node.name)
     }
 
-    /// Tells the index what a name has, and looks into what is new. Needs the directory's order.
+    /// Tells the index what a name has, and what was read of it, and looks into what is new; gives
+    /// the row. Needs the directory's order.
     pub(super) fn appeared(
         &self,
         place: &Place,
         dir: FileId,
         name: &Name,
         found: Observed,
-    ) -> FsResult<()> {
-        let entry = self.index.observe_entry(place.no, dir, name, Some(found))?;
-        let Some(entry) = entry else { return Ok(()) };
+        read: Option<BytesRead>,
+    ) -> FsResult<Option<Entry>> {
+        let entry = self.index.observe_entry_read(place.no, dir, name, Some(found), read)?;
+        let Some(entry) = entry else { return Ok(None) };
         match entry.attr.file_type {
             FileType::Directory => self.look_into(place, entry.file_id),
             FileType::File => {
@@ -348,7 +353,7 @@ impl Core {
             }
             _ => {}
         }
-        Ok(())
+        Ok(Some(entry))
     }
 
     pub(super) fn look_into(&self, place: &Place, dir: FileId) {

@@ -80,6 +80,11 @@ use tend::Tender;
 use tokio::sync::watch;
 use written::OpenFile;
 
+/// How far a version is moved that gets another number. An inode number has the lowest byte of it:
+/// far from what the owner's next versions get, and all values before one comes again. The highest
+/// byte tells a kernel that it is another inode all the same.
+const RENUMBERED_BY: u32 = 0x0100_0053;
+
 /// The writes of this device to others' files.
 pub struct Outbox {
     dir: PathBuf,
@@ -138,10 +143,19 @@ impl Outbox {
     pub(crate) fn renumber(&self, location: LocationNo, shown: &Entry) -> FsResult<()> {
         let row = self.index.view()?.node(location, shown.file_id)?;
         if let Some(row) = row {
-            // Far from the numbers that the owner's next versions get.
-            let other = shown.generation ^ 0x80;
+            let other = shown.generation.wrapping_add(RENUMBERED_BY);
             self.overlay().keep(location, shown.file_id, row.entry.generation, other);
         }
+        Ok(())
+    }
+
+    /// Kernels look up the names of a file again, and ask for its attributes.
+    pub(crate) fn look_again(&self, location: LocationNo, file: FileId) -> FsResult<()> {
+        use changes::Change::{Attributes, Entry};
+        let names = self.view().names(location, file)?.into_iter();
+        let look = |(parent, name)| Entry { location, parent, name, was: None, now: None };
+        let attributes = Attributes { location, file, generation: 0, noticed: None, grew: None };
+        self.publish(names.map(look).chain([attributes]).collect());
         Ok(())
     }
 

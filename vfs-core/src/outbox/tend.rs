@@ -5,7 +5,7 @@ use super::adopt::Whole;
 use super::deliver::NEVER;
 use super::queue::{OpBytes, Progress, Retiring};
 use super::record::{OpRecord, Record};
-use super::{Outbox, State};
+use super::{Outbox, RENUMBERED_BY, State};
 use crate::changes::{Brief, Change as Shown};
 use crate::error::FsResult;
 use crate::failpoint::fail_point;
@@ -311,8 +311,13 @@ impl Outbox {
             // A name or an attribute that was set since moves only the ctime.
             (stamp.disk_ino, stamp.size, stamp.mtime) == (row.entry.disk_ino, attr.size, attr.mtime)
         });
+        let generation = row.entry.generation;
         if is_ours {
-            self.overlay().keep(location, file, row.entry.generation, shown);
+            self.overlay().keep(location, file, generation, shown);
+        } else if generation == shown {
+            // It has grown at its owner. Under the number that it would have, kernels have pages
+            // of what was written here.
+            self.overlay().keep(location, file, generation, shown.wrapping_add(RENUMBERED_BY));
         }
     }
 
@@ -459,7 +464,7 @@ pub(super) fn changes_of(location: LocationNo, change: &Change) -> Vec<Shown> {
             Shown::Entry { location, parent, name, was, now }
         })
         .collect();
-    changes.push(Shown::Attributes { location, file, generation: 0, noticed: None });
+    changes.push(Shown::Attributes { location, file, generation: 0, noticed: None, grew: None });
     changes
 }
 

@@ -304,8 +304,9 @@ impl Outbox {
     }
 
     /// The row of the same bytes under another stamp, as after a chmod, another link, or when one
-    /// of these times was set. Their owner no longer gives them under the old stamp, and its rows
-    /// come a moment later than it says so. `None`: other bytes, or no such row.
+    /// of these times was set; or of these and more, when the file has grown. Their owner no longer
+    /// gives them under the old stamp, and its rows come a moment later than it says so. `None`:
+    /// other bytes, or no such row.
     pub(crate) async fn restamped(
         &self,
         location: LocationNo,
@@ -319,7 +320,7 @@ impl Outbox {
             if row.stamp() != old.stamp() {
                 let is_same = (row.disk_ino, row.attr.size) == (old.disk_ino, old.attr.size)
                     && times.contains(&row.attr.mtime);
-                return is_same.then(|| Arc::new(row));
+                return (is_same || row.is_grown(old)).then(|| Arc::new(row));
             }
             if Instant::now() > deadline {
                 return None;
@@ -366,6 +367,14 @@ impl Outbox {
     pub(crate) fn has_writer(&self, location: LocationNo, file: FileId) -> bool {
         let file = self.now(location, file);
         self.files.get(&(location, file)).is_some_and(|open| open.writers > 0)
+    }
+
+    /// Whether programs of this device write a file, or its bytes are shown as they wrote them.
+    pub(crate) fn is_written(&self, location: LocationNo, file: FileId) -> bool {
+        let file = self.now(location, file);
+        let is_open =
+            self.files.get(&(location, file)).is_some_and(|o| o.writers > 0 || o.written.is_some());
+        is_open || self.has_bytes(location, file)
     }
 
     /// The bytes of a version as this device's programs have made them, if they did.

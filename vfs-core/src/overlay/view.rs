@@ -69,6 +69,21 @@ impl<'a> Merged<'a> {
         })
     }
 
+    /// A file as it is shown, and its owner's row at that moment; `None` without a row.
+    pub fn shown_and_row(
+        &self,
+        no: LocationNo,
+        file: FileId,
+    ) -> Result<Option<(Entry, Entry)>, IndexError> {
+        self.look(no, |local, view| {
+            let file = local.map_or(file, |local| local.ids.now(file));
+            let Some(row) = view.node(no, file)? else { return Ok(None) };
+            let row = row.entry;
+            let shown = local.map_or_else(|| row.clone(), |local| local.patched(row.clone()));
+            Ok(Some((shown, row)))
+        })
+    }
+
     /// The names of a file, at most a few dozen.
     pub fn names(&self, no: LocationNo, file: FileId) -> Result<Vec<(FileId, Name)>, IndexError> {
         self.look(no, |local, view| match local {

@@ -12,7 +12,7 @@ use vfs_core::index::{Index, LogRow, NewLocation, ROOT_PARENT, open_store};
 use vfs_core::indexer::{Indexer, IndexerConfig};
 use vfs_core::library::{Library, Member, Stamp};
 use vfs_core::model::{
-    Attr, ContentId, DeviceId, Entry, FileId, FileType, LocationId, LocationNo, Name, Seq, Time,
+    Attr, DeviceId, Entry, FileId, FileType, LocationId, LocationNo, Name, Seq, Time,
 };
 use vfs_core::outbox::{Outbox, OutboxConfig};
 use vfs_core::source::{BoxFuture, ContentSource, FetchError, Fetched, Version};
@@ -50,7 +50,7 @@ impl Drop for Parts {
 /// The peer's files. A file that is in the index and not here is never answered.
 #[derive(Default)]
 struct Peer {
-    files: Mutex<HashMap<FileId, Vec<u8>>>,
+    files: Mutex<HashMap<FileId, Arc<(Vec<u8>, Manifest)>>>,
 }
 
 impl ContentSource for Peer {
@@ -64,11 +64,12 @@ impl ContentSource for Peer {
         version: &'a Version,
         range: Range<u64>,
     ) -> BoxFuture<'a, Result<Fetched, FetchError>> {
-        let bytes = self.files.lock().unwrap().get(&version.file).cloned();
+        let file = self.files.lock().unwrap().get(&version.file).cloned();
         Box::pin(async move {
-            let Some(bytes) = bytes else { return std::future::pending().await };
+            let Some(file) = file else { return std::future::pending().await };
+            let (bytes, manifest) = &*file;
             let proof = match version.content {
-                Some(_) => Manifest::of_bytes(&bytes).1.proof(range.clone()).unwrap_or_default(),
+                Some(_) => manifest.proof(range.clone()).unwrap_or_default(),
                 None => Vec::new(),
             };
             let part = bytes[range.start as usize..range.end as usize].to_vec();
@@ -182,8 +183,10 @@ type Numbers = (u64, u32, u64);
 impl Parts {
     /// A hashed file of the peer, whose bytes it serves.
     pub fn add_peer_file(&self, id: u64, name: &str, bytes: &[u8]) {
-        self.peer.files.lock().unwrap().insert(FileId(id), bytes.to_vec());
-        let content = Some(ContentId::of(bytes));
+        let (content, manifest) = Manifest::of_bytes(bytes);
+        let file = Arc::new((bytes.to_vec(), manifest));
+        self.peer.files.lock().unwrap().insert(FileId(id), file);
+        let content = Some(content);
         let entry = Entry { content, ..entry(id, FileType::File, bytes.len() as u64) };
         self.apply(vec![row(1, name, entry)]);
     }

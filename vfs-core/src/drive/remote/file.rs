@@ -1,36 +1,52 @@
 //! Open files of other devices.
 //!
-//! A handle is pinned to the version that it was opened with. When somebody on
-//! this device writes to that version, all its handles read what was written
-//! ([`Written`]), with the version below it.
+//! A handle is pinned to the version that it was opened with, which may grow
+//! ([`growth`](super::growth)). When somebody on this device writes to that
+//! version, all its handles read what was written ([`Written`]), with the version
+//! below it.
 
-use super::{Pin, Remote};
+use super::growth::{Grown, Latest};
+use super::{Pin, Remote, lock};
 use crate::content::Reader;
 use crate::drive::handle::is_a_directory;
 use crate::drive::inode::RemoteIno;
 use crate::drive::types::{FallocateMode, Io, OpenFlags, Whence};
 use crate::error::{FsError, FsResult, Kind};
-use crate::model::{Entry, FileType};
+use crate::model::{Entry, FileType, MAX_GROWTH_BYTES};
 use crate::outbox::{Offset, Outbox, Written};
 use bytes::Bytes;
 use dashmap::mapref::entry::Entry as Slot;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 /// An open file of another device, at the version that it was opened with.
 pub(in crate::drive) struct RemoteFile {
     ino: RemoteIno,
     flags: OpenFlags,
-    /// As it was shown when it was opened.
-    entry: Arc<Entry>,
-    /// The owner's version, which is read where nothing was written.
-    row: Arc<Entry>,
-    /// `None` for a file that its owner does not have yet.
-    reader: Mutex<Option<Arc<Reader>>>,
+    /// Under which it is shown.
+    generation: u32,
+    base: Mutex<Base>,
+    /// What the version has grown to.
+    latest: Arc<Latest>,
     written: OnceLock<Arc<Written>>,
     /// A kernel may read the cache's file by itself.
     is_backed: bool,
 }
 
+/// The owner's version, which is read where nothing was written.
+struct Base {
+    /// As it is shown.
+    entry: Arc<Entry>,
+    /// As its owner has it.
+    row: Arc<Entry>,
+    /// `None` for a file that its owner does not have yet.
+    reader: Option<Arc<Reader>>,
+    /// How often it had grown.
+    times: usize,
+}
+
+/// How often a read begins again because its version is gone from its owner: a file that grows
+/// without pause may be longer once more by then.
+const RENEWALS: usize = 16;
 /// Committing more than this may take a disk long.
 const LONG_BYTES: u64 = 1 << 20;
 
@@ -59,14 +75,50 @@ impl Remote {
             self.make_way(ino, &entry)?;
         }
         let written = self.outbox.written(ino.location, ino.file, entry.generation);
-        let (file, io) = self.opened(ino, entry, flags, written)?;
-        if flags.truncate
-            && let Err(error) = file.set_size(&self.outbox, 0)
-        {
-            self.release(&file);
-            return Err(error);
+        let (file, io) = self.opened(ino, Arc::clone(&entry), flags, written)?;
+        let prepared = self.catch_up(ino, &entry, flags).and_then(|()| match flags.truncate {
+            true => file.set_size(&self.outbox, 0),
+            false => Ok(()),
+        });
+        match prepared {
+            Ok(()) => Ok((file, io)),
+            Err(error) => {
+                self.release(&file);
+                Err(error)
+            }
         }
-        Ok((file, io))
+    }
+
+    /// What has grown while it was being opened: from here on, growth finds the handle. The error
+    /// makes the kernel look the name up again.
+    fn catch_up(&self, ino: RemoteIno, entry: &Entry, flags: OpenFlags) -> FsResult<()> {
+        let Some((shown, row)) = self.outbox.view().shown_and_row(ino.location, ino.file)? else {
+            return Ok(());
+        };
+        let has_grown = shown.is_grown(entry);
+        if !flags.may_change() {
+            if has_grown {
+                let file = (ino.location, row.file_id);
+                let grown = Grown { entry: Arc::new(shown), row: Arc::new(row) };
+                self.let_pins_grow(ino, &grown);
+                if !self.growing.has(file) {
+                    self.show_pins_grown(ino, &grown);
+                }
+            }
+            return Ok(());
+        }
+        if shown.generation != entry.generation {
+            return Err(super::stale("write to a file that has another number by now"));
+        }
+        // To a kernel that knows less of the file than what is written over, its end is elsewhere.
+        if self.growing.is_behind(ino.location, &row) {
+            self.part(ino.location, &shown, &row)?;
+            return Err(super::stale("write to a file that is growing"));
+        }
+        match has_grown {
+            true => Err(super::stale("write to a file that has grown")),
+            false => Ok(()),
+        }
     }
 
     /// A kernel that reads the cache's file by itself would not see what is written, and could be
@@ -108,19 +160,23 @@ impl Remote {
             Some(_) => None,
             None => Some(self.content.open(ino.location, &row)?),
         };
-        let backing = match (&reader, flags.may_change()) {
+        // What a kernel reads by itself stays as long as it is.
+        let may_grow = row.attr.size <= MAX_GROWTH_BYTES;
+        let backing = match (&reader, flags.may_change() || may_grow) {
             (Some(reader), false) if !self.outbox.has_writer(ino.location, ino.file) => {
                 reader.complete_file()
             }
             _ => None,
         };
         let is_backed = backing.is_some();
-        self.pin(ino, &entry, is_backed);
+        let latest = self.pin(ino, &entry, is_backed);
         self.outbox.opened(ino.location, ino.file, flags.may_change());
         let written = written.map_or_else(OnceLock::new, OnceLock::from);
         let io = backing.map_or(Io::Calls { keep_cache: true }, Io::Backing);
-        let reader = Mutex::new(reader.map(Arc::new));
-        Ok((RemoteFile { ino, flags, entry, row, reader, written, is_backed }, io))
+        let generation = entry.generation;
+        // Whatever it had grown to before, it may be looked at once more.
+        let base = Mutex::new(Base { entry, row, reader: reader.map(Arc::new), times: 0 });
+        Ok((RemoteFile { ino, flags, generation, base, latest, written, is_backed }, io))
     }
 
     /// The owner's row, whatever is shown.
@@ -129,18 +185,22 @@ impl Remote {
         Ok(self.index.view()?.node(ino.location, file)?.map(|node| node.entry))
     }
 
-    fn pin(&self, ino: RemoteIno, entry: &Arc<Entry>, is_backed: bool) {
+    fn pin(&self, ino: RemoteIno, entry: &Arc<Entry>, is_backed: bool) -> Arc<Latest> {
         let mut pins = self.pinned.entry(ino).or_default();
         let backed = usize::from(is_backed);
-        match pins.iter_mut().find(|pin| pin.entry.generation == entry.generation) {
-            Some(pin) => (pin.handles, pin.backed) = (pin.handles + 1, pin.backed + backed),
-            None => pins.push(Pin { entry: Arc::clone(entry), handles: 1, backed }),
+        if let Some(pin) = pins.iter_mut().find(|pin| pin.entry.generation == entry.generation) {
+            (pin.handles, pin.backed) = (pin.handles + 1, pin.backed + backed);
+            return Arc::clone(&pin.latest);
         }
+        let latest = Arc::<Latest>::default();
+        let (entry, of_pin) = (Arc::clone(entry), Arc::clone(&latest));
+        pins.push(Pin { entry, handles: 1, backed, latest: of_pin });
+        latest
     }
 
     pub fn release(&self, file: &RemoteFile) {
         if let Slot::Occupied(mut pins) = self.pinned.entry(file.ino) {
-            let pinned = |pin: &&mut Pin| pin.entry.generation == file.entry.generation;
+            let pinned = |pin: &&mut Pin| pin.entry.generation == file.generation;
             for pin in pins.get_mut().iter_mut().filter(pinned) {
                 pin.handles -= 1;
                 pin.backed -= usize::from(file.is_backed);
@@ -168,7 +228,7 @@ impl RemoteFile {
             return Some(Arc::clone(written));
         }
         let RemoteIno { location, file, .. } = self.ino;
-        let written = outbox.written(location, file, self.entry.generation)?;
+        let written = outbox.written(location, file, self.generation)?;
         Some(Arc::clone(self.written.get_or_init(|| written)))
     }
 
@@ -180,7 +240,7 @@ impl RemoteFile {
         if let Some(written) = self.written(outbox) {
             return Ok(written);
         }
-        let written = outbox.writing(self.ino.location, self.entry.generation, &self.row)?;
+        let written = outbox.writing(self.ino.location, self.generation, &self.base().row)?;
         Ok(Arc::clone(self.written.get_or_init(|| written)))
     }
 
@@ -191,7 +251,7 @@ impl RemoteFile {
 
     /// Of the version that is open.
     pub fn generation(&self) -> u64 {
-        self.entry.generation.into()
+        self.generation.into()
     }
 
     /// Whether its close has something to make durable.
@@ -201,18 +261,43 @@ impl RemoteFile {
 
     /// As `stat` shows it.
     pub fn entry(&self, outbox: &Outbox) -> Arc<Entry> {
+        let entry = Arc::clone(&self.base().entry);
         match self.written(outbox) {
-            Some(written) => Arc::new(as_written(&self.entry, &written)),
-            None => Arc::clone(&self.entry),
+            Some(written) => Arc::new(as_written(&entry, &written)),
+            None => entry,
         }
     }
 
     fn size(&self, outbox: &Outbox) -> u64 {
-        self.written(outbox).map_or(self.entry.attr.size, |written| written.size())
+        self.written(outbox).map_or_else(|| self.base().entry.attr.size, |written| written.size())
+    }
+
+    fn base(&self) -> MutexGuard<'_, Base> {
+        lock(&self.base)
+    }
+
+    /// The reader of the version, as long as that is now.
+    fn reader(&self, outbox: &Outbox) -> Option<Arc<Reader>> {
+        let mut base = self.base();
+        let times = self.latest.times();
+        // Who writes has written over what was there when it began.
+        if base.times != times && !self.flags.may_change() {
+            if let Some(Grown { entry, row }) = self.latest.get()
+                && row.attr.size > base.row.attr.size
+                && let Ok(reader) = outbox.open_version(self.ino.location, &row)
+            {
+                let reader = Some(Arc::new(reader));
+                let before = std::mem::replace(&mut *base, Base { entry, row, reader, times });
+                // Else a log that is followed would fill the cache with its former states.
+                before.reader.inspect(|before| before.discard_if_gone());
+            }
+            base.times = times;
+        }
+        base.reader.clone()
     }
 
     pub fn try_read(&self, outbox: &Outbox, offset: u64, len: usize) -> Option<FsResult<Bytes>> {
-        match (self.written(outbox), self.reader()) {
+        match (self.written(outbox), self.reader(outbox)) {
             (Some(written), _) => written.try_read(outbox, offset, len),
             (None, Some(reader)) => reader.try_read(offset, len),
             (None, None) => Some(Ok(Bytes::new())),
@@ -223,26 +308,45 @@ impl RemoteFile {
         if let Some(written) = self.written(outbox) {
             return written.read(outbox, offset, len).await;
         }
-        let Some(reader) = self.reader() else { return Ok(Bytes::new()) };
-        match reader.read(offset, len).await {
-            Err(error) if error.kind() == Kind::Stale => match self.renew(outbox).await {
-                Some(reader) => reader.read(offset, len).await,
-                None => Err(error),
-            },
-            read => read,
+        let Some(mut reader) = self.reader(outbox) else { return Ok(Bytes::new()) };
+        let mut read = reader.read(offset, len).await;
+        for _ in 0..RENEWALS {
+            match read {
+                Err(error) if error.kind() == Kind::Stale => {
+                    reader = self.renewed(outbox, &reader).await.ok_or(error)?;
+                    read = reader.read(offset, len).await;
+                }
+                read => return read,
+            }
         }
+        read
     }
 
-    fn reader(&self) -> Option<Arc<Reader>> {
-        self.reader.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    /// Another reader than this one, which reads what is there no more.
+    async fn renewed(&self, outbox: &Outbox, failed: &Arc<Reader>) -> Option<Arc<Reader>> {
+        // Who else reads through this handle may have gone on already.
+        let now = self.reader(outbox).filter(|now| !Arc::ptr_eq(now, failed));
+        match now {
+            Some(now) => Some(now),
+            None => self.renew(outbox).await,
+        }
     }
 
     /// Goes on with the same bytes under the stamp that they have at their owner now.
     async fn renew(&self, outbox: &Outbox) -> Option<Arc<Reader>> {
-        let times = [self.row.attr.mtime, self.entry.attr.mtime];
-        let row = outbox.restamped(self.ino.location, &self.row, times).await?;
+        let (row, times) = {
+            let base = self.base();
+            (Arc::clone(&base.row), [base.row.attr.mtime, base.entry.attr.mtime])
+        };
+        let row = outbox.restamped(self.ino.location, &row, times).await?;
         let reader = Arc::new(outbox.open_version(self.ino.location, &row).ok()?);
-        *self.reader.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&reader));
+        let mut base = self.base();
+        // Who writes has written over the row that it began with, whatever its bytes are read from.
+        if self.flags.may_change() {
+            base.reader = Some(Arc::clone(&reader));
+        } else if base.row.attr.size <= row.attr.size {
+            (base.row, base.reader) = (row, Some(Arc::clone(&reader)));
+        }
         Some(reader)
     }
 

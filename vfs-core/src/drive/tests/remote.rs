@@ -290,7 +290,8 @@ fn changes_name_what_a_kernel_holds() {
     assert!(told.contains(&Invalidation::Directory(sub)));
     let of = |file: u64| {
         let (location, file) = (bench.remote, FileId(file));
-        let change = Change::Attributes { location, file, generation: 1, noticed: None };
+        let change =
+            Change::Attributes { location, file, generation: 1, noticed: None, grew: None };
         bench.drive.invalidations(&change)
     };
     assert_eq!(of(2), [Invalidation::Attributes(dir)]);

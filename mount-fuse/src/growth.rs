@@ -1,0 +1,93 @@
+//! Telling the kernel that other devices' files have become longer.
+//!
+//! Before it learns the new size of a file it must let go of the page in which that ended, and
+//! for that it waits until nobody is reading the page any more. So each file is told by a thread of
+//! its own: a reader that waits for a slow network holds up no other change, and no thread that
+//! its read needs. What is to be told, and when it is told, [`Listener`] knows.
+
+use crate::notify::Kernel;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+use std::time::Duration;
+use vfs_core::drive::{Drive, InodeNo, KernelCache, Listener};
+
+/// So many files are told at once.
+const AT_ONCE: usize = 32;
+/// How soon to try again when the index could not be read.
+const AGAIN_AFTER: Duration = Duration::from_secs(1);
+/// A read(2) takes the page first and the size after that. With the page that was dropped in
+/// between, and the size that was told since, it would give zeros. It takes a microsecond, unless
+/// something keeps it from its processor.
+const GRACE: Duration = Duration::from_millis(10);
+
+/// Has files told. A clone is the same; what is under way ends by itself.
+#[derive(Clone)]
+pub(crate) struct Grower(Arc<Inner>);
+
+struct Inner {
+    listener: Listener,
+    kernel: Kernel,
+    under_way: AtomicUsize,
+    /// There is more than could be begun.
+    is_behind: AtomicBool,
+}
+
+impl Grower {
+    /// From here on nothing is shown too early.
+    pub(crate) fn new(drive: &Arc<Drive>, kernel: Kernel) -> Self {
+        let (under_way, is_behind) = Default::default();
+        Self(Arc::new(Inner { listener: drive.listen(), kernel, under_way, is_behind }))
+    }
+
+    /// Something may have grown.
+    pub(crate) fn look(&self) {
+        for file in self.0.listener.growing() {
+            if self.0.under_way.fetch_add(1, Ordering::AcqRel) >= AT_ONCE {
+                self.0.is_behind.store(true, Ordering::Release);
+                // Looks again, unless others are under way, which will.
+                return drop(Ending(self.clone()));
+            }
+            let ending = Ending(self.clone());
+            let tell = move || {
+                let this = &ending.0.0;
+                if let Err(error) = this.listener.grow(file, &this.kernel) {
+                    tracing::warn!(%error, "the mount cannot be told now how a file has grown");
+                    thread::sleep(AGAIN_AFTER);
+                    this.is_behind.store(true, Ordering::Release);
+                }
+            };
+            if let Err(error) = thread::Builder::new().name("sd-growth".into()).spawn(tell) {
+                tracing::warn!(%error, "the mount is told later how files have grown");
+                return;
+            }
+        }
+    }
+}
+
+/// The end of one file, also when it panics.
+struct Ending(Grower);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        let inner = &self.0.0;
+        let others = inner.under_way.fetch_sub(1, Ordering::AcqRel) - 1;
+        if others < AT_ONCE && inner.is_behind.swap(false, Ordering::AcqRel) {
+            self.0.look();
+        }
+    }
+}
+
+impl KernelCache for Kernel {
+    fn drop_pages_from(&self, ino: InodeNo, from: u64) {
+        Self::drop_pages_from(self, ino.0, from);
+    }
+
+    fn wait_for_readers(&self) {
+        thread::sleep(GRACE);
+    }
+
+    fn expire_attributes(&self, ino: InodeNo) {
+        Self::expire_attributes(self, ino.0);
+    }
+}
