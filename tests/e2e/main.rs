@@ -5,6 +5,7 @@ mod bad_input;
 mod bytes;
 mod coherence;
 mod conflicts;
+mod crowds;
 mod doctor;
 mod events;
 mod gone_owner;

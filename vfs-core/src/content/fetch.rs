@@ -15,7 +15,7 @@ use crate::source::{FetchError, Fetched, MAX_FETCH_BYTES, Version};
 use bytes::Bytes;
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::OwnedSemaphorePermit;
@@ -91,6 +91,8 @@ pub(super) struct Fetcher {
     liars: Mutex<HashSet<(DeviceId, LocationId, FileId)>>,
     link: Mutex<Link>,
     under_way_bytes: AtomicU64,
+    /// Another device has given some of it.
+    is_from_afar: AtomicBool,
     progress: Mutex<Instant>,
 }
 
@@ -136,6 +138,7 @@ impl Fetcher {
             liars: Mutex::default(),
             link: Mutex::default(),
             under_way_bytes: AtomicU64::new(0),
+            is_from_afar: AtomicBool::new(false),
             progress: Mutex::new(Instant::now()),
         }
     }
@@ -155,6 +158,11 @@ impl Fetcher {
     /// A place where the version was opened, for messages and for the index.
     pub(super) fn a_version(&self) -> Option<Version> {
         lock(&self.versions).first().map(|holder| holder.version.clone())
+    }
+
+    /// Whether another device has given some of it.
+    pub(super) fn is_from_afar(&self) -> bool {
+        self.is_from_afar.load(Ordering::Relaxed)
     }
 
     pub(super) fn link(&self) -> Link {
@@ -200,7 +208,12 @@ impl Fetcher {
                 let patience = (n + 1 < count).then_some(PATIENCE);
                 let asked = Instant::now();
                 match self.ask(&holder, &range, ahead, started, patience).await? {
-                    Answer::Right(bytes) => return Ok(bytes),
+                    Answer::Right(bytes) => {
+                        if holder.device != self.content.index.me() {
+                            self.is_from_afar.store(true, Ordering::Relaxed);
+                        }
+                        return Ok(bytes);
+                    }
                     Answer::Wrong(what) => {
                         heard.wrong = true;
                         self.report(&holder, &range, what);

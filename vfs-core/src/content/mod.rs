@@ -9,12 +9,14 @@
 //! | `fetch` | one range from the first holder that has it right |
 //! | `window` | how much to ask for, and how far ahead |
 //! | [`reader`] | reads of one pinned version: what is here, what must come |
+//! | `crowd` | small files one after the other: the next ones come before they are asked for |
 //!
 //! [`Content`] joins them. A read is answered from the cache when its bytes are
 //! there; otherwise from a fetch, its own or one already under way, whose bytes
 //! were checked against the content id before anyone sees them.
 
 pub mod cache;
+mod crowd;
 pub(crate) mod disk;
 mod fetch;
 pub mod manifest;
@@ -39,6 +41,7 @@ use crate::index::Index;
 use crate::model::{DeviceId, Entry, FileType, LocationId, LocationNo, Time};
 use crate::source::{ContentSource, Version};
 use cache::Key;
+use crowd::Crowds;
 use dashmap::DashMap;
 use reader::Pinned;
 use std::collections::{HashMap, VecDeque};
@@ -93,6 +96,7 @@ pub struct Content {
     pinned: Mutex<HashMap<(Key, u64), Weak<Pinned>>>,
     under_way: DashMap<DeviceId, Arc<Semaphore>>,
     reports: Mutex<VecDeque<Report>>,
+    crowds: Crowds,
 }
 
 impl Content {
@@ -115,11 +119,28 @@ impl Content {
             pinned: Mutex::default(),
             under_way: DashMap::new(),
             reports: Mutex::default(),
+            crowds: Crowds::default(),
         })
+    }
+
+    /// Says which files have bytes here that are not their owner's, so that these are not
+    /// fetched ahead; said once.
+    pub(crate) fn attach(&self, written_here: crowd::WrittenHere) {
+        // A second drive over the same parts says the same.
+        let _ = self.crowds.written_here.set(written_here);
     }
 
     /// Pins the version that the entry names, to be read; never waits.
     pub fn open(self: &Arc<Self>, location: LocationNo, entry: &Entry) -> FsResult<Reader> {
+        let reader = self.open_quietly(location, entry)?;
+        Ok(match self.crowd_opened(location, entry) {
+            true => reader,
+            false => reader.noting((location, entry.file_id)),
+        })
+    }
+
+    /// The same for bytes that no program has asked for.
+    fn open_quietly(self: &Arc<Self>, location: LocationNo, entry: &Entry) -> FsResult<Reader> {
         if entry.attr.file_type != FileType::File {
             return Err(FsError::new(Kind::Invalid, "read what is not a regular file"));
         }

@@ -14,11 +14,11 @@
 
 use super::cache::{CachedFile, Key};
 use super::fetch::{Failure, Fetcher};
-use super::manifest::GROUP_BYTES;
+use super::manifest::{GROUP_BYTES, groups_of};
 use super::window::Pattern;
 use super::{Content, lock};
 use crate::error::{FsError, FsResult};
-use crate::model::DeviceId;
+use crate::model::{DeviceId, FileId, LocationNo};
 use crate::source::{MAX_FETCH_BYTES, Version};
 use bytes::{Bytes, BytesMut};
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -187,6 +187,30 @@ impl Pinned {
                 state.start(free, true, started);
             }
         }
+    }
+
+    /// Flights for all that is missing, which nobody waits for yet, and whether all of them begin
+    /// now.
+    fn plan_whole(&self) -> (Vec<Arc<Flight>>, bool) {
+        let (mut flights, mut started) = (Vec::new(), Vec::new());
+        {
+            let mut state = lock(&self.state);
+            for missing in self.file.missing(0..groups_of(self.key.1)) {
+                let mut at = missing.start * GROUP_BYTES;
+                let end = (missing.end * GROUP_BYTES).min(self.key.1);
+                while at < end {
+                    let flight = state.flight_at(at).unwrap_or_else(|| {
+                        let end = state.free_until(at, end).min(at + MAX_FETCH_BYTES);
+                        state.start(at..end, true, &mut started)
+                    });
+                    at = flight.range.end;
+                    flights.push(flight);
+                }
+            }
+        }
+        let are_new = !started.is_empty() && started.len() == flights.len();
+        self.launch(started);
+        (flights, are_new)
     }
 
     fn max_window(&self, state: &State) -> u64 {
@@ -405,12 +429,20 @@ impl Drop for Ending<'_> {
 pub struct Reader {
     pinned: Arc<Pinned>,
     id: u64,
+    /// Of a small file: its first read from the network is noted as this one's.
+    noted: Mutex<Option<(LocationNo, FileId)>>,
 }
 
 impl Reader {
     pub(super) fn new(pinned: Arc<Pinned>) -> Self {
         let id = pinned.next_reader.fetch_add(1, Ordering::Relaxed);
-        Self { pinned, id }
+        Self { pinned, id, noted: Mutex::default() }
+    }
+
+    /// One whose first read from the network is noted, because others may follow it.
+    pub(super) fn noting(mut self, file: (LocationNo, FileId)) -> Self {
+        self.noted = Mutex::new(Some(file));
+        self
     }
 
     /// The bytes of the version.
@@ -449,7 +481,12 @@ impl Reader {
         self.pinned.note(self.id, &read);
         for _ in 0..MAX_PLANS {
             match self.gather(&read).await {
-                Ok(Some(bytes)) => return Ok(bytes),
+                Ok(Some(bytes)) => {
+                    if let Some(file) = lock(&self.noted).take() {
+                        self.pinned.content.crowd_missed(file);
+                    }
+                    return Ok(bytes);
+                }
                 Ok(None) | Err(Failure::Postponed) => {}
                 Err(failure) => return Err(failure.into()),
             }
@@ -486,6 +523,19 @@ impl Reader {
                 Ok(Some(bytes.slice(from..from + (range.end - range.start) as usize)))
             }
         }
+    }
+
+    /// Brings what is missing of a small file into the cache, for whoever reads it next; whether it
+    /// came from another device, all of it now.
+    pub(super) async fn fetch_all_ahead(&self) -> Result<bool, Failure> {
+        if self.pinned.needs_check() {
+            self.pinned.check().await;
+        }
+        let (flights, are_new) = self.pinned.plan_whole();
+        for flight in flights {
+            flight.wait().await?;
+        }
+        Ok(are_new && self.pinned.fetcher.is_from_afar())
     }
 
     /// The file as it lies in the cache, for a kernel to read by itself: every byte is there

@@ -904,3 +904,136 @@ fn bytes_that_an_own_location_has_are_not_fetched() {
     own.world.read_through(&reader, 50_000);
     assert!(own.world.net.asked().is_empty());
 }
+
+/// Files of 4 KiB beside each other, which their owner has not hashed: the network gives the same
+/// bytes for all of them, and the cache tells them apart.
+struct Crowd {
+    world: World,
+    content: Arc<Content>,
+}
+
+impl Crowd {
+    const FILES: u64 = 300;
+
+    fn new() -> Self {
+        Self::with_limit(1 << 30)
+    }
+
+    fn with_limit(limit_bytes: u64) -> Self {
+        let mut world = World::unhashed(4096);
+        world.limit_bytes = limit_bytes;
+        let rows = (0..Self::FILES)
+            .map(|n| row(3 + n, FileId::ROOT, &format!("small-{n:04}"), Self::entry(&world, n)));
+        let (no, head) = (world.no(OWNER), Seq(2 + Self::FILES));
+        world.index.apply_replica(no, 9, rows.collect(), head).unwrap();
+        let content = world.content();
+        Self { world, content }
+    }
+
+    fn entry(world: &World, n: u64) -> Entry {
+        Entry { file_id: FileId(1000 + n), disk_ino: 5000 + n, ..world.entry.clone() }
+    }
+
+    fn open(&self, n: u64) -> Reader {
+        let entry = Self::entry(&self.world, n);
+        self.content.open(self.world.no(OWNER), &entry).unwrap()
+    }
+
+    /// As a program does: `open`, one `read`, `close`.
+    fn read(&self, n: u64) {
+        let read = self.world.read(&self.open(n), 0, 1 << 17).unwrap();
+        assert!(read == self.world.bytes, "wrong bytes of {n}");
+    }
+
+    fn settle(&self) {
+        wait_until("all that is fetched ahead has landed", || self.content.crowd_is_quiet());
+    }
+
+    fn is_here(&self, n: u64) -> bool {
+        let entry = Self::entry(&self.world, n);
+        let reader = self.content.open_quietly(self.world.no(OWNER), &entry).unwrap();
+        reader.try_read(0, 4096).is_some()
+    }
+
+    fn here(&self) -> Vec<u64> {
+        self.settle();
+        let here = || -> Vec<u64> { (0..Self::FILES).filter(|n| self.is_here(*n)).collect() };
+        wait_until("it is cached", || here().len() == self.world.net.asked().len());
+        here()
+    }
+}
+
+#[test]
+fn after_three_small_files_in_order_the_next_ones_come_by_themselves() {
+    let crowd = Crowd::new();
+    crowd.read(10);
+    crowd.read(11);
+    assert_eq!(crowd.here(), [10, 11]);
+    crowd.read(12);
+    assert_eq!(crowd.here(), (10..17).collect::<Vec<_>>());
+    for n in 13..Crowd::FILES {
+        crowd.read(n);
+    }
+    let asked = crowd.world.net.asked().len() as u64;
+    assert_eq!(asked, Crowd::FILES - 10, "a file was fetched twice, or not at all");
+    assert_eq!(crowd.content.cache().stats().fetched_bytes, asked * 4096);
+}
+
+#[test]
+fn a_file_that_is_opened_while_it_is_fetched_ahead_is_not_fetched_again() {
+    let crowd = Crowd::new();
+    (0..3).for_each(|n| crowd.read(n));
+    crowd.settle();
+    crowd.world.net.shut.send_replace(true);
+    // Opening what came widens the window: more is asked for, and does not come.
+    (3..7).for_each(|n| crowd.read(n));
+    wait_until("several are under way at once", || {
+        crowd.world.net.flying.load(Ordering::Relaxed) >= 4
+    });
+    let reader = crowd.open(7);
+    assert!(reader.try_read(0, 4096).is_none());
+    std::thread::scope(|scope| {
+        let read = scope.spawn(|| crowd.world.read(&reader, 0, 4096).unwrap());
+        crowd.world.net.shut.send_replace(false);
+        assert!(read.join().unwrap() == crowd.world.bytes);
+    });
+    drop(reader);
+    (8..Crowd::FILES).for_each(|n| crowd.read(n));
+    assert_eq!(crowd.world.net.asked().len() as u64, Crowd::FILES);
+}
+
+#[test]
+fn nothing_is_fetched_ahead_that_is_written_here_or_finds_no_room() {
+    let crowd = Crowd::with_limit(64 << 10);
+    crowd.content.attach(Box::new(|_, file| file == FileId(1003)));
+    (0..3).for_each(|n| crowd.read(n));
+    // A quarter of the cache: four files.
+    assert_eq!(crowd.here(), [0, 1, 2, 4, 5, 6, 7]);
+    let tiny = Crowd::with_limit(12 << 10);
+    (0..3).for_each(|n| tiny.read(n));
+    assert_eq!(tiny.here(), [0, 1, 2]);
+}
+
+#[test]
+fn an_owner_that_fails_is_not_asked_for_more_than_is_read() {
+    let crowd = Crowd::new();
+    (0..3).for_each(|n| crowd.read(n));
+    crowd.settle();
+    crowd.world.net.behave_all(Behaviour::Refuses);
+    (3..7).for_each(|n| crowd.read(n));
+    crowd.settle();
+    let asked = crowd.world.net.asked().len();
+    for n in 7..17 {
+        let read = crowd.world.read(&crowd.open(n), 0, 4096);
+        assert_eq!(read.unwrap_err().kind(), Kind::AccessDenied);
+    }
+    crowd.settle();
+    assert_eq!(crowd.world.net.asked().len(), asked + 10);
+    crowd.world.net.behave_all(Behaviour::Unreachable);
+    (101..120).for_each(|n| {
+        let read = crowd.world.read(&crowd.open(n), 0, 4096);
+        assert_eq!(read.unwrap_err().kind(), Kind::HostDown);
+    });
+    crowd.settle();
+    assert_eq!(crowd.world.net.asked().len(), asked + 10);
+}

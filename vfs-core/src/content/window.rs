@@ -86,8 +86,14 @@ impl Link {
         self.rate = Some(self.rate.map_or(sample, |rate| rate + (sample - rate) / 4.0));
     }
 
+    /// What comes in this time, if something is known.
+    pub(super) fn known_bytes_in(&self, time: Duration) -> Option<u64> {
+        self.rate.map(|rate| (rate * time.as_secs_f64()) as u64)
+    }
+
+    /// The same; without limit while nothing is known.
     fn bytes_in(&self, time: Duration) -> u64 {
-        self.rate.map_or(u64::MAX, |rate| (rate * time.as_secs_f64()) as u64)
+        self.known_bytes_in(time).unwrap_or(u64::MAX)
     }
 
     /// The most that may be under way ahead of readers.

@@ -84,6 +84,10 @@ impl Remote {
         (symlinks, read_only): (ForeignSymlinks, bool),
     ) -> Self {
         outbox.attach(&content);
+        let (written, of) = (Arc::downgrade(&outbox), &content);
+        of.attach(Box::new(move |location, file| {
+            written.upgrade().is_some_and(|outbox| outbox.has_bytes(location, file))
+        }));
         let (pinned, growing) = (DashMap::new(), Arc::new(Growing::default()));
         index.feed().add_witness(&growing);
         Self { index, content, outbox, uid, gid, symlinks, read_only, pinned, growing }

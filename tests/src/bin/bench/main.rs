@@ -4,6 +4,7 @@
 //! Every figure is the median of [`ROUNDS`]; what is compared alternates, so that a slow minute
 //! of the machine hits both.
 
+mod crowd;
 mod scale;
 mod walks;
 
@@ -46,11 +47,12 @@ fn main() -> Result<()> {
 
 type Part = (&'static str, fn() -> Result<Vec<Row>>);
 
-const PARTS: [Part; 7] = [
+const PARTS: [Part; 8] = [
     ("own", own_files),
     ("lan", lan),
     ("walk", walks::walks),
     ("far", far),
+    ("crowd", crowd::crowd),
     ("many", many_entries),
     ("scale", scale::million),
     ("vast", scale::five_million),
@@ -115,7 +117,10 @@ impl Row {
 /// All parts, or those that are named.
 fn measure(wanted: &[&str]) -> Result<Vec<Row>> {
     let known = |name: &&str| PARTS.iter().any(|(part, _)| part == name);
-    ensure!(wanted.iter().all(known), "a part is one of own, lan, walk, far, many, scale, vast");
+    ensure!(
+        wanted.iter().all(known),
+        "a part is one of own, lan, walk, far, crowd, many, scale, vast"
+    );
     let mut rows = Vec::new();
     let is_wanted = |name| match wanted {
         [] => !ONLY_NAMED.contains(&name),

@@ -292,6 +292,16 @@ impl Cache {
         }
     }
 
+    /// The most it may keep.
+    pub(super) fn limit_bytes(&self) -> u64 {
+        self.limit_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Whether its disk took what it was given last.
+    pub(super) fn works(&self) -> bool {
+        self.problem.lock().unwrap_or_else(PoisonError::into_inner).is_none()
+    }
+
     pub(super) fn count_hit(&self, bytes: usize) {
         self.hits_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
     }
