@@ -255,7 +255,7 @@ impl Telling {
     }
 
     /// What of this is told later; from time to time it is told now as well.
-    fn still_growing(&mut self, growing: Backlog, changed: &mut Backlog) -> Backlog {
+    fn still_growing(&mut self, mut growing: Backlog, changed: &mut Backlog) -> Backlog {
         if growing.is_empty() {
             self.growing_since = None;
             return growing;
@@ -264,6 +264,7 @@ impl Telling {
         if since.elapsed() > GROWTH_PATIENCE {
             self.growing_since = None;
             changed.extend(&growing);
+            growing.only_grown();
         }
         growing
     }

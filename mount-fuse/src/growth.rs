@@ -10,12 +10,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
+use tokio::runtime::Handle;
 use vfs_core::drive::{Drive, InodeNo, KernelCache, Listener};
 
 /// So many files are told at once.
 const AT_ONCE: usize = 32;
-/// How soon to try again when the index could not be read.
-const AGAIN_AFTER: Duration = Duration::from_secs(1);
+/// How soon to try again when the index could not be read, or no thread be had.
+const LOOK_AGAIN_AFTER: Duration = Duration::from_secs(1);
+/// An answer that was being made has reached the kernel long before.
+const EXPIRED_AGAIN_AFTER: Duration = Duration::from_millis(200);
 /// A read(2) takes the page first and the size after that. With the page that was dropped in
 /// between, and the size that was told since, it would give zeros. It takes a microsecond, unless
 /// something keeps it from its processor.
@@ -28,6 +31,7 @@ pub(crate) struct Grower(Arc<Inner>);
 struct Inner {
     listener: Listener,
     kernel: Kernel,
+    runtime: Handle,
     under_way: AtomicUsize,
     /// There is more than could be begun.
     is_behind: AtomicBool,
@@ -35,9 +39,10 @@ struct Inner {
 
 impl Grower {
     /// From here on nothing is shown too early.
-    pub(crate) fn new(drive: &Arc<Drive>, kernel: Kernel) -> Self {
+    pub(crate) fn new(drive: &Arc<Drive>, kernel: Kernel, runtime: &Handle) -> Self {
+        let (listener, runtime) = (drive.listen(), runtime.clone());
         let (under_way, is_behind) = Default::default();
-        Self(Arc::new(Inner { listener: drive.listen(), kernel, under_way, is_behind }))
+        Self(Arc::new(Inner { listener, kernel, runtime, under_way, is_behind }))
     }
 
     /// Something may have grown.
@@ -50,18 +55,35 @@ impl Grower {
             }
             let ending = Ending(self.clone());
             let tell = move || {
-                let this = &ending.0.0;
-                if let Err(error) = this.listener.grow(file, &this.kernel) {
-                    tracing::warn!(%error, "the mount cannot be told now how a file has grown");
-                    thread::sleep(AGAIN_AFTER);
-                    this.is_behind.store(true, Ordering::Release);
+                let this = &ending.0;
+                match this.0.listener.grow(file, &this.0.kernel) {
+                    Ok(told) => told.into_iter().for_each(|ino| this.expire_again(ino)),
+                    Err(error) => this.look_again(&error),
                 }
             };
             if let Err(error) = thread::Builder::new().name("sd-growth".into()).spawn(tell) {
-                tracing::warn!(%error, "the mount is told later how files have grown");
-                return;
+                return self.look_again(&error);
             }
         }
+    }
+
+    /// An answer with the size from before may reach the kernel when it is told of the new one, and
+    /// make it know the inode only then.
+    fn expire_again(&self, ino: InodeNo) {
+        let this = self.clone();
+        self.0.runtime.spawn(async move {
+            tokio::time::sleep(EXPIRED_AGAIN_AFTER).await;
+            this.0.kernel.expire_attributes(ino.0);
+        });
+    }
+
+    fn look_again(&self, error: &(dyn std::error::Error + 'static)) {
+        tracing::warn!(error, "the mount is told later how files have grown");
+        let this = self.clone();
+        self.0.runtime.spawn(async move {
+            tokio::time::sleep(LOOK_AGAIN_AFTER).await;
+            this.look();
+        });
     }
 }
 

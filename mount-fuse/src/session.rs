@@ -174,7 +174,7 @@ fn start(
     }
     let kernel = || Kernel::new(Arc::downgrade(&device), negotiated.abi(), number);
     let told = (kernel(), kernel());
-    let grower = Grower::new(&drive, kernel());
+    let grower = Grower::new(&drive, kernel(), &runtime);
     let serving = Serving::start(session, device, mountpoint, number).map_err(failed)?;
     let teller = match (&options.helper, number) {
         (Some(command), Some(device)) if tells => {

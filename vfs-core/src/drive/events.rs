@@ -140,7 +140,14 @@ impl Backlog {
         }
     }
 
-    /// Takes out the names of files that this holds for.
+    /// It was told once: what is told again is that there are more bytes.
+    pub fn only_grown(&mut self) {
+        for (_, _, net) in &mut self.names {
+            (net.was, net.touched) = (net.now, Some(Touched::Bytes));
+        }
+    }
+
+    /// Takes out the names of files that this holds for, and what is not of single names.
     pub(super) fn split_off(&mut self, is_later: impl Fn(LocationNo, FileId) -> bool) -> Self {
         let (mut now, mut later) = (Self::default(), Self::default());
         for (dir, name, net) in std::mem::take(&mut self.names) {
@@ -149,6 +156,8 @@ impl Backlog {
             part.add(dir, &name, net);
         }
         (self.names, self.at) = (now.names, now.at);
+        later.coarse = std::mem::take(&mut self.coarse);
+        later.everything = std::mem::take(&mut self.everything);
         later
     }
 

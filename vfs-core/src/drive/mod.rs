@@ -102,11 +102,13 @@ impl Listener {
     }
 
     /// Has the kernel know how far a file has grown. It may wait for readers of it, as long as
-    /// their reads take, so this is not for a thread that others wait for.
+    /// their reads take, so this is not for a thread that others wait for. Of the inode that is
+    /// given, the attributes are to be expired once more when answers that were being made have
+    /// reached the kernel.
     ///
     /// # Errors
     /// The index cannot be read; to be called again.
-    pub fn grow(&self, file: GrowingFile, kernel: &dyn KernelCache) -> FsResult<()> {
+    pub fn grow(&self, file: GrowingFile, kernel: &dyn KernelCache) -> FsResult<Option<InodeNo>> {
         self.0.remote.grow(file.0, kernel)
     }
 }
@@ -176,10 +178,13 @@ impl Drive {
         Listener(Arc::clone(self))
     }
 
-    /// Takes out of what changed the files that have become longer than kernels know: a program that
-    /// hears of it looks at once.
+    /// Takes out of what changed the files that have become longer than kernels know, and what may
+    /// stand for such: a program that hears of it looks at once.
     pub fn hold_back_growing(&self, changed: &mut Backlog) -> Backlog {
-        changed.split_off(|location, file| self.remote.growing.has((location, file)))
+        match self.remote.growing.is_idle() {
+            true => Backlog::default(),
+            false => changed.split_off(|no, file| self.remote.growing.has((no, file))),
+        }
     }
 
     /// What programs that watch these inodes are told of what has changed meanwhile, in order.

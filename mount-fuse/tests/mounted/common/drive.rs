@@ -47,10 +47,13 @@ impl Drop for Parts {
     }
 }
 
+/// Bytes with their hash tree.
+type PeerFile = (Vec<u8>, Manifest);
+
 /// The peer's files. A file that is in the index and not here is never answered.
 #[derive(Default)]
 struct Peer {
-    files: Mutex<HashMap<FileId, Arc<(Vec<u8>, Manifest)>>>,
+    files: Mutex<HashMap<FileId, Arc<PeerFile>>>,
 }
 
 impl ContentSource for Peer {

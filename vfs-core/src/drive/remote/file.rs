@@ -269,6 +269,8 @@ impl RemoteFile {
     }
 
     fn size(&self, outbox: &Outbox) -> u64 {
+        // Brings it up to date, if the version has grown.
+        drop(self.reader(outbox));
         self.written(outbox).map_or_else(|| self.base().entry.attr.size, |written| written.size())
     }
 
@@ -283,7 +285,7 @@ impl RemoteFile {
         // Who writes has written over what was there when it began.
         if base.times != times && !self.flags.may_change() {
             if let Some(Grown { entry, row }) = self.latest.get()
-                && row.attr.size > base.row.attr.size
+                && (row.attr.size > base.row.attr.size || entry.attr.size > base.entry.attr.size)
                 && let Ok(reader) = outbox.open_version(self.ino.location, &row)
             {
                 let reader = Some(Arc::new(reader));
@@ -299,7 +301,7 @@ impl RemoteFile {
     pub fn try_read(&self, outbox: &Outbox, offset: u64, len: usize) -> Option<FsResult<Bytes>> {
         match (self.written(outbox), self.reader(outbox)) {
             (Some(written), _) => written.try_read(outbox, offset, len),
-            (None, Some(reader)) => reader.try_read(offset, len),
+            (None, Some(reader)) => reader.try_read(offset, self.within(offset, len)),
             (None, None) => Some(Ok(Bytes::new())),
         }
     }
@@ -309,6 +311,7 @@ impl RemoteFile {
             return written.read(outbox, offset, len).await;
         }
         let Some(mut reader) = self.reader(outbox) else { return Ok(Bytes::new()) };
+        let len = self.within(offset, len);
         let mut read = reader.read(offset, len).await;
         for _ in 0..RENEWALS {
             match read {
@@ -320,6 +323,16 @@ impl RemoteFile {
             }
         }
         read
+    }
+
+    /// How much of this is to be read: for who writes, the file ends where it ended, also when its
+    /// bytes are read from a longer version.
+    fn within(&self, offset: u64, len: usize) -> usize {
+        if !self.flags.may_change() {
+            return len;
+        }
+        let left = self.base().row.attr.size.saturating_sub(offset);
+        len.min(usize::try_from(left).unwrap_or(usize::MAX))
     }
 
     /// Another reader than this one, which reads what is there no more.

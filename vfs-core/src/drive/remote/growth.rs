@@ -21,7 +21,7 @@
 use super::{Pin, Remote, lock};
 use crate::changes::{Change, Grew, Witness};
 use crate::drive::inode::RemoteIno;
-use crate::drive::types::KernelCache;
+use crate::drive::types::{InodeNo, KernelCache};
 use crate::error::FsResult;
 use crate::model::{Attr, ContentId, Entry, FileId, LocationNo, Stamp};
 use dashmap::DashMap;
@@ -79,7 +79,6 @@ impl Growing {
     }
 
     /// Whether no file is growing.
-    #[cfg(test)]
     pub fn is_idle(&self) -> bool {
         self.files.is_empty()
     }
@@ -229,22 +228,29 @@ impl Latest {
 }
 
 impl Remote {
-    /// Has a kernel know how far a file has grown, unless another thread does.
-    pub fn grow(&self, file: File, kernel: &dyn KernelCache) -> FsResult<()> {
+    /// Has a kernel know how far a file has grown, unless another thread does; gives its number, if
+    /// there was something to tell.
+    pub fn grow(&self, file: File, kernel: &dyn KernelCache) -> FsResult<Option<InodeNo>> {
+        let mut told = None;
         while let Some(begun) = self.growing.begin(file) {
             let grown = self.grow_once(file, &begun, kernel);
             self.growing.end(file, &begun);
-            grown?;
+            told = grown?.or(told);
             // What came meanwhile, nobody else has taken up.
             let row = self.index.view()?.node(file.0, file.1)?;
             if !row.is_some_and(|row| self.growing.is_behind(file.0, &row.entry)) {
                 break;
             }
         }
-        Ok(())
+        Ok(told)
     }
 
-    fn grow_once(&self, file: File, begun: &Begun, kernel: &dyn KernelCache) -> FsResult<()> {
+    fn grow_once(
+        &self,
+        file: File,
+        begun: &Begun,
+        kernel: &dyn KernelCache,
+    ) -> FsResult<Option<InodeNo>> {
         let (location, id) = file;
         let found = self.outbox.view().shown_and_row(location, id)?;
         // Else it is gone, or another version by now, under another number.
@@ -252,15 +258,15 @@ impl Remote {
             self.growing.forget(file, begun);
             // A version with the same bytes may have been shown with what was held back.
             self.outbox.look_again(location, id)?;
-            return Ok(());
+            return Ok(None);
         };
         if !self.growing.is_behind(location, &row) {
             // It is about to be committed.
-            return Ok(());
+            return Ok(None);
         }
         let ino = self.number(location, &shown);
         if self.growing.listeners.load(Ordering::Acquire) > 1 || self.is_held(ino, file) {
-            return self.part(location, &shown, &row);
+            return self.part(location, &shown, &row).map(|()| None);
         }
         let grown = Grown { entry: Arc::new(shown), row: Arc::new(row) };
         self.let_pins_grow(ino, &grown);
@@ -269,7 +275,7 @@ impl Remote {
         self.show_pins_grown(ino, &grown);
         self.growing.told(file, begun.serial, &grown.row);
         kernel.expire_attributes(ino.no());
-        Ok(())
+        Ok(Some(ino.no()))
     }
 
     fn number(&self, location: LocationNo, shown: &Entry) -> RemoteIno {

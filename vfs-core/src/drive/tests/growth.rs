@@ -321,7 +321,7 @@ fn who_has_it_open_for_writing_writes_over_what_it_was() {
     bench.log(1, b"one\ntwo\n");
     grow(&listener, &kernel);
     // The owner gives it under its new stamp only.
-    assert!(bench.read(writer.handle, 0, 4).unwrap() == b"one\n");
+    assert!(bench.read(writer.handle, 0, 100).unwrap() == b"one\n");
     bench.drive.write(writer.handle, 4, b"mine\n").unwrap();
     assert_eq!(bench.read(writer.handle, 0, 100).unwrap(), b"one\nmine\n");
     bench.drive.flush(writer.handle).unwrap();
@@ -329,4 +329,17 @@ fn who_has_it_open_for_writing_writes_over_what_it_was() {
     let ops = bench.outbox.take(PEER, Lane::Small, 1, 1 << 20);
     assert!(format!("{ops:?}").contains(&format!("{base:?}")), "{ops:?}");
     bench.drive.release(writer.handle);
+}
+
+#[test]
+fn the_end_of_a_file_that_has_grown_is_found_by_seeking() {
+    let bench = Bench::new();
+    let (listener, kernel) = (bench.drive.listen(), Kernel::default());
+    bench.log(1, b"one\n");
+    let opened = bench.drive.open(bench.ino(&PATH), OpenFlags::READ).unwrap();
+    bench.log(1, b"one\ntwo\n");
+    grow(&listener, &kernel);
+    assert_eq!(bench.drive.seek(opened.handle, 4, Whence::Data).unwrap(), 4);
+    assert_eq!(bench.drive.seek(opened.handle, 0, Whence::Hole).unwrap(), 8);
+    bench.drive.release(opened.handle);
 }
