@@ -271,6 +271,10 @@ fn lan() -> Result<Vec<Row>> {
     let native_file = source.join("big");
     let again =
         side_by_side(|| cold_read_speed(&native_file), || cold_read_speed(&mounted.join("big")))?;
+    let rtt_ms = stream.rtt_ms()?;
+    // Before anything is written: both devices share the disk, and it would be busy with that.
+    forget_content(&reader);
+    let first = median_of(16, |n| first_byte(&mounted.join(format!("small-{n}"))))?;
     let (mut round, mut until_there) = (0, Vec::new());
     let native = lab.folder("native");
     let (native_write, write) = side_by_side(
@@ -284,9 +288,6 @@ fn lan() -> Result<Vec<Row>> {
             Ok(seconds)
         },
     )?;
-    let rtt_ms = stream.rtt_ms()?;
-    forget_content(&reader);
-    let first = median_of(16, |n| first_byte(&mounted.join(format!("small-{n}"))))?;
     Ok(vec![
         Row {
             work: "first read of a remote file of 512 MiB, LAN".into(),
