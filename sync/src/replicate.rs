@@ -92,8 +92,6 @@ pub(crate) async fn serve(
         return reply(send, &Response::Refused(Refusal::NotShared)).await;
     };
     let (index, no) = (&shared.index, location.no);
-    // Subscribed before the first look, so that nothing falls in between.
-    let mut feed = index.feed().subscribe();
     let mut note = Note::of(peer.id, no);
     let begun = at_the_disk(index, move |index| {
         let begin = index.view()?.resume_at(no, follow.log_id, follow.after)?;
@@ -118,6 +116,9 @@ pub(crate) async fn serve(
             let _ = send.finish();
             return Ok(());
         }
+        // Before the look, so that nothing falls in between; and for no longer than it takes, since
+        // all that happens while rows are sent would wait in memory for a peer that is slow.
+        let mut feed = index.feed().subscribe();
         let read = at_the_disk(index, move |index| {
             note.note(index, after);
             let view = index.view()?;
@@ -135,6 +136,7 @@ pub(crate) async fn serve(
         };
         note = again;
         if upto > after || is_first {
+            drop(feed);
             let head = index.head(no).max(upto);
             send_rows(send, rows, upto, head).await?;
             (after, is_first) = (upto, false);
