@@ -11,6 +11,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 use toml_edit::{Array, DocumentMut, Item, Table, Value};
+use vfs_core::hydration::{HydrationConfig, Mode, Purpose};
 
 /// What a key's value looks like.
 #[derive(Clone, Copy, Debug)]
@@ -29,9 +30,14 @@ enum Form {
     Count { max: u64 },
     /// One of these words.
     Word(&'static [&'static str]),
+    /// Programs and what they are for, as `my-backup=backup, tumblerd=none`.
+    Programs,
     /// Filters of the log, as `info` or `sync=debug,info`.
     LogFilter,
 }
+
+/// What `hydrate.*` may be set to, by purpose.
+const MODES: &[&str] = &["whole", "exact", "small", "refuse"];
 
 /// One configuration key.
 #[derive(Debug)]
@@ -85,6 +91,34 @@ pub const KEYS: &[Key] = &[
         about: "how long a read of bytes that are not here may wait before it fails with “Host is down”, \
                 and a write to an `O_SYNC` file for its owner before it is content with this disk",
         form: Form::Duration,
+    },
+    Key {
+        name: "hydrate.thumbnails",
+        default: "small",
+        about: "what programs that make thumbnails get of other devices' files that are not here: \
+                whole: as every program; exact: what they read and nothing ahead of it; \
+                small: files up to 256 KiB, others cannot be opened; refuse: none can be opened",
+        form: Form::Word(MODES),
+    },
+    Key {
+        name: "hydrate.indexing",
+        default: "refuse",
+        about: "the same for programs that index what is in files; names, sizes and times are always given",
+        form: Form::Word(MODES),
+    },
+    Key {
+        name: "hydrate.backup",
+        default: "exact",
+        about: "the same for programs that make backups; with small or refuse a backup of the drive has gaps",
+        form: Form::Word(MODES),
+    },
+    Key {
+        name: "hydrate.programs",
+        default: "",
+        about: "more such programs, by the name of their file, and what they are for, such as \
+                photo-wall=thumbnails, my-copy=backup (thumbnails, indexing or backup); none is for a \
+                program that is to get everything, such as tumblerd=none",
+        form: Form::Programs,
     },
     Key {
         name: "index.scan_threads",
@@ -270,6 +304,17 @@ impl Config {
     /// `read.deadline`
     pub fn read_deadline(&self) -> Duration {
         parse_duration(self.text("read.deadline")).expect("checked when loaded")
+    }
+
+    /// `hydrate.*`
+    pub fn hydration(&self) -> HydrationConfig {
+        let mode = |name| parse_mode(self.text(name)).expect("checked when loaded");
+        HydrationConfig {
+            thumbnails: mode("hydrate.thumbnails"),
+            indexing: mode("hydrate.indexing"),
+            backup: mode("hydrate.backup"),
+            programs: parse_programs(self.text("hydrate.programs")).expect("checked when loaded"),
+        }
     }
 
     /// `index.rescan_after`
@@ -472,6 +517,7 @@ impl Form {
                 true => Ok(()),
                 false => Err(format!("is not one of: {}", words.join(", "))),
             },
+            Self::Programs => parse_programs(text).map(drop),
             Self::LogFilter => text
                 .parse::<tracing_subscriber::EnvFilter>()
                 .map(drop)
@@ -488,6 +534,9 @@ impl Form {
             Self::Duration => "give a duration, such as 500ms, 10s or 5m",
             Self::Count { .. } => "give a whole number; 0 lets the program choose",
             Self::Word(_) => "`sd config list` shows what it takes",
+            Self::Programs => {
+                "give name=purpose pairs, such as photo-wall=thumbnails, tumblerd=none"
+            }
             Self::LogFilter => "give error, warn, info, debug or trace",
         }
     }
@@ -497,6 +546,42 @@ fn parse_addresses(text: &str) -> Result<Vec<SocketAddr>, String> {
     text.split(',')
         .map(|a| a.trim().parse().map_err(|_| format!("has “{a}”, which is not address:port")))
         .collect()
+}
+
+fn parse_mode(text: &str) -> Option<Mode> {
+    Some(match text {
+        "whole" => Mode::Whole,
+        "exact" => Mode::Exact,
+        "small" => Mode::Small,
+        "refuse" => Mode::Refuse,
+        _ => return None,
+    })
+}
+
+fn parse_programs(text: &str) -> Result<Vec<(String, Option<Purpose>)>, String> {
+    let pairs = text.split(',').map(str::trim).filter(|pair| !pair.is_empty());
+    pairs.map(parse_program).collect()
+}
+
+fn parse_program(pair: &str) -> Result<(String, Option<Purpose>), String> {
+    let (name, purpose) =
+        pair.rsplit_once('=').ok_or_else(|| format!("has “{pair}”, which is not name=purpose"))?;
+    let name = name.trim();
+    if name.is_empty() || name.contains(['/', '=']) {
+        return Err(format!("has “{name}”, which is not the name of a program's file"));
+    }
+    let purpose = match purpose.trim() {
+        "none" => None,
+        "thumbnails" => Some(Purpose::Thumbnails),
+        "indexing" => Some(Purpose::Indexing),
+        "backup" => Some(Purpose::Backup),
+        other => {
+            return Err(format!(
+                "has “{other}”, which is not thumbnails, indexing, backup or none"
+            ));
+        }
+    };
+    Ok((name.to_owned(), purpose))
 }
 
 fn parse_limit(text: &str) -> Result<Option<u64>, String> {
@@ -573,8 +658,32 @@ fn document() -> String {
             key.about
         );
     }
+    text += &document_hydration();
     text += "\nThe data directory itself is `--data-dir DIR` or `SD_DATA_DIR`; \
              without them it is `$XDG_DATA_HOME/spacedrive` (`~/.local/share/spacedrive`).\n";
+    text
+}
+
+/// The programs of `hydrate.*`.
+#[cfg(test)]
+fn document_hydration() -> String {
+    let mut text = String::from(
+        "\n## Programs that read for nobody who waits\n\n\
+         `hydrate.thumbnails`, `hydrate.indexing` and `hydrate.backup` say what these programs get of other \
+         devices' files that are not wholly here; [SEMANTICS](SEMANTICS.md) says what that means for them. \
+         A program is known by the name of its file, by that of its process, and by the same names of those \
+         that started it. `hydrate.programs` adds names and takes them out. \
+         `whole` for all three turns the guard off. `sd status` and the log tell whom it kept from something.\n\n\
+         | for | programs |\n|---|---|\n",
+    );
+    for (purpose, names) in vfs_core::hydration::KNOWN {
+        let names: Vec<_> = names.iter().map(|name| format!("`{name}`")).collect();
+        let more = match purpose {
+            Purpose::Thumbnails => "`*-thumbnailer`, ",
+            _ => "",
+        };
+        text += &format!("| {purpose} | {more}{} |\n", names.join(", "));
+    }
     text
 }
 
@@ -624,6 +733,25 @@ mod tests {
         assert!(parse_size("lots").is_err() && parse_size("1 parsec").is_err());
         assert_eq!(parse_duration("10s"), Ok(Duration::from_secs(10)));
         assert!(parse_duration("10").is_err() && parse_duration("99999999999999999d").is_err());
+    }
+
+    #[test]
+    fn programs_and_modes_of_hydration() {
+        let default = resolve("", &[], &[]).unwrap().hydration();
+        let modes = (default.thumbnails, default.indexing, default.backup);
+        assert_eq!(modes, (Mode::Small, Mode::Refuse, Mode::Exact));
+        let file = "[hydrate]\nthumbnails = \"whole\"\nprograms = \"a b=backup, tumblerd=none\"\n";
+        let config = resolve(file, &[], &["hydrate.backup=refuse"]).unwrap().hydration();
+        assert_eq!((config.thumbnails, config.backup), (Mode::Whole, Mode::Refuse));
+        assert_eq!(
+            config.programs,
+            [("a b".to_owned(), Some(Purpose::Backup)), ("tumblerd".to_owned(), None)]
+        );
+        for bad in ["tumblerd", "=none", "/usr/bin/x=none", "x=reading", "x=none y=none"] {
+            let flag = format!("hydrate.programs={bad}");
+            assert!(resolve("", &[], &[&flag]).is_err(), "{bad}");
+        }
+        assert!(MODES.iter().all(|mode| parse_mode(mode).is_some()));
     }
 
     #[test]

@@ -231,10 +231,27 @@ pub struct Status {
     pub journal: JournalStatus,
     pub network: NetworkStatus,
     pub reports: Vec<IntegrityReport>,
+    /// Programs that get less of other devices' files than they ask for.
+    #[serde(default)]
+    pub hydration: Vec<HydrationStatus>,
     pub memory: MemoryStatus,
     pub index: IndexStatus,
     pub daemon: DaemonStatus,
     pub problems: Vec<Problem>,
+}
+
+/// A program that got less of other devices' files than it asked for.
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct HydrationStatus {
+    pub program: String,
+    /// `thumbnails`, `indexing` or `backup`.
+    pub purpose: String,
+    /// How often it could not open a file, since the daemon started.
+    pub refused: u64,
+    /// How often it opened one of which only what it reads is fetched.
+    pub exact: u64,
+    /// RFC 3339.
+    pub last_at: String,
 }
 
 /// The library's id and name.

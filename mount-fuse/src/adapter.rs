@@ -25,6 +25,7 @@ use crate::linger::Linger;
 use crate::listings::Listings;
 use crate::locking;
 use crate::negotiate::Negotiated;
+use crate::programs::Programs;
 use crate::signals;
 use crate::stage::{Act, Look, Stage};
 use fuser::{
@@ -63,6 +64,7 @@ pub(crate) struct Adapter {
     listings: Arc<Listings>,
     stage: Arc<Stage>,
     linger: Linger<Arc<OwnedFd>>,
+    programs: Programs,
 }
 
 /// What the helper opens, only to close it.
@@ -104,8 +106,8 @@ impl Adapter {
         stage: Arc<Stage>,
         linger: Linger<Arc<OwnedFd>>,
     ) -> Self {
-        let modes = IoModes::default();
-        Self { drive, runtime, negotiated, modes, listings, stage, linger }
+        let (modes, programs) = Default::default();
+        Self { drive, runtime, negotiated, modes, listings, stage, linger, programs }
     }
 
     /// The helper makes a name that is there.
@@ -244,7 +246,7 @@ impl Adapter {
     }
 
     fn open_file(&self, caller: &Caller, ino: InodeNo, flags: OpenFlags) -> FsResult<Opened> {
-        let opened = self.drive.open(ino, flags)?;
+        let opened = self.drive.open_for(ino, flags, &|| self.programs.of(caller.pid))?;
         if flags.may_change()
             && let Err(error) = self.strip_set_id_bits(caller, ino)
         {

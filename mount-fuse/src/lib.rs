@@ -22,6 +22,7 @@
 //! | `watches` | which inodes programs watch |
 //! | `inside` | what is mounted on names of the drive |
 //! | `helper` | the process that makes calls for the sake of their events |
+//! | `programs` | which program a request comes from |
 //! | `stage` | how these calls are answered |
 #![forbid(unsafe_code)]
 
@@ -42,6 +43,7 @@ mod locking;
 mod mounts;
 mod negotiate;
 mod notify;
+mod programs;
 mod session;
 mod signals;
 mod stage;

@@ -10,6 +10,7 @@ mod doctor;
 mod events;
 mod gone_owner;
 mod growth;
+mod guard;
 mod kills;
 mod liar;
 mod live;

@@ -18,6 +18,8 @@ pub enum Need {
     LoopDevices,
     /// Btrfs in a loop device.
     Btrfs,
+    /// A file manager, its thumbnailer, a session bus, and a screen that nobody sees.
+    FileManager,
 }
 
 impl Need {
@@ -38,9 +40,17 @@ impl Need {
                 .missing()
                 .or_else(|| missing_program("mkfs.btrfs"))
                 .or_else(|| missing_file_system("btrfs")),
+            Self::FileManager => missing_program("thunar")
+                .or_else(|| missing_program("Xvfb"))
+                .or_else(|| missing_program("dbus-run-session"))
+                .or_else(|| missing_path(TUMBLER))
+                .map(|what| format!("{what}: scripts/setup --test installs it")),
         }
     }
 }
+
+/// By which a session bus starts the thumbnailer of Xfce.
+const TUMBLER: &str = "/usr/share/dbus-1/services/org.xfce.Tumbler.Thumbnailer1.service";
 
 /// Also one that the kernel would load when it is mounted.
 fn missing_file_system(name: &str) -> Option<String> {

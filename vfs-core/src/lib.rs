@@ -18,6 +18,7 @@
 //! | [`overlay`] | what is shown already, though its owner has not said so yet |
 //! | [`source`] | what this crate needs from a network: bytes of a version |
 //! | [`locks`] | `flock` and record locks, of this device's programs and of other devices' |
+//! | [`hydration`] | which programs do not pull in a library |
 //! | [`drive`] | the operations of a file system, for every kind of mount |
 //!
 //! Nothing here names `fuser`, `iroh` or `clap`: adapters translate.
@@ -29,6 +30,7 @@ pub mod content;
 pub mod drive;
 pub mod error;
 mod failpoint;
+pub mod hydration;
 pub mod index;
 pub mod indexer;
 pub mod journal;

@@ -72,6 +72,7 @@ fn text(status: &Status) -> String {
     text += &mounts(status);
     text += &figures(status);
     text += &writes(status);
+    text += &hydration(status);
     for problem in &status.problems {
         let _ = writeln!(
             text,
@@ -117,6 +118,29 @@ fn writes(status: &Status) -> String {
     let mut text = format!("pending  {waits}\n");
     if status.conflicts > 0 {
         let _ = writeln!(text, "conflicts {}: `sd conflicts` lists them", status.conflicts);
+    }
+    text
+}
+
+/// Who wonders why a photo has no thumbnail looks here.
+fn hydration(status: &Status) -> String {
+    let mut text = String::new();
+    for one in &status.hydration {
+        let (refused, exact) = match (one.refused, one.exact) {
+            (0, exact) => (String::new(), format!("{exact} opens got only what was read")),
+            (refused, 0) => (format!("{refused} opens of files were refused"), String::new()),
+            (refused, exact) => (
+                format!("{refused} opens were refused, "),
+                format!("{exact} got only what was read"),
+            ),
+        };
+        let _ = writeln!(
+            text,
+            "{}: {refused}{exact}, last {}; `hydrate.{}` in the configuration sets it",
+            printable(&one.program),
+            ago(&one.last_at),
+            one.purpose
+        );
     }
     text
 }

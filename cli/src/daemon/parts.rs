@@ -95,7 +95,11 @@ impl Daemon {
             own,
             Arc::clone(&cache),
             node.source(),
-            ContentConfig { read_deadline: config.read_deadline(), ..ContentConfig::default() },
+            ContentConfig {
+                read_deadline: config.read_deadline(),
+                hydration: config.hydration(),
+                ..ContentConfig::default()
+            },
             runtime.clone(),
         );
         // Without a mount as well: what is delivered or exported may need the bytes beneath.

@@ -4,9 +4,9 @@ use super::members::device_name;
 use super::parts::Daemon;
 use crate::failure::Failure;
 use crate::reply::{
-    CacheStatus, DaemonStatus, DeviceStatus, DeviceTraffic, IndexStatus, IntegrityReport,
-    LibraryName, LocationStatus, MemoryStatus, NetworkStatus, PathStatus, Problem, ReplicaStatus,
-    Status,
+    CacheStatus, DaemonStatus, DeviceStatus, DeviceTraffic, HydrationStatus, IndexStatus,
+    IntegrityReport, LibraryName, LocationStatus, MemoryStatus, NetworkStatus, PathStatus, Problem,
+    ReplicaStatus, Status,
 };
 use sync::PeerStatus;
 use vfs_core::content::Report;
@@ -37,6 +37,7 @@ impl Daemon {
             journal: self.journal_status(),
             network: self.network_status(&peers),
             reports,
+            hydration: self.hydration_status(),
             memory: MemoryStatus { rss_bytes: rss_bytes() },
             index: self.index_status(),
             daemon: self.daemon_status(),
@@ -179,6 +180,18 @@ impl Daemon {
             path: report.path.clone(),
             what: report.what.clone(),
         }
+    }
+
+    fn hydration_status(&self) -> Vec<HydrationStatus> {
+        let guarded = self.content.hydration().guarded().into_iter();
+        let status = guarded.map(|one| HydrationStatus {
+            program: one.program,
+            purpose: one.purpose.as_str().into(),
+            refused: one.refused,
+            exact: one.exact,
+            last_at: rfc3339(one.last),
+        });
+        status.collect()
     }
 
     fn index_status(&self) -> IndexStatus {

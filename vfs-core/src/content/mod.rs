@@ -37,8 +37,9 @@ pub use reader::Reader;
 pub use serve::OwnFiles;
 
 use crate::error::{FsError, FsResult, Kind};
+use crate::hydration::{Hydration, HydrationConfig};
 use crate::index::Index;
-use crate::model::{DeviceId, Entry, FileType, LocationId, LocationNo, Time};
+use crate::model::{DeviceId, Entry, FileType, Location, LocationId, LocationNo, Time};
 use crate::source::{ContentSource, Version};
 use cache::Key;
 use crowd::Crowds;
@@ -62,11 +63,17 @@ pub struct ContentConfig {
     pub read_deadline: Duration,
     /// The most that is fetched ahead of one sequential reader.
     pub read_ahead_max_bytes: u64,
+    /// What programs get that read for nobody who waits.
+    pub hydration: HydrationConfig,
 }
 
 impl Default for ContentConfig {
     fn default() -> Self {
-        Self { read_deadline: Duration::from_secs(10), read_ahead_max_bytes: 16 << 20 }
+        Self {
+            read_deadline: Duration::from_secs(10),
+            read_ahead_max_bytes: 16 << 20,
+            hydration: HydrationConfig::default(),
+        }
     }
 }
 
@@ -97,6 +104,7 @@ pub struct Content {
     under_way: DashMap<DeviceId, Arc<Semaphore>>,
     reports: Mutex<VecDeque<Report>>,
     crowds: Crowds,
+    hydration: Hydration,
 }
 
 impl Content {
@@ -109,6 +117,7 @@ impl Content {
         config: ContentConfig,
         runtime: tokio::runtime::Handle,
     ) -> Arc<Self> {
+        let hydration = Hydration::new(config.hydration.clone());
         Arc::new(Self {
             index,
             own,
@@ -120,6 +129,7 @@ impl Content {
             under_way: DashMap::new(),
             reports: Mutex::default(),
             crowds: Crowds::default(),
+            hydration,
         })
     }
 
@@ -137,6 +147,35 @@ impl Content {
             true => reader,
             false => reader.noting((location, entry.file_id)),
         })
+    }
+
+    /// The same for a program for which nothing is fetched that it does not read.
+    pub fn open_exactly(self: &Arc<Self>, location: LocationNo, entry: &Entry) -> FsResult<Reader> {
+        Ok(self.open_quietly(location, entry)?.exactly())
+    }
+
+    /// How many bytes of a file are not in the cache.
+    pub fn missing_bytes(&self, location: &Location, entry: &Entry) -> u64 {
+        let version = Version {
+            location: location.id,
+            file: entry.file_id,
+            stamp: entry.stamp(),
+            content: entry.content,
+        };
+        entry.attr.size.saturating_sub(self.cache.cached_bytes(&version))
+    }
+
+    /// Whether a file of this device's own locations has the same bytes.
+    pub fn has_own_copy(&self, entry: &Entry) -> bool {
+        let Some(content) = entry.content else { return false };
+        let is_own = |no| self.index.location(no).is_some_and(|l| l.owner == self.index.me());
+        let holders = self.index.view().and_then(|view| view.holders(content));
+        holders.is_ok_and(|holders| holders.iter().any(|(no, _)| is_own(*no)))
+    }
+
+    /// Who gets less than all.
+    pub fn hydration(&self) -> &Hydration {
+        &self.hydration
     }
 
     /// The same for bytes that no program has asked for.

@@ -431,17 +431,25 @@ pub struct Reader {
     id: u64,
     /// Of a small file: its first read from the network is noted as this one's.
     noted: Mutex<Option<(LocationNo, FileId)>>,
+    /// Nothing is fetched ahead of it.
+    is_exact: bool,
 }
 
 impl Reader {
     pub(super) fn new(pinned: Arc<Pinned>) -> Self {
         let id = pinned.next_reader.fetch_add(1, Ordering::Relaxed);
-        Self { pinned, id, noted: Mutex::default() }
+        Self { pinned, id, noted: Mutex::default(), is_exact: false }
     }
 
     /// One whose first read from the network is noted, because others may follow it.
     pub(super) fn noting(mut self, file: (LocationNo, FileId)) -> Self {
         self.noted = Mutex::new(Some(file));
+        self
+    }
+
+    /// One ahead of which nothing is fetched, in this file or in others.
+    pub(crate) fn exactly(mut self) -> Self {
+        (self.is_exact, self.noted) = (true, Mutex::default());
         self
     }
 
@@ -460,7 +468,7 @@ impl Reader {
         }
         let bytes = pinned.file.read(read.clone())?;
         pinned.content.cache.count_hit(bytes.len());
-        if !pinned.file.is_full() {
+        if !self.is_exact && !pinned.file.is_full() {
             pinned.note(self.id, &read);
             let mut started = Vec::new();
             pinned.plan_ahead(&mut lock(&pinned.state), self.id, &mut started);
@@ -478,7 +486,9 @@ impl Reader {
         if self.pinned.needs_check() {
             self.pinned.check().await;
         }
-        self.pinned.note(self.id, &read);
+        if !self.is_exact {
+            self.pinned.note(self.id, &read);
+        }
         for _ in 0..MAX_PLANS {
             match self.gather(&read).await {
                 Ok(Some(bytes)) => {

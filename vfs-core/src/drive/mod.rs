@@ -55,6 +55,7 @@ pub use types::{
 use crate::changes::{Change, Subscription};
 use crate::content::Content;
 use crate::error::{FsError, FsResult, Kind};
+use crate::hydration::Program;
 use crate::index::Index;
 use crate::indexer::Indexer;
 use crate::library::Library;
@@ -302,10 +303,21 @@ impl Drive {
 
     /// Opens a regular file. Never waits; a remote file is pinned at its present version.
     pub fn open(&self, ino: InodeNo, flags: OpenFlags) -> FsResult<Opened> {
+        self.open_for(ino, flags, &|| None)
+    }
+
+    /// The same for a program that `who` tells, which is asked only if it matters
+    /// ([`crate::hydration`]): `AccessDenied` if the file is not to be fetched for it.
+    pub fn open_for(
+        &self,
+        ino: InodeNo,
+        flags: OpenFlags,
+        who: &dyn Fn() -> Option<Arc<Program>>,
+    ) -> FsResult<Opened> {
         match ino.class() {
             Class::Own(location) => Ok(self.opened(self.own.open(location, ino, flags)?)),
             Class::Remote(remote) => {
-                let (file, io) = self.remote.open(remote, flags)?;
+                let (file, io) = self.remote.open_for(remote, flags, who)?;
                 Ok(self.opened_remote(file, io))
             }
             Class::Root | Class::Device => Err(handle::is_a_directory()),

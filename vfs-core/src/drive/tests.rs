@@ -4,6 +4,7 @@
 
 mod events;
 mod growth;
+mod hydration;
 mod listing;
 mod own;
 mod owner;

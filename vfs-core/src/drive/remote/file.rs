@@ -12,6 +12,7 @@ use crate::drive::handle::is_a_directory;
 use crate::drive::inode::RemoteIno;
 use crate::drive::types::{FallocateMode, Io, OpenFlags, Whence};
 use crate::error::{FsError, FsResult, Kind};
+use crate::hydration::{Access, Program};
 use crate::model::{Entry, FileType, MAX_GROWTH_BYTES};
 use crate::outbox::{Offset, Outbox, Written};
 use bytes::Bytes;
@@ -28,6 +29,8 @@ pub(in crate::drive) struct RemoteFile {
     /// What the version has grown to.
     latest: Arc<Latest>,
     written: OnceLock<Arc<Written>>,
+    /// Nothing is fetched ahead of it.
+    is_exact: bool,
     /// A kernel may read the cache's file by itself.
     is_backed: bool,
 }
@@ -63,6 +66,16 @@ pub(super) fn as_written(entry: &Entry, written: &Written) -> Entry {
 
 impl Remote {
     pub fn open(&self, ino: RemoteIno, flags: OpenFlags) -> FsResult<(RemoteFile, Io)> {
+        self.open_for(ino, flags, &|| None)
+    }
+
+    /// The same for a program that `who` tells, if it is to be known.
+    pub fn open_for(
+        &self,
+        ino: RemoteIno,
+        flags: OpenFlags,
+        who: &dyn Fn() -> Option<Arc<Program>>,
+    ) -> FsResult<(RemoteFile, Io)> {
         let entry = Arc::new(self.node(ino)?.entry);
         match entry.attr.file_type {
             FileType::File => {}
@@ -75,7 +88,11 @@ impl Remote {
             self.make_way(ino, &entry)?;
         }
         let written = self.outbox.written(ino.location, ino.file, entry.generation);
-        let (file, io) = self.opened(ino, Arc::clone(&entry), flags, written)?;
+        let access = match flags.may_change() || written.is_some() {
+            true => Access::Whole,
+            false => self.access(ino, &entry, who)?,
+        };
+        let (file, io) = self.opened(ino, Arc::clone(&entry), flags, written, access)?;
         let prepared = self.catch_up(ino, &entry, flags).and_then(|()| match flags.truncate {
             true => file.set_size(&self.outbox, 0),
             false => Ok(()),
@@ -86,6 +103,29 @@ impl Remote {
                 self.release(&file);
                 Err(error)
             }
+        }
+    }
+
+    /// What a program gets of a file. It cannot open what it is not to have: `EACCES` is what
+    /// such programs know to go on from, as they meet private files everywhere.
+    fn access(
+        &self,
+        ino: RemoteIno,
+        entry: &Entry,
+        who: &dyn Fn() -> Option<Arc<Program>>,
+    ) -> FsResult<Access> {
+        let (content, hydration) = (&self.content, self.content.hydration());
+        if hydration.is_off() {
+            return Ok(Access::Whole);
+        }
+        let missing = content.missing_bytes(&*self.location(ino.location)?, entry);
+        let Some(program) = (missing > 0).then(who).flatten() else { return Ok(Access::Whole) };
+        let missing = || if content.has_own_copy(entry) { 0 } else { missing };
+        match hydration.access(&program, missing) {
+            Access::Refused => {
+                Err(FsError::new(Kind::AccessDenied, "fetch a file for a program in background"))
+            }
+            access => Ok(access),
         }
     }
 
@@ -142,7 +182,7 @@ impl Remote {
         flags: OpenFlags,
         written: Arc<Written>,
     ) -> FsResult<(RemoteFile, Io)> {
-        self.opened(ino, Arc::new(entry), flags, Some(written))
+        self.opened(ino, Arc::new(entry), flags, Some(written), Access::Whole)
     }
 
     fn opened(
@@ -151,6 +191,7 @@ impl Remote {
         entry: Arc<Entry>,
         flags: OpenFlags,
         written: Option<Arc<Written>>,
+        access: Access,
     ) -> FsResult<(RemoteFile, Io)> {
         let row = match &written {
             Some(written) => written.under(),
@@ -158,6 +199,7 @@ impl Remote {
         };
         let reader = match &written {
             Some(_) => None,
+            None if access == Access::Exact => Some(self.content.open_exactly(ino.location, &row)?),
             None => Some(self.content.open(ino.location, &row)?),
         };
         // What a kernel reads by itself stays as long as it is.
@@ -176,7 +218,10 @@ impl Remote {
         let generation = entry.generation;
         // Whatever it had grown to before, it may be looked at once more.
         let base = Mutex::new(Base { entry, row, reader: reader.map(Arc::new), times: 0 });
-        Ok((RemoteFile { ino, flags, generation, base, latest, written, is_backed }, io))
+        let is_exact = access == Access::Exact;
+        let file =
+            RemoteFile { ino, flags, generation, base, latest, written, is_exact, is_backed };
+        Ok((file, io))
     }
 
     /// The owner's row, whatever is shown.
@@ -286,7 +331,7 @@ impl RemoteFile {
         if base.times != times && !self.flags.may_change() {
             if let Some(Grown { entry, row }) = self.latest.get()
                 && (row.attr.size > base.row.attr.size || entry.attr.size > base.entry.attr.size)
-                && let Ok(reader) = outbox.open_version(self.ino.location, &row)
+                && let Ok(reader) = self.open_version(outbox, &row)
             {
                 let reader = Some(Arc::new(reader));
                 let before = std::mem::replace(&mut *base, Base { entry, row, reader, times });
@@ -296,6 +341,11 @@ impl RemoteFile {
             base.times = times;
         }
         base.reader.clone()
+    }
+
+    fn open_version(&self, outbox: &Outbox, row: &Entry) -> FsResult<Reader> {
+        let reader = outbox.open_version(self.ino.location, row)?;
+        Ok(if self.is_exact { reader.exactly() } else { reader })
     }
 
     pub fn try_read(&self, outbox: &Outbox, offset: u64, len: usize) -> Option<FsResult<Bytes>> {
@@ -352,7 +402,7 @@ impl RemoteFile {
             (Arc::clone(&base.row), [base.row.attr.mtime, base.entry.attr.mtime])
         };
         let row = outbox.restamped(self.ino.location, &row, times).await?;
-        let reader = Arc::new(outbox.open_version(self.ino.location, &row).ok()?);
+        let reader = Arc::new(self.open_version(outbox, &row).ok()?);
         let mut base = self.base();
         // Who writes has written over the row that it began with, whatever its bytes are read from.
         if self.flags.may_change() {
