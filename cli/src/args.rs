@@ -71,6 +71,12 @@ pub enum Command {
     Pending(PendingArgs),
     /// Show changes that met others', and say what is to become of them
     Conflicts(ConflictsArgs),
+    /// Keep files and folders of other devices on this one; without an address, list what is kept
+    Pin(PinArgs),
+    /// No longer keep what was pinned; what is here of it goes when the cache needs room
+    Unpin(UnpinArgs),
+    /// Give back the space of what is cached of a file, or of all below a folder
+    Evict(EvictArgs),
     /// Show, clear or limit the content cache
     #[command(subcommand)]
     Cache(CacheCommand),
@@ -248,6 +254,36 @@ pub struct TreeArgs {
 pub struct InfoArgs {
     /// The file or directory
     pub address: PathBuf,
+}
+
+#[derive(Args, Debug)]
+pub struct PinArgs {
+    /// Files, folders or locations of other devices
+    #[arg(value_name = "ADDRESS")]
+    pub addresses: Vec<PathBuf>,
+    /// Wait until all of it is here; without an address, all that is pinned
+    #[arg(long)]
+    pub wait: bool,
+    /// Give up waiting after this time, such as 30s; without it the wait has no end
+    #[arg(long, value_name = "DURATION", value_parser = duration, requires = "wait")]
+    pub timeout: Option<Duration>,
+}
+
+#[derive(Args, Debug)]
+pub struct UnpinArgs {
+    /// What was pinned, as `sd pin` lists it
+    #[arg(value_name = "ADDRESS", required = true)]
+    pub addresses: Vec<PathBuf>,
+}
+
+#[derive(Args, Debug)]
+pub struct EvictArgs {
+    /// Files, folders or locations of other devices
+    #[arg(value_name = "ADDRESS", required = true)]
+    pub addresses: Vec<PathBuf>,
+    /// Do not ask
+    #[arg(long)]
+    pub yes: bool,
 }
 
 #[derive(Args, Debug)]

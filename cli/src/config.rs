@@ -79,6 +79,14 @@ pub const KEYS: &[Key] = &[
         form: Form::Size,
     },
     Key {
+        name: "cache.min_free",
+        default: "auto",
+        about: "bytes of its disk that the cache leaves free: it gives back what was not used for the \
+                longest time, and then keeps nothing new; auto is a fiftieth of the disk, at least \
+                512 MiB (of a small disk a tenth) and at most 4 GiB",
+        form: Form::Size,
+    },
+    Key {
         name: "staging.min_free",
         default: "auto",
         about: "bytes of the disk that are left free when programs write to other devices' files; \
@@ -294,6 +302,11 @@ impl Config {
     /// `cache.limit` in bytes; `None` is automatic.
     pub fn cache_limit(&self) -> Option<u64> {
         parse_limit(self.text("cache.limit")).expect("checked when loaded")
+    }
+
+    /// `cache.min_free` in bytes; `None` is automatic.
+    pub fn cache_min_free(&self) -> Option<u64> {
+        parse_limit(self.text("cache.min_free")).expect("checked when loaded")
     }
 
     /// `staging.min_free` in bytes; `None` is automatic.

@@ -9,7 +9,7 @@
 use crate::args::Keep;
 use crate::data_dir::DataDir;
 use crate::failure::{Code, Failure, Outcome};
-use crate::reply::{Item, PendingWrite};
+use crate::reply::{Item, PendingWrite, Tally};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::ffi::OsString;
@@ -107,6 +107,23 @@ pub enum Request {
         export: Option<WirePath>,
         dry_run: bool,
     },
+    Pin {
+        targets: Vec<Target>,
+    },
+    /// Everything that is pinned.
+    Pins,
+    /// Of these; of none: of all.
+    PinWait {
+        targets: Vec<Target>,
+        timeout_ms: Option<u64>,
+    },
+    Unpin {
+        targets: Vec<Target>,
+    },
+    Evict {
+        targets: Vec<Target>,
+        dry_run: bool,
+    },
     CacheClear {
         dry_run: bool,
     },
@@ -195,6 +212,8 @@ pub enum Event {
     Pending(Vec<PendingWrite>),
     /// What a request waits for.
     Draining(Draining),
+    /// How much of what is pinned is here.
+    Pinning(Pinning),
     /// Waits for an [`Answer`]: join this library?
     Confirm { code: String, library: String, inviter: String },
     /// Done.
@@ -217,6 +236,14 @@ pub struct Draining {
     pub operations: u64,
     pub bytes: u64,
     /// Owners that cannot be reached now.
+    pub offline: Vec<String>,
+}
+
+/// Pinned content that comes.
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct Pinning {
+    pub tally: Tally,
+    /// Owners that cannot be reached now, and have the rest.
     pub offline: Vec<String>,
 }
 

@@ -19,11 +19,13 @@ mod log;
 mod members;
 mod mounts;
 mod parts;
+mod pins;
 mod report;
 mod serve;
 mod writes;
 
 pub use mounts::{failure as mount_failure, recorded as recorded_mounts};
+pub use pins::room_words;
 
 use crate::config::Config;
 use crate::control::Client;

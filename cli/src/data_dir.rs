@@ -134,6 +134,10 @@ impl DataDir {
         self.path.join("library.json")
     }
 
+    pub fn pins(&self) -> PathBuf {
+        self.path.join("pins.json")
+    }
+
     pub fn config(&self) -> PathBuf {
         self.path.join("config.toml")
     }

@@ -211,6 +211,14 @@ pub fn size(bytes: u64) -> String {
     }
 }
 
+/// A whole number of a unit that is not below this, as settings take it.
+pub fn size_above(bytes: u64) -> String {
+    match bytes {
+        0..0x4000_0000 => format!("{}MiB", bytes.div_ceil(1 << 20)),
+        _ => format!("{}GiB", bytes.div_ceil(1 << 30)),
+    }
+}
+
 /// How long ago, for people; the text itself when it is not a time.
 pub fn ago(rfc3339: &str) -> String {
     let Ok(then) = rfc3339.parse::<jiff::Timestamp>() else { return rfc3339.to_owned() };

@@ -225,6 +225,7 @@ pub struct Status {
     pub locations: Vec<LocationStatus>,
     pub mounts: Vec<MountStatus>,
     pub cache: CacheStatus,
+    pub pinned: PinnedStatus,
     pub pending: PendingStatus,
     /// Conflicts that nobody has dealt with.
     pub conflicts: u64,
@@ -321,6 +322,10 @@ pub struct LocationStatus {
 pub struct CacheStatus {
     pub bytes: u64,
     pub limit_bytes: u64,
+    /// Of `bytes`: pinned, so that they are not evicted.
+    pub pinned_bytes: u64,
+    /// What is left free on its disk.
+    pub min_free_bytes: u64,
     pub files: u64,
     pub hit_bytes: u64,
     pub fetched_bytes: u64,
@@ -329,10 +334,67 @@ pub struct CacheStatus {
     pub problem: Option<String>,
 }
 
-/// `sd cache clear`
-#[derive(Serialize, Deserialize, Debug, Clone)]
+/// `sd cache clear`, `sd evict`
+#[derive(Serialize, Deserialize, Debug, Clone, Default)]
 pub struct Cleared {
     pub freed_bytes: u64,
+    /// What stays because it is pinned.
+    pub pinned_bytes: u64,
+    /// What stays because programs have it open.
+    pub open_bytes: u64,
+}
+
+/// Files and bytes, and how much of them is here.
+#[derive(Serialize, Deserialize, Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Tally {
+    pub files: u64,
+    pub bytes: u64,
+    pub here_files: u64,
+    pub here_bytes: u64,
+}
+
+/// What is pinned, in `sd status`
+#[derive(Serialize, Deserialize, Debug, Clone, Default)]
+pub struct PinnedStatus {
+    pub pins: u64,
+    #[serde(flatten)]
+    pub tally: Tally,
+}
+
+/// `sd pin`
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct PinsReply {
+    /// Those that were asked for, or all.
+    pub pins: Vec<PinItem>,
+    /// How much more is pinned than the limit of the cache lets stay here.
+    pub over_limit_bytes: u64,
+    /// How much more is pinned than the disk has space for.
+    pub over_disk_bytes: u64,
+    pub limit_bytes: u64,
+}
+
+/// A file or folder whose content is to be here.
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct PinItem {
+    pub address: String,
+    pub owner: DeviceName,
+    pub location: String,
+    /// Below the location's folder, for people.
+    pub path: String,
+    pub since: String,
+    #[serde(flatten)]
+    pub tally: Tally,
+    /// `here`, `fetching`, `offline`, `cache_full`, `disk_full`, `failed`, `unknown`, `gone`.
+    pub state: String,
+    /// What keeps the rest from coming.
+    pub reason: Option<String>,
+}
+
+/// `sd unpin`
+#[derive(Serialize, Deserialize, Debug, Clone)]
+pub struct UnpinReply {
+    /// The addresses of the pins that are gone.
+    pub unpinned: Vec<String>,
 }
 
 /// Content bytes that crossed the network since the daemon started.
@@ -480,6 +542,8 @@ pub struct InfoReply {
     pub target: Option<String>,
     pub content: Option<String>,
     pub cached_bytes: Option<u64>,
+    /// The pin that it is under: its own address, or that of a folder above it.
+    pub pinned: Option<String>,
     /// What waits for its owner, of it and, for a directory, of all below it.
     pub pending: PendingCount,
     /// Where the same content is, this file included.

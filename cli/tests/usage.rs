@@ -39,7 +39,7 @@ fn wrong_usage_exits_with_2_and_help_with_0() {
 #[test]
 fn commands_of_later_stages_are_absent() {
     let help = Device::new().ok(&["--help"]);
-    for command in ["find", "cp", "mv", "rm", "mkdir", "pin", "tag", "guard"] {
+    for command in ["find", "cp", "mv", "rm", "mkdir", "tag", "guard"] {
         assert!(!help.lines().any(|l| l.trim_start().starts_with(&format!("{command} "))));
     }
 }

@@ -19,6 +19,7 @@ mod mend;
 mod names;
 mod obstacles;
 mod own_files;
+mod pins;
 mod scale;
 mod steps;
 mod strangers;

@@ -297,7 +297,8 @@ fn parse(path: &Path, bytes: &[u8]) -> Result<State, LibraryError> {
     serde_json::from_slice(bytes).map_err(damaged)
 }
 
-fn write_durably(path: &Path, state: &State) -> io::Result<()> {
+/// Replaces a file by a document: whole, and there after a crash, or not at all.
+pub(crate) fn write_durably(path: &Path, state: &impl Serialize) -> io::Result<()> {
     let temporary = path.with_extension("new");
     let mut file = File::create(&temporary)?;
     serde_json::to_writer_pretty(&mut file, state)?;

@@ -1,6 +1,6 @@
 //! `sd cache`: how full it is, emptying it, its limit.
 
-use super::Context;
+use super::{Context, pin};
 use crate::args::CacheCommand;
 use crate::config;
 use crate::control::Request;
@@ -22,6 +22,8 @@ fn stats(context: &Context) -> Outcome<()> {
         let mut table = Columns::new(&["cache", ""]).right(&[1]);
         table.row(["kept", &size(reply.bytes)]);
         table.row(["limit", &size(reply.limit_bytes)]);
+        table.row(["of it pinned", &size(reply.pinned_bytes)]);
+        table.row(["left free on the disk", &size(reply.min_free_bytes)]);
         table.row(["files", &reply.files.to_string()]);
         table.row(["read from it", &size(reply.hit_bytes)]);
         table.row(["fetched", &size(reply.fetched_bytes)]);
@@ -39,7 +41,7 @@ fn clear(context: &Context, yes: bool) -> Outcome<()> {
     context.out.confirm(&what, "Empty the cache?", yes)?;
     let reply: Cleared = context.call(&Request::CacheClear { dry_run: false })?;
     context.out.report(&reply, |_| String::new())?;
-    context.out.note(format_args!("gave back {}", size(reply.freed_bytes)));
+    pin::note_freed(context, &reply);
     Ok(())
 }
 
@@ -48,6 +50,13 @@ fn limit(context: &Context, wanted: Option<&str>) -> Outcome<()> {
     let reply: CacheStatus = context.call(&Request::CacheLimit { bytes })?;
     if let Some(wanted) = wanted {
         config::write(&context.data_dir()?.config(), "cache.limit", Some(wanted.trim()))?;
+    }
+    if reply.pinned_bytes > reply.limit_bytes {
+        context.out.warn(format_args!(
+            "{} are pinned and stay; nothing else is kept until the limit is above that",
+            size(reply.pinned_bytes)
+        ));
+        context.out.hint("`sd unpin` what need not be here always; `sd pin` lists it");
     }
     context.out.report(&reply, |reply| size(reply.limit_bytes))
 }

@@ -33,6 +33,7 @@ fn text(info: &InfoReply) -> String {
     line("born", info.btime.as_deref().map(local_time));
     line("content", content_words(info));
     line("cached", info.cached_bytes.zip(info.size).map(|(c, s)| cached_words(c, s)));
+    line("pinned", info.pinned.as_ref().map(|by| pinned_words(by, &info.address)));
     let waits = (info.pending.operations > 0).then(|| super::pending::count_words(info.pending));
     line("pending", waits);
     for holder in &info.holders {
@@ -53,6 +54,13 @@ fn content_words(info: &InfoReply) -> Option<String> {
         (Some(id), _) => Some(id.clone()),
         (None, "file") => Some("not hashed yet".into()),
         _ => None,
+    }
+}
+
+fn pinned_words(by: &str, address: &str) -> String {
+    match by == address {
+        true => "yes".into(),
+        false => format!("with {by}"),
     }
 }
 

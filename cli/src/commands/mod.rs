@@ -13,6 +13,7 @@ mod list;
 mod location;
 mod mount;
 mod pending;
+mod pin;
 mod status;
 mod sync;
 
@@ -51,6 +52,9 @@ pub fn run(cli: Cli) -> Outcome<()> {
         Command::Sync(args) => sync::run(&context, &args),
         Command::Pending(args) => pending::run(&context, args),
         Command::Conflicts(args) => conflicts::run(&context, args),
+        Command::Pin(args) => pin::pin(&context, &args),
+        Command::Unpin(args) => pin::unpin(&context, &args),
+        Command::Evict(args) => pin::evict(&context, &args),
         Command::Cache(command) => cache::run(&context, command),
         Command::Daemon(command) => daemon::run(&context, command),
         Command::Config(command) => config::run(&context, command),

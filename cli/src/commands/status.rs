@@ -1,11 +1,11 @@
 //! `sd status`: everything at a glance.
 
-use super::{Context, device, location};
+use super::{Context, device, location, pin};
 use crate::args::StatusArgs;
 use crate::control::Request;
 use crate::failure::{Code, Failure, Outcome};
 use crate::output::{Columns, ago, printable, size};
-use crate::reply::Status;
+use crate::reply::{PinnedStatus, Status};
 use std::fmt::Write as _;
 use std::io::IsTerminal;
 use std::time::Duration;
@@ -145,11 +145,19 @@ fn hydration(status: &Status) -> String {
     text
 }
 
+fn pinned(pinned: &PinnedStatus) -> String {
+    match pinned.pins {
+        0 => String::new(),
+        _ => format!("pinned   {}\n", pin::words(&pinned.tally)),
+    }
+}
+
 fn figures(status: &Status) -> String {
     format!(
-        "cache    {} of {}\nnetwork  {} received, {} sent since the start\nmemory   {}, index {} on disk\n",
+        "cache    {} of {}\n{}network  {} received, {} sent since the start\nmemory   {}, index {} on disk\n",
         size(status.cache.bytes),
         size(status.cache.limit_bytes),
+        pinned(&status.pinned),
         size(status.network.bytes_in),
         size(status.network.bytes_out),
         size(status.memory.rss_bytes),

@@ -211,6 +211,7 @@ impl Daemon {
             content: entry.content.map(|id| id.to_string()),
             pending: self.pending_below(location.no, path),
             cached_bytes: (is_file && !own).then(|| self.cache.cached_bytes(&version)),
+            pinned: self.pin_above(location.no, entry.file_id)?,
             holders: entry.content.map_or(Ok(Vec::new()), |id| self.holders(id))?,
             ..bare_info(address, &name, kind_of(attr.file_type))
         })
@@ -394,6 +395,25 @@ impl Daemon {
         };
         let entry = self.resolve(found, path, address)?;
         Ok(Place::Entry { location: Arc::clone(found), path: path.clone(), entry })
+    }
+
+    /// The file or folder that an address names, as its owner calls it.
+    pub fn entry_of(&self, target: &Target) -> Outcome<(SdPath, Arc<Location>, FileId)> {
+        let address = self.parse(target)?;
+        match self.find(&address)? {
+            Place::Entry { location, entry, .. } => {
+                let file = self.outbox.view().now(location.no, entry.file_id);
+                Ok((address, location, file))
+            }
+            Place::Root | Place::Device { .. } => {
+                Err(Failure::new(Code::Invalid, format!("{address} is not a location"))
+                    .hint("give its locations one by one: sd://DEVICE/LOCATION"))
+            }
+            Place::Content(_) => {
+                Err(Failure::new(Code::Invalid, format!("{address} names bytes, not a file"))
+                    .hint("give the address of a file that has them; `sd info` shows which do"))
+            }
+        }
     }
 
     fn resolve(&self, location: &Location, path: &[Name], address: &SdPath) -> Outcome<Entry> {
@@ -688,6 +708,7 @@ fn bare_info(address: &SdPath, name: &str, kind: &str) -> InfoReply {
         target: None,
         content: None,
         cached_bytes: None,
+        pinned: None,
         pending: PendingCount::default(),
         holders: Vec::new(),
     }

@@ -1,6 +1,7 @@
 //! One request, one function.
 
 use super::check::Asked;
+use super::parts::index_failure;
 use super::parts::{Daemon, blocking};
 use super::serve::Link;
 use crate::control::Request;
@@ -70,8 +71,18 @@ pub async fn handle(daemon: Arc<Daemon>, request: Request, mut link: Link) -> Ou
             let resolved = move || daemon.resolve_conflicts(&ids, keep, export.as_deref(), dry_run);
             document(blocking(resolved).await?)
         }
+        Request::Pin { targets } => document(blocking(move || daemon.pin(&targets)).await?),
+        Request::Pins => document(blocking(move || daemon.list_pins()).await?),
+        Request::PinWait { targets, timeout_ms } => {
+            let timeout = timeout_ms.map(Duration::from_millis);
+            document(daemon.wait_pinned(targets, timeout, &link).await?)
+        }
+        Request::Unpin { targets } => document(blocking(move || daemon.unpin(&targets)).await?),
+        Request::Evict { targets, dry_run } => {
+            document(blocking(move || daemon.evict(&targets, dry_run)).await?)
+        }
         Request::CacheClear { dry_run } => {
-            document(blocking(move || Ok(daemon.clear_cache(dry_run))).await?)
+            document(blocking(move || daemon.clear_cache(dry_run)).await?)
         }
         Request::CacheLimit { bytes } => {
             document(blocking(move || Ok(daemon.limit_cache(bytes))).await?)
@@ -95,17 +106,25 @@ fn document(reply: impl Serialize) -> Outcome<Value> {
 }
 
 impl Daemon {
-    fn clear_cache(&self, dry_run: bool) -> Cleared {
+    fn clear_cache(&self, dry_run: bool) -> Outcome<Cleared> {
+        self.pins.catch_up().map_err(index_failure)?;
         let freed_bytes = match dry_run {
-            true => self.cache.stats().bytes,
+            true => self.cache.clearable_bytes(),
             false => self.cache.clear(),
         };
-        Cleared { freed_bytes }
+        let stats = self.cache.stats();
+        let kept = if dry_run { freed_bytes } else { 0 } + stats.held_bytes;
+        Ok(Cleared {
+            freed_bytes,
+            pinned_bytes: stats.held_bytes,
+            open_bytes: stats.bytes.saturating_sub(kept),
+        })
     }
 
     fn limit_cache(&self, bytes: Option<u64>) -> CacheStatus {
         if let Some(bytes) = bytes {
             self.cache.set_limit(bytes);
+            self.pins.try_again();
         }
         self.cache_status()
     }

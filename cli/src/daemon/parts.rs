@@ -19,7 +19,8 @@ use std::sync::Arc;
 use sync::{Node, NodeConfig, Parts, SyncError};
 use tokio::sync::watch;
 use vfs_core::apply::Applier;
-use vfs_core::content::{Cache, Content, ContentConfig, Manifests, OwnFiles};
+use vfs_core::content::pins::{PinError, PinFile, Pins};
+use vfs_core::content::{Cache, Content, ContentConfig, Limits, Manifests, OwnFiles};
 use vfs_core::index::{Index, IndexError, NewLocation, StoreError, open_store};
 use vfs_core::indexer::{Indexer, IndexerConfig};
 use vfs_core::library::{Library, LibraryError, OwnLocation};
@@ -29,6 +30,10 @@ use vfs_core::outbox::{Outbox, OutboxConfig, OutboxError, Report};
 
 /// The automatic limit of the cache: a tenth of its disk, at most this.
 const AUTOMATIC_CACHE_BYTES: u64 = 50 << 30;
+
+/// What the cache leaves free by itself: a fiftieth of its disk within these, but not more than a
+/// tenth of a small one. More than staging leaves, so that the cache gives way to writes.
+const AUTOMATIC_MIN_FREE_BYTES: std::ops::RangeInclusive<u64> = 512 << 20..=4 << 30;
 
 /// One device, running.
 pub struct Daemon {
@@ -41,6 +46,7 @@ pub struct Daemon {
     pub node: Arc<Node>,
     pub cache: Arc<Cache>,
     pub content: Arc<Content>,
+    pub pins: Arc<Pins>,
     pub manifests: Arc<Manifests>,
     pub outbox: Arc<Outbox>,
     /// What was found when it was opened.
@@ -87,8 +93,13 @@ impl Daemon {
             .await
             .map_err(super::members::failure)?;
         let cache_dir = dir.subdirectory(dir.cache())?;
-        let limit = config.cache_limit().unwrap_or_else(|| automatic_limit(dir));
-        let cache = Arc::new(Cache::open(&cache_dir, limit));
+        let pin_file = PinFile::open(&dir.pins()).map_err(pin_failure)?;
+        let limits = Limits {
+            limit_bytes: config.cache_limit().unwrap_or_else(|| automatic_limit(dir)),
+            min_free_bytes: config.cache_min_free().unwrap_or_else(|| automatic_min_free(dir)),
+            holds: pin_file.holds(),
+        };
+        let cache = Arc::new(Cache::open_within(&cache_dir, limits));
         let runtime = tokio::runtime::Handle::current();
         let content = Content::new(
             index.clone(),
@@ -104,6 +115,8 @@ impl Daemon {
         );
         // Without a mount as well: what is delivered or exported may need the bytes beneath.
         outbox.attach(&content);
+        let pins = Pins::new(pin_file, Arc::clone(&content));
+        runtime.spawn(Arc::clone(&pins).tend());
         let locks = Arc::new(Locks::default());
         locks.attach(node.coordinator());
         runtime.spawn(Arc::clone(&locks).tend());
@@ -117,6 +130,7 @@ impl Daemon {
             node,
             cache,
             content,
+            pins,
             manifests,
             outbox,
             outbox_report,
@@ -332,6 +346,27 @@ fn outbox_failure(error: OutboxError) -> Failure {
 fn automatic_limit(dir: &DataDir) -> u64 {
     let tenth = rustix::fs::statvfs(dir.path()).map(|disk| disk.f_blocks * disk.f_frsize / 10);
     tenth.unwrap_or(AUTOMATIC_CACHE_BYTES).min(AUTOMATIC_CACHE_BYTES)
+}
+
+fn automatic_min_free(dir: &DataDir) -> u64 {
+    let disk = rustix::fs::statvfs(dir.path()).map(|disk| disk.f_blocks * disk.f_frsize);
+    let (least, most) = AUTOMATIC_MIN_FREE_BYTES.into_inner();
+    disk.map_or(least, |disk| (disk / 50).clamp(least, most).min(disk / 10))
+}
+
+/// Words a failure of the list of pins.
+pub fn pin_failure(error: PinError) -> Failure {
+    match error {
+        PinError::Io { path, source } => {
+            Failure::io(format!("cannot use {}", path.display()), source)
+        }
+        PinError::Newer { .. } => Failure::new(Code::Version, error.to_string())
+            .hint("install the newer sd that wrote it"),
+        PinError::Index(error) => index_failure(error),
+        PinError::Own | PinError::NotThere | PinError::NoContent | PinError::TooMany => {
+            Failure::new(Code::Invalid, error.to_string())
+        }
+    }
 }
 
 /// Words a failure of the library file.

@@ -32,6 +32,7 @@ impl Daemon {
             locations,
             mounts,
             cache: self.cache_status(),
+            pinned: self.pinned_status(),
             pending: self.pending_status(),
             conflicts: self.outbox.conflicts().len() as u64,
             journal: self.journal_status(),
@@ -147,6 +148,8 @@ impl Daemon {
         CacheStatus {
             bytes: stats.bytes,
             limit_bytes: stats.limit_bytes,
+            pinned_bytes: stats.held_bytes,
+            min_free_bytes: stats.min_free_bytes,
             files: stats.files,
             hit_bytes: stats.hits_bytes,
             fetched_bytes: stats.fetched_bytes,
@@ -277,6 +280,16 @@ impl Daemon {
                 format!("the cache cannot keep anything: {why}"),
                 "free some space on its disk; reading goes on without it",
             );
+        }
+        if let Some(path) = self.pins.file().set_aside() {
+            add(
+                "pins_damaged",
+                format!("the list of pins was damaged and is set aside as {}", path.display()),
+                "nothing that was cached goes until the next start; pin it again: sd pin ADDRESS",
+            );
+        }
+        if let Some((message, hint)) = self.pins_without_room() {
+            add("pins_full", message, &hint);
         }
         for report in &status.reports {
             add(

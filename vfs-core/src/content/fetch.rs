@@ -178,6 +178,8 @@ impl Fetcher {
         let len = range.end - range.start;
         let under_way = self.under_way_bytes.fetch_add(len, Ordering::Relaxed) + len;
         let _less = Less(&self.under_way_bytes, len);
+        self.content.flying.fetch_add(1, Ordering::Relaxed);
+        let _landed = Less(&self.content.flying, 1);
         let started = Instant::now();
         let bytes = self.ask_holders(range, ahead, started).await?;
         lock(&self.link).note(under_way, started.elapsed());

@@ -9,6 +9,7 @@
 //! | `fetch` | one range from the first holder that has it right |
 //! | `window` | how much to ask for, and how far ahead |
 //! | [`reader`] | reads of one pinned version: what is here, what must come |
+//! | [`pins`] | what is to be here always: fetched by itself, never evicted |
 //! | `crowd` | small files one after the other: the next ones come before they are asked for |
 //!
 //! [`Content`] joins them. A read is answered from the cache when its bytes are
@@ -21,6 +22,7 @@ pub(crate) mod disk;
 mod fetch;
 pub mod manifest;
 pub mod manifests;
+pub mod pins;
 pub(crate) mod ranges;
 pub mod reader;
 pub mod serve;
@@ -29,7 +31,7 @@ mod window;
 #[cfg(test)]
 mod tests;
 
-pub use cache::{Audited, Cache, CacheStats, Thorough};
+pub use cache::{Audited, Cache, CacheStats, Evicted, Limits, Room, Thorough};
 pub use manifest::Manifest;
 pub use manifests::Manifests;
 pub(crate) use ranges::RangeSet;
@@ -46,6 +48,7 @@ use crowd::Crowds;
 use dashmap::DashMap;
 use reader::Pinned;
 use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 use tokio::sync::Semaphore;
@@ -105,6 +108,9 @@ pub struct Content {
     reports: Mutex<VecDeque<Report>>,
     crowds: Crowds,
     hydration: Hydration,
+    /// Ranges that are being fetched for anybody; and how many of them were begun for pins.
+    flying: AtomicU64,
+    brought: AtomicUsize,
 }
 
 impl Content {
@@ -130,6 +136,8 @@ impl Content {
             reports: Mutex::default(),
             crowds: Crowds::default(),
             hydration,
+            flying: 0.into(),
+            brought: 0.into(),
         })
     }
 

@@ -24,7 +24,7 @@ use bytes::{Bytes, BytesMut};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fs::File;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
@@ -43,6 +43,8 @@ const OTHER_CONTENT: &str = "the bytes that came before the file was hashed are 
 struct Flight {
     range: Range<u64>,
     landed: watch::Sender<Option<Result<Bytes, Failure>>>,
+    /// Whether the cache took the bytes, once that is known.
+    kept: watch::Sender<Option<bool>>,
     abort: OnceLock<AbortHandle>,
     ahead: bool,
 }
@@ -55,6 +57,14 @@ impl Flight {
             Ok(result) => result.clone().unwrap_or(Err(Failure::Postponed)),
             Err(_) => Err(Failure::Postponed),
         }
+    }
+
+    /// Whether the cache took the bytes, once they are here.
+    async fn is_kept(&self) -> Result<bool, Failure> {
+        self.wait().await?;
+        let mut kept = self.kept.subscribe();
+        let kept = kept.wait_for(Option::is_some).await;
+        Ok(kept.is_ok_and(|kept| *kept == Some(true)))
     }
 }
 
@@ -189,28 +199,30 @@ impl Pinned {
         }
     }
 
-    /// Flights for all that is missing, which nobody waits for yet, and whether all of them begin
-    /// now.
-    fn plan_whole(&self) -> (Vec<Arc<Flight>>, bool) {
+    /// Flights for what is missing, about so many bytes of it, which nobody waits for yet, and how
+    /// many of them begin now.
+    fn plan_missing(&self, most: u64, request: u64) -> (Vec<Arc<Flight>>, usize) {
         let (mut flights, mut started) = (Vec::new(), Vec::new());
         {
             let mut state = lock(&self.state);
+            let mut planned = 0;
             for missing in self.file.missing(0..groups_of(self.key.1)) {
                 let mut at = missing.start * GROUP_BYTES;
                 let end = (missing.end * GROUP_BYTES).min(self.key.1);
-                while at < end {
+                while at < end && planned < most {
                     let flight = state.flight_at(at).unwrap_or_else(|| {
-                        let end = state.free_until(at, end).min(at + MAX_FETCH_BYTES);
+                        let end = state.free_until(at, end).min(at + request);
                         state.start(at..end, true, &mut started)
                     });
+                    planned += flight.range.end - at;
                     at = flight.range.end;
                     flights.push(flight);
                 }
             }
         }
-        let are_new = !started.is_empty() && started.len() == flights.len();
+        let new = started.len();
         self.launch(started);
-        (flights, are_new)
+        (flights, new)
     }
 
     fn max_window(&self, state: &State) -> u64 {
@@ -245,6 +257,7 @@ impl Pinned {
                 state.kept.pop_front();
             }
         }
+        flight.kept.send_replace(Some(cached));
     }
 
     fn failed(&self, flight: &Flight) {
@@ -368,9 +381,13 @@ impl State {
         ahead: bool,
         started: &mut Vec<Arc<Flight>>,
     ) -> Arc<Flight> {
-        let landed = watch::Sender::new(None);
-        let flight =
-            Arc::new(Flight { range: range.clone(), landed, abort: OnceLock::new(), ahead });
+        let flight = Arc::new(Flight {
+            range: range.clone(),
+            landed: watch::Sender::new(None),
+            kept: watch::Sender::new(None),
+            abort: OnceLock::new(),
+            ahead,
+        });
         self.flights.insert(range.start, flight.clone());
         started.push(flight.clone());
         flight
@@ -541,11 +558,36 @@ impl Reader {
         if self.pinned.needs_check() {
             self.pinned.check().await;
         }
-        let (flights, are_new) = self.pinned.plan_whole();
+        let (flights, new) = self.pinned.plan_missing(u64::MAX, MAX_FETCH_BYTES);
+        let are_new = new > 0 && new == flights.len();
         for flight in flights {
             flight.wait().await?;
         }
         Ok(are_new && self.pinned.fetcher.is_from_afar())
+    }
+
+    /// Bytes of the version that are not in the cache.
+    pub(super) async fn missing_bytes(&self) -> u64 {
+        if self.pinned.needs_check() {
+            self.pinned.check().await;
+        }
+        let missing = self.pinned.file.missing(0..groups_of(self.size()));
+        let bytes = |groups: &Range<u64>| {
+            (groups.end * GROUP_BYTES).min(self.size()) - groups.start * GROUP_BYTES
+        };
+        missing.iter().map(bytes).sum()
+    }
+
+    /// Brings some of what is missing into the cache, about so many bytes in requests of at most
+    /// `request`, which is a multiple of a group; whether the cache took them.
+    pub(super) async fn bring(&self, most: u64, request: u64) -> Result<bool, Failure> {
+        let (flights, new) = self.pinned.plan_missing(most, request);
+        let _brought = Counted::new(&self.pinned.content.brought, new);
+        let mut kept = true;
+        for flight in flights {
+            kept &= flight.is_kept().await?;
+        }
+        Ok(kept)
     }
 
     /// The file as it lies in the cache, for a kernel to read by itself: every byte is there
@@ -575,6 +617,22 @@ impl Reader {
 impl Drop for Reader {
     fn drop(&mut self) {
         lock(&self.pinned.state).patterns.remove(&self.id);
+    }
+}
+
+/// Adds to a number for as long as it lives.
+struct Counted<'a>(&'a AtomicUsize, usize);
+
+impl<'a> Counted<'a> {
+    fn new(count: &'a AtomicUsize, by: usize) -> Self {
+        count.fetch_add(by, Ordering::Relaxed);
+        Self(count, by)
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(self.1, Ordering::Relaxed);
     }
 }
 

@@ -48,6 +48,13 @@ impl Index {
         self.log_id(no) == log_id && (upto == Seq(0) || has_rows())
     }
 
+    /// Whether all rows of the log that it follows were here at once: from then on what has no row
+    /// is not there.
+    pub fn was_whole(&self, no: LocationNo) -> bool {
+        let log_id = self.log_id(no);
+        log_id != 0 && self.memory().whole(no).is_some_and(|(log, _)| log == log_id)
+    }
+
     /// Whether a replica has rows although its log is to begin: it was about to take them again.
     pub fn has_leftovers(&self, no: LocationNo) -> Result<bool, IndexError> {
         let state = self.memory().state(no).unwrap_or_default();

@@ -8,8 +8,9 @@
 //! mended is only ever a copy of what its owner has: it is fetched again when it is read.
 
 use super::map::bytes_in_map;
+use super::rows::Row;
 use super::scan::{key_of, subdirectories};
-use super::{Cache, Form, Key, Row};
+use super::{Cache, Form, Key};
 use crate::model::ContentId;
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -79,7 +80,7 @@ impl Cache {
     /// at.
     pub fn audit(self: &Arc<Self>, how: Thorough, hear: Hear<'_>) -> Audited {
         let mut audit = Audit { cache: self, how, audited: Audited::default(), hear };
-        let rows: Vec<Key> = self.lock().rows.iter().map(|(key, _)| *key).collect();
+        let rows: Vec<Key> = self.lock().rows.keys().copied().collect();
         let files = rows.into_iter().try_for_each(|key| audit.file(key));
         if files.is_continue() {
             audit.strays();

@@ -15,6 +15,8 @@
 //! |---|---|
 //! | `file` | one file: read, written, completed |
 //! | `map` | the form of a `.map` |
+//! | `rows` | what is kept of which file: what may be evicted, and what is held |
+//! | `space` | how much of the disk is left to others |
 //! | `scan`, `boot` | what is there at the start, and whether it is believed |
 //! | `audit` | whether the files are what their ids say, for whoever doubts it |
 //!
@@ -24,6 +26,10 @@
 //! may lose or mangle whatever was not synced, and most is not, for speed. So when
 //! the boot id is another one and the cache was not closed in order, maps are
 //! dropped and whole contents become suspect: each is hashed before its first use.
+//!
+//! **What is pinned is held.** Held files are never evicted, and count: where nothing else is
+//! left, reads bypass the cache. What is held is not on the disk; whoever pins says it again
+//! after a start, and until then everything that was there is ([`Limits::holds`]).
 //!
 //! **The disk may fail.** A cache is never needed for a read to succeed: an error
 //! makes the read bypass the cache and is kept for the status ([`CacheStats`]).
@@ -38,19 +44,22 @@ mod audit_tests;
 mod boot;
 mod file;
 mod map;
+mod rows;
 mod scan;
+mod space;
 #[cfg(test)]
 mod tests;
 
 pub use audit::{Audited, Hear, Thorough};
 pub use file::CachedFile;
 
-use super::disk;
+use super::{disk, lock};
 use crate::model::ContentId;
 use crate::source::Version;
 use boot::Boot;
-use lru::LruCache;
+use rows::{Row, Rows};
 use scan::{Found, scan_directory, subdirectories};
+use space::{Claim, Space};
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io;
@@ -108,6 +117,10 @@ pub struct CacheStats {
     pub bytes: u64,
     /// The most it may keep.
     pub limit_bytes: u64,
+    /// Of these: pinned, so that they are not evicted.
+    pub held_bytes: u64,
+    /// The least that it leaves free on its disk.
+    pub min_free_bytes: u64,
     /// Files of which it keeps bytes.
     pub files: u64,
     /// Bytes delivered from it since start.
@@ -120,11 +133,59 @@ pub struct CacheStats {
     pub problem: Option<String>,
 }
 
+/// How much a cache may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// The most bytes that it keeps.
+    pub limit_bytes: u64,
+    /// The least that it leaves free on its disk.
+    pub min_free_bytes: u64,
+    /// What is there at the start is not evicted before [`Cache::end_round`]: something of it is
+    /// pinned, and what is not known yet.
+    pub holds: bool,
+}
+
+/// How much of a version is here.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub(super) struct Kept {
+    pub bytes: u64,
+    /// All of it, and checked.
+    pub is_whole: bool,
+}
+
+/// What became of files that were to be evicted.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Evicted {
+    /// Bytes that were freed.
+    pub freed_bytes: u64,
+    /// Bytes that stay because they are pinned, also by another file with the same content.
+    pub pinned_bytes: u64,
+    /// Bytes that stay because programs have their files open.
+    pub open_bytes: u64,
+}
+
+/// For how much more there is room that is to stay.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Room {
+    /// Bytes up to the limit.
+    pub of_limit_bytes: u64,
+    /// Bytes that the disk can give.
+    pub of_disk_bytes: u64,
+}
+
+impl Room {
+    /// Bytes that fit.
+    pub fn bytes(&self) -> u64 {
+        self.of_limit_bytes.min(self.of_disk_bytes)
+    }
+}
+
 /// The cache.
 #[derive(Debug)]
 pub struct Cache {
     dir: PathBuf,
     state: Mutex<State>,
+    space: Space,
     limit_bytes: AtomicU64,
     hits_bytes: AtomicU64,
     fetched_bytes: AtomicU64,
@@ -135,19 +196,12 @@ pub struct Cache {
 
 #[derive(Debug)]
 struct State {
-    /// Least recently opened last.
-    rows: LruCache<Key, Row>,
+    rows: Rows,
     open: HashMap<Key, Weak<CachedFile>>,
     /// Of all rows, and of files being removed.
     bytes: u64,
     /// Nothing is added any more, because the directory is marked as closed in order.
     closed: bool,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Row {
-    bytes: u64,
-    form: Form,
 }
 
 /// How a file lies on disk.
@@ -163,10 +217,17 @@ impl Cache {
     /// Opens the cache in `dir`, which is made if need be. A directory that cannot be used
     /// gives a cache that keeps nothing and says why in [`Cache::stats`].
     pub fn open(dir: &Path, limit_bytes: u64) -> Self {
+        Self::open_within(dir, Limits { limit_bytes, min_free_bytes: 0, holds: false })
+    }
+
+    /// The same, with all its limits.
+    pub fn open_within(dir: &Path, limits: Limits) -> Self {
+        let Limits { limit_bytes, min_free_bytes, holds } = limits;
         let cache = Self {
             dir: dir.to_owned(),
+            space: Space::new(min_free_bytes),
             state: Mutex::new(State {
-                rows: LruCache::unbounded(),
+                rows: Rows::default(),
                 open: HashMap::new(),
                 bytes: 0,
                 closed: false,
@@ -178,7 +239,7 @@ impl Cache {
             next_temporary: 0.into(),
             problem: Mutex::new(None),
         };
-        if let Err(e) = cache.start() {
+        if let Err(e) = cache.start(holds) {
             cache.report("opening the cache", &e);
             // Without the boot mark nothing written from now on could be judged later.
             cache.lock().closed = true;
@@ -187,7 +248,7 @@ impl Cache {
         cache
     }
 
-    fn start(&self) -> io::Result<()> {
+    fn start(&self, holds: bool) -> io::Result<()> {
         fs::create_dir_all(&self.dir)?;
         match fs::remove_dir_all(self.dir.join("tmp")) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
@@ -200,8 +261,10 @@ impl Cache {
         let mut found = self.scan()?;
         found.sort_unstable_by_key(|f| f.used);
         let mut state = self.lock();
+        let round = if holds { state.rows.round() } else { 0 };
         for Found { key, row, .. } in found {
-            if let Some((_, old)) = state.rows.push(key, row) {
+            let row = Row { round, ..row };
+            if let Some(old) = state.rows.push(key, row) {
                 state.bytes -= old.bytes;
             }
             state.bytes += row.bytes;
@@ -277,13 +340,15 @@ impl Cache {
 
     /// Figures for the status.
     pub fn stats(&self) -> CacheStats {
-        let (bytes, files) = {
+        let (bytes, held_bytes, files) = {
             let state = self.lock();
-            (state.bytes, state.rows.len() as u64)
+            (state.bytes, state.rows.held_bytes(), state.rows.len() as u64)
         };
         CacheStats {
             bytes,
+            held_bytes,
             files,
+            min_free_bytes: self.space.min_free_bytes(),
             limit_bytes: self.limit_bytes.load(Ordering::Relaxed),
             hits_bytes: self.hits_bytes.load(Ordering::Relaxed),
             fetched_bytes: self.fetched_bytes.load(Ordering::Relaxed),
@@ -292,9 +357,112 @@ impl Cache {
         }
     }
 
-    /// The most it may keep.
-    pub(super) fn limit_bytes(&self) -> u64 {
-        self.limit_bytes.load(Ordering::Relaxed)
+    /// The most it may keep that is not pinned.
+    pub(super) fn loose_limit_bytes(&self) -> u64 {
+        let limit = self.limit_bytes.load(Ordering::Relaxed);
+        limit.saturating_sub(self.lock().rows.held_bytes())
+    }
+
+    /// For how much more that is to stay there is room, if everything else makes room for it.
+    pub fn room(&self) -> Room {
+        let (held_bytes, loose_bytes) = {
+            let state = self.lock();
+            (state.rows.held_bytes(), state.bytes.saturating_sub(state.rows.held_bytes()))
+        };
+        let limit = self.limit_bytes.load(Ordering::Relaxed);
+        let free = self.free_bytes().map_or(u64::MAX, |free| free.saturating_add(loose_bytes));
+        Room {
+            of_limit_bytes: limit.saturating_sub(held_bytes),
+            of_disk_bytes: free.saturating_sub(self.space.min_free_bytes()),
+        }
+    }
+
+    /// Begins to say what is held.
+    pub(super) fn begin_round(&self) {
+        self.lock().rows.begin_round();
+    }
+
+    /// What was not held since the round began may be evicted from now on.
+    pub(super) fn end_round(&self) {
+        {
+            let mut state = self.lock();
+            if state.closed {
+                return;
+            }
+            state.rows.end_round();
+        }
+        self.trim();
+    }
+
+    /// Has what is here of a version stay until a round ends without it; says how much that is.
+    pub(super) fn hold(&self, version: &Version) -> Kept {
+        let mut state = self.lock();
+        let row = state.rows.hold(&Key::of(version));
+        // From before it was hashed; it is checked when it is opened next.
+        let before = version.content.and_then(|_| state.rows.hold(&Key::stamped(version)));
+        kept(row, before, version)
+    }
+
+    /// Holds what will come of a version that is open.
+    pub(super) fn hold_coming(&self, version: &Version) {
+        let key = Key::of(version);
+        let mut state = self.lock();
+        if state.rows.hold(&key).is_none() {
+            let round = state.rows.round();
+            state.rows.push(key, Row { bytes: 0, form: Form::Part, round });
+        }
+    }
+
+    /// Nothing more comes: holds what is here of it, if anything is.
+    pub(super) fn hold_come(&self, version: &Version) {
+        let key = Key::of(version);
+        let mut state = self.lock();
+        if state.rows.hold(&key).is_some_and(|row| row.bytes == 0) {
+            state.rows.pop(&key);
+        }
+    }
+
+    /// How much of a version is here.
+    pub(super) fn kept(&self, version: &Version) -> Kept {
+        let state = self.lock();
+        let row = state.rows.peek(&Key::of(version)).copied();
+        let before = version.content.and_then(|_| state.rows.peek(&Key::stamped(version)).copied());
+        kept(row, before, version)
+    }
+
+    /// Gives back what is here of a version, unless it is held or open; or only says how much that
+    /// would be.
+    pub(super) fn evict(&self, version: &Version, dry_run: bool) -> Evicted {
+        let mut evicted = Evicted::default();
+        let mut keys = vec![Key::of(version), Key::stamped(version)];
+        keys.dedup();
+        for key in keys {
+            let state = self.lock();
+            let Some(row) = state.rows.peek(&key).copied() else { continue };
+            if row.round > 0 {
+                evicted.pinned_bytes += row.bytes;
+            } else if state.open.contains_key(&key) {
+                evicted.open_bytes += row.bytes;
+            } else if dry_run {
+                evicted.freed_bytes += row.bytes;
+            } else {
+                evicted.freed_bytes += self.evict_this(state, key);
+            }
+        }
+        evicted
+    }
+
+    /// Evicts down to its limits, which others may have made tighter by filling the disk.
+    pub(super) fn trim(&self) {
+        self.evict_down_to(self.limit_bytes.load(Ordering::Relaxed));
+        self.make_space(0);
+    }
+
+    /// What [`Self::clear`] would free.
+    pub fn clearable_bytes(&self) -> u64 {
+        let state = self.lock();
+        let loose = state.rows.loose().filter(|(key, _)| !state.open.contains_key(key));
+        loose.map(|(_, row)| row.bytes).sum()
     }
 
     /// Whether its disk took what it was given last.
@@ -316,7 +484,7 @@ impl Cache {
         self.evict_down_to(limit_bytes);
     }
 
-    /// Removes every file that is not open; gives the number of bytes freed.
+    /// Removes every file that is neither open nor pinned; gives the number of bytes freed.
     pub fn clear(&self) -> u64 {
         self.evict_down_to(0)
     }
@@ -356,32 +524,63 @@ impl Cache {
             }
             if state.bytes + bytes <= limit {
                 state.add(key, bytes);
-                return true;
+                break;
             }
-            if bytes > limit || !self.evict_one(state) {
+            if bytes > limit || self.evict_one(state).is_none() {
                 return false;
             }
         }
+        let has_space = self.make_space(bytes);
+        if !has_space {
+            self.lock().give_back(key, bytes);
+        }
+        has_space
+    }
+
+    /// Evicts what the disk needs to have this much written to it; `false`: it has no space.
+    fn make_space(&self, bytes: u64) -> bool {
+        loop {
+            match self.space.claim(bytes, || self.free_bytes()) {
+                Claim::Granted => return true,
+                Claim::Later => return false,
+                Claim::Evict(_) => match self.evict_one(self.lock()) {
+                    Some(freed) => self.space.note_freed(freed),
+                    None => return false,
+                },
+            }
+        }
+    }
+
+    /// What others may still write to the disk; nothing is known of one that does not say.
+    fn free_bytes(&self) -> Option<u64> {
+        let disk = rustix::fs::statvfs(&self.dir).ok()?;
+        Some(disk.f_bavail.saturating_mul(disk.f_frsize))
     }
 
     fn evict_down_to(&self, limit_bytes: u64) -> u64 {
         let before = self.evicted_bytes.load(Ordering::Relaxed);
         loop {
             let state = self.lock();
-            if state.bytes <= limit_bytes || !self.evict_one(state) {
+            if state.bytes <= limit_bytes || self.evict_one(state).is_none() {
                 return self.evicted_bytes.load(Ordering::Relaxed) - before;
             }
         }
     }
 
-    /// Removes the file not opened for the longest time; `false` when all are open.
+    /// Removes the file not opened for the longest time; gives its bytes, or nothing when all
+    /// are open or held.
+    fn evict_one(&self, state: MutexGuard<'_, State>) -> Option<u64> {
+        let oldest = state.rows.loose().find(|(key, _)| !state.open.contains_key(key));
+        let key = *oldest?.0;
+        Some(self.evict_this(state, key))
+    }
+
+    /// Removes a file; gives its bytes.
     ///
     /// The names go under the lock, so that a new opener starts afresh; the space is freed
     /// after it, and only then counted as free.
-    fn evict_one(&self, mut state: MutexGuard<'_, State>) -> bool {
-        let oldest = state.rows.iter().rev().find(|(key, _)| !state.open.contains_key(key));
-        let Some((&key, &row)) = oldest else { return false };
-        state.rows.pop(&key);
+    fn evict_this(&self, mut state: MutexGuard<'_, State>, key: Key) -> u64 {
+        let Some(row) = state.rows.pop(&key) else { return 0 };
         let removed: Vec<_> =
             self.names(key, row.form).map(|name| (self.temporary(), name)).collect();
         for (temporary, name) in &removed {
@@ -394,7 +593,7 @@ impl Cache {
         }
         self.lock().bytes -= row.bytes;
         self.evicted_bytes.fetch_add(row.bytes, Ordering::Relaxed);
-        true
+        row.bytes
     }
 
     /// Every name a file has on disk in this form.
@@ -454,30 +653,29 @@ impl Cache {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 
 impl State {
     fn add(&mut self, key: Key, bytes: u64) {
         self.bytes += bytes;
-        self.rows.get_or_insert_mut(key, || Row { bytes: 0, form: Form::Part }).bytes += bytes;
+        self.rows.add(key, bytes);
     }
 
     fn give_back(&mut self, key: Key, bytes: u64) {
-        // The row may have been dropped meanwhile, with all its bytes.
-        if let Some(row) = self.rows.peek_mut(&key) {
-            let bytes = bytes.min(row.bytes);
-            row.bytes -= bytes;
-            self.bytes -= bytes;
-        }
+        self.bytes -= self.rows.take(&key, bytes);
     }
 
     fn set_form(&mut self, key: Key, form: Form) {
-        if let Some(row) = self.rows.peek_mut(&key) {
-            row.form = form;
-        }
+        self.rows.set_form(&key, form);
     }
+}
+
+/// Of rows with the bytes of one version.
+fn kept(row: Option<Row>, before: Option<Row>, version: &Version) -> Kept {
+    let bytes = row.or(before).map_or(0, |row| row.bytes.min(version.stamp.size));
+    Kept { bytes, is_whole: row.is_some_and(|row| row.form == Form::Whole) }
 }
 
 fn suspect_name(n: u32) -> String {

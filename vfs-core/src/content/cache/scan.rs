@@ -1,6 +1,7 @@
 //! What lies in the cache's directory at the start.
 
-use super::{Form, Key, Row, kept_bytes};
+use super::rows::Row;
+use super::{Form, Key, kept_bytes};
 use crate::model::ContentId;
 use std::fs;
 use std::io;
@@ -42,7 +43,11 @@ pub(super) fn scan_directory(
             Form::Part => metadata.blocks() * 512,
             _ => kept_bytes(metadata.len()),
         };
-        found.push(Found { key: key(id), row: Row { bytes, form }, used: metadata.modified()? });
+        found.push(Found {
+            key: key(id),
+            row: Row { bytes, form, round: 0 },
+            used: metadata.modified()?,
+        });
     }
     Ok(())
 }

@@ -213,7 +213,7 @@ impl Content {
         };
         let Some(walk) = walk else { return Ok(()) };
         let wanted = |entry: &Entry| self.is_wanted(&location, entry);
-        let max_bytes = MAX_AHEAD_BYTES.min(self.cache.limit_bytes() / 4);
+        let max_bytes = MAX_AHEAD_BYTES.min(self.cache.loose_limit_bytes() / 4);
         let tree = Rows(view, location.no);
         let found = walks.plan(walk, &Means { tree: &tree, wanted: &wanted, max_bytes })?;
         if !found.is_empty() && self.may_fetch_ahead(&location) {
