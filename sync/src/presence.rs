@@ -8,6 +8,7 @@
 
 use crate::members::Newcomers;
 use crate::node::{Path, PeerStatus, Replica, Shared};
+use crate::pass_on::at_the_disk;
 use crate::wire::{
     self, ALPN_MEMBER, Hello, LocationList, NEWEST, OLDEST, Refusal, Request, Response,
     StatementList, WireError, close,
@@ -23,6 +24,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::{Mutex as AsyncMutex, Notify, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
+use vfs_core::index::Index;
 use vfs_core::model::{DeviceId, LocationId, Seq};
 
 /// How often a peer is asked whether it is there.
@@ -359,6 +361,7 @@ pub(crate) async fn keep(shared: Arc<Shared>, peer: Arc<Peer>) {
                 Ok((link, hello)) => {
                     let begun = Instant::now();
                     live(&shared, &peer, &link, hello).await;
+                    keep_rows(&shared).await;
                     if begun.elapsed() > FLEETING {
                         break;
                     }
@@ -460,7 +463,10 @@ pub(crate) async fn accepted(shared: Arc<Shared>, connection: Connection) {
         return members::turn_away(&shared, id, &connection);
     };
     match timeout(HELLO, welcome(&shared, &peer, &connection)).await {
-        Ok(Ok((link, hello))) => live(&shared, &peer, &link, hello).await,
+        Ok(Ok((link, hello))) => {
+            live(&shared, &peer, &link, hello).await;
+            keep_rows(&shared).await;
+        }
         Ok(Err(refusal)) => {
             // The peer reads the refusal and closes; closing first could overtake it.
             let _ = timeout(HELLO, connection.closed()).await;
@@ -565,6 +571,13 @@ async fn live(shared: &Arc<Shared>, peer: &Arc<Peer>, link: &Arc<Link>, hello: H
     };
     members::told(shared, &closed).await;
     members::last_seen(shared, peer).await;
+}
+
+/// Makes durable what is known of a device that has just gone: it cannot be asked again.
+async fn keep_rows(shared: &Shared) {
+    if let Err(error) = at_the_disk(&shared.index, Index::flush).await {
+        tracing::warn!(%error, "the last rows of a device that went are not on the disk");
+    }
 }
 
 /// Asks whether the peer is there, until it is not.

@@ -8,11 +8,14 @@
 //! anybody can see it in the index is a [`Witness`].
 
 use crate::model::{ContentId, Entry, FileId, FileType, LocationNo, Name, Stamp};
-use std::sync::{Arc, PoisonError, RwLock, Weak};
-use tokio::sync::broadcast;
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
+use tokio::sync::broadcast::{self, error::RecvError};
 
-/// How many changes a slow subscriber may lag before it is told that it missed some.
-const CAPACITY: usize = 64 * 1024;
+/// How many changes a slow subscriber may lag before it is told that it missed some, in commits.
+const MAX_COMMITS: usize = 256;
+/// And in changes, of which a commit of a scan has thousands; the last commit is kept in any case.
+const MAX_CHANGES: usize = 16 * 1024;
 
 /// One change of the index, after it was committed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -154,11 +157,14 @@ impl Touched {
     }
 }
 
+/// The changes of one commit, in order.
+pub type Commit = Arc<Vec<Change>>;
+
 /// What a subscriber receives.
 #[derive(Clone, Debug)]
 pub enum Next {
-    /// Changes of one commit, in order.
-    Batch(Arc<[Change]>),
+    /// What one commit changed.
+    Batch(Commit),
     /// Some were lost: treat everything as changed.
     Missed,
 }
@@ -172,22 +178,65 @@ pub trait Witness: Send + Sync {
 /// The sending half, shared by everything that commits to the index.
 #[derive(Clone, Debug)]
 pub struct Feed {
-    sender: broadcast::Sender<Arc<[Change]>>,
+    sender: broadcast::Sender<Weak<Vec<Change>>>,
+    recent: Arc<Mutex<Recent>>,
     witnesses: Arc<RwLock<Vec<Weak<dyn Witness>>>>,
 }
 
 impl Default for Feed {
     fn default() -> Self {
-        Self { sender: broadcast::Sender::new(CAPACITY / 256), witnesses: Arc::default() }
+        let sender = broadcast::Sender::new(MAX_COMMITS);
+        Self { sender, recent: Arc::default(), witnesses: Arc::default() }
+    }
+}
+
+/// The commits that subscribers may still want: the channel bounds how many they are, this how
+/// large.
+#[derive(Debug, Default)]
+struct Recent {
+    commits: VecDeque<Commit>,
+    changes: usize,
+}
+
+impl Recent {
+    fn push(&mut self, commit: Commit) {
+        self.changes += commit.len();
+        self.commits.push_back(commit);
+        while self.commits.len() > 1
+            && (self.changes > MAX_CHANGES || self.commits.len() > MAX_COMMITS)
+        {
+            self.pop();
+        }
+    }
+
+    fn pop(&mut self) {
+        let oldest = self.commits.pop_front();
+        self.changes -= oldest.map_or(0, |commit| commit.len());
+    }
+
+    /// Lets go of what every subscriber has had. The newest stays, which one may be about to take.
+    fn let_go(&mut self) {
+        while self.commits.len() > 1 {
+            self.pop();
+        }
     }
 }
 
 impl Feed {
     /// Publishes the changes of one commit.
     pub fn publish(&self, changes: Vec<Change>) {
-        if !changes.is_empty() {
-            // No subscriber is not an error: nothing is mounted and no peer is connected.
-            let _ = self.sender.send(changes.into());
+        if changes.is_empty() {
+            return;
+        }
+        let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.sender.is_empty() {
+            recent.let_go();
+        }
+        let commit = Arc::new(changes);
+        // No subscriber is not an error: nothing is mounted and no peer is connected.
+        match self.sender.send(Arc::downgrade(&commit)) {
+            Ok(_) => recent.push(commit),
+            Err(_) => *recent = Recent::default(),
         }
     }
 
@@ -213,24 +262,98 @@ impl Feed {
 
 /// The receiving half.
 #[derive(Debug)]
-pub struct Subscription(broadcast::Receiver<Arc<[Change]>>);
+pub struct Subscription(broadcast::Receiver<Weak<Vec<Change>>>);
 
 impl Subscription {
     /// The next batch; `None` when the index is closed.
     pub async fn next(&mut self) -> Option<Next> {
-        Self::translate(self.0.recv().await)
+        let received = self.0.recv().await;
+        self.translate(received)
     }
 
     /// The next batch, waiting on this thread; not for use on a runtime's thread.
     pub fn blocking_next(&mut self) -> Option<Next> {
-        Self::translate(self.0.blocking_recv())
+        let received = self.0.blocking_recv();
+        self.translate(received)
     }
 
-    fn translate(received: Result<Arc<[Change]>, broadcast::error::RecvError>) -> Option<Next> {
-        match received {
-            Ok(batch) => Some(Next::Batch(batch)),
-            Err(broadcast::error::RecvError::Lagged(_)) => Some(Next::Missed),
-            Err(broadcast::error::RecvError::Closed) => None,
+    fn translate(&mut self, received: Result<Weak<Vec<Change>>, RecvError>) -> Option<Next> {
+        let commit = match received {
+            Ok(commit) => commit.upgrade(),
+            Err(RecvError::Lagged(_)) => None,
+            Err(RecvError::Closed) => return None,
+        };
+        if commit.is_none() {
+            // Everything up to here is covered by saying once that some of it was missed.
+            self.0 = self.0.resubscribe();
         }
+        Some(commit.map_or(Next::Missed, Next::Batch))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn locations(count: usize) -> Vec<Change> {
+        vec![Change::Locations; count]
+    }
+
+    fn batch(subscription: &mut Subscription) -> Option<usize> {
+        match subscription.blocking_next() {
+            Some(Next::Batch(commit)) => Some(commit.len()),
+            Some(Next::Missed) | None => None,
+        }
+    }
+
+    #[test]
+    fn who_keeps_up_gets_every_commit_of_any_size_in_order() {
+        let feed = Feed::default();
+        let mut subscription = feed.subscribe();
+        for count in [1, 3 * MAX_CHANGES, 2, MAX_CHANGES] {
+            feed.publish(locations(count));
+            assert_eq!(batch(&mut subscription), Some(count));
+        }
+        for count in 1..=100 {
+            feed.publish(locations(count));
+        }
+        for count in 1..=100 {
+            assert_eq!(batch(&mut subscription), Some(count));
+        }
+    }
+
+    #[test]
+    fn who_falls_behind_is_told_once_and_costs_bounded_memory() {
+        for (commits, changes) in [(20, MAX_CHANGES / 8), (2 * MAX_COMMITS, 1)] {
+            let feed = Feed::default();
+            let mut slow = feed.subscribe();
+            for _ in 0..commits {
+                feed.publish(locations(changes));
+            }
+            let kept = feed.recent.lock().unwrap();
+            assert!(kept.changes <= MAX_CHANGES && kept.commits.len() <= MAX_COMMITS);
+            assert_eq!(kept.changes, kept.commits.iter().map(|c| c.len()).sum::<usize>());
+            drop(kept);
+            assert_eq!(batch(&mut slow), None, "it was not told what it missed");
+            feed.publish(locations(7));
+            assert_eq!(batch(&mut slow), Some(7), "it was told twice, or missed what came after");
+        }
+    }
+
+    #[test]
+    fn nothing_is_kept_for_nobody() {
+        let feed = Feed::default();
+        feed.publish(locations(5));
+        assert!(feed.recent.lock().unwrap().commits.is_empty());
+        let mut subscription = feed.subscribe();
+        feed.publish(locations(5));
+        assert_eq!(batch(&mut subscription), Some(5));
+        feed.publish(locations(2));
+        assert_eq!(batch(&mut subscription), Some(2));
+        feed.publish(locations(1));
+        assert_eq!(feed.recent.lock().unwrap().changes, 3, "what everybody has had is kept");
+        drop(subscription);
+        feed.publish(locations(1));
+        assert!(feed.recent.lock().unwrap().commits.is_empty());
     }
 }

@@ -197,7 +197,8 @@ fn a_listing_that_is_as_before_costs_nothing() {
         Some(Observed { attr: Attr { size: 11, ..listing[1].attr }, ..listing[1].clone() }),
     );
     let Some(Next::Batch(batch)) = feed.blocking_next() else { panic!("nothing was announced") };
-    let [Change::Entry { location, parent, name, was: Some(was), now: Some(now) }] = &*batch else {
+    let [Change::Entry { location, parent, name, was: Some(was), now: Some(now) }] = &batch[..]
+    else {
         panic!("the first change is that of the second observation: {batch:?}")
     };
     assert_eq!((*location, *parent, name.as_bytes()), (f.no, FileId::ROOT, &b"a"[..]));
