@@ -79,10 +79,13 @@ impl Grower {
 
     fn look_again(&self, error: &(dyn std::error::Error + 'static)) {
         tracing::warn!(error, "the mount is told later how files have grown");
-        let this = self.clone();
+        // Not kept alive by this: it ends with the mount.
+        let this = Arc::downgrade(&self.0);
         self.0.runtime.spawn(async move {
             tokio::time::sleep(LOOK_AGAIN_AFTER).await;
-            this.look();
+            if let Some(inner) = this.upgrade() {
+                Self(inner).look();
+            }
         });
     }
 }

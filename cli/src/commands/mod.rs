@@ -16,6 +16,7 @@ mod pending;
 mod pin;
 mod status;
 mod sync;
+mod waiting;
 
 pub use mount::not_mounted;
 pub use status::no_library;

@@ -1,8 +1,9 @@
 //! `sd pin`, `sd unpin`, `sd evict`: what of other devices' files is kept here.
 
 use super::Context;
+use super::waiting::Waiting;
 use crate::args::{EvictArgs, PinArgs, UnpinArgs};
-use crate::control::{Event, Pinning, Request, Target};
+use crate::control::{Event, Request, Target};
 use crate::daemon::room_words;
 use crate::failure::{Code, Failure, Outcome};
 use crate::output::{Columns, printable, size};
@@ -36,29 +37,14 @@ pub fn pin(context: &Context, args: &PinArgs) -> Outcome<()> {
 
 fn wait(context: &Context, request: &Request) -> Outcome<PinsReply> {
     let client = context.client()?;
-    let bar = context.out.spinner();
-    let mut told = Vec::new();
-    let reply = client.call(request, |event| {
-        match event {
-            Event::Pinning(pinning) => {
-                bar.set_message(progress(&pinning));
-                // Once a device, so that a wait without an end is understood in a log as well.
-                for device in pinning.offline {
-                    if told.contains(&device) {
-                        continue;
-                    }
-                    bar.suspend(|| {
-                        context.out.note(format_args!("waiting for “{}”", printable(&device)));
-                    });
-                    told.push(device);
-                }
-            }
-            event => return super::unexpected(event),
+    let mut shown = Waiting::begin(&context.out);
+    client.call(request, |event| match event {
+        Event::Pinning(pinning) => {
+            shown.show(words(&pinning.tally), pinning.offline);
+            Ok(None)
         }
-        Ok(None)
-    });
-    bar.finish_and_clear();
-    reply
+        event => super::unexpected(event),
+    })
 }
 
 pub fn unpin(context: &Context, args: &UnpinArgs) -> Outcome<()> {
@@ -113,15 +99,6 @@ pub fn words(tally: &Tally) -> String {
             format!("{} of {} here, {here_files} of {files} files", size(here_bytes), size(bytes))
         }
     }
-}
-
-fn progress(pinning: &Pinning) -> String {
-    let mut words = words(&pinning.tally);
-    if !pinning.offline.is_empty() {
-        let names: Vec<_> = pinning.offline.iter().map(|n| format!("“{}”", printable(n))).collect();
-        words += &format!("; {} cannot be reached", names.join(", "));
-    }
-    words
 }
 
 fn table(pins: &[PinItem]) -> String {

@@ -1,10 +1,11 @@
 //! `sd sync`: waits until writes to other devices' files have reached their owners.
 
+use super::waiting::Waiting;
 use super::{Context, pending};
 use crate::args::SyncArgs;
-use crate::control::{Draining, Event, Request};
+use crate::control::{Event, Request};
 use crate::failure::{Code, Failure, Outcome};
-use crate::output::{printable, size};
+use crate::output::size;
 use crate::paths;
 use crate::reply::SyncReply;
 
@@ -12,29 +13,17 @@ pub fn run(context: &Context, args: &SyncArgs) -> Outcome<()> {
     let target = args.address.as_deref().map(|a| paths::target(Some(a))).transpose()?;
     let timeout_ms = args.timeout.map(|t| u64::try_from(t.as_millis()).unwrap_or(u64::MAX));
     let client = context.client()?;
-    let bar = context.out.spinner();
-    let mut told = Vec::new();
-    let reply = client.call::<SyncReply>(&Request::Sync { target, timeout_ms }, |event| {
-        match event {
+    let mut shown = Waiting::begin(&context.out);
+    let reply: SyncReply =
+        client.call(&Request::Sync { target, timeout_ms }, |event| match event {
             Event::Draining(left) => {
-                bar.set_message(words(&left));
-                // Once a device, so that a wait without an end is understood in a log as well.
-                for device in left.offline {
-                    if told.contains(&device) {
-                        continue;
-                    }
-                    bar.suspend(|| {
-                        context.out.note(format_args!("waiting for “{}”", printable(&device)));
-                    });
-                    told.push(device);
-                }
+                let words = format!("{} changes, {} to go", left.operations, size(left.bytes));
+                shown.show(words, left.offline);
+                Ok(None)
             }
-            event => return super::unexpected(event),
-        }
-        Ok(None)
-    });
-    bar.finish_and_clear();
-    let reply = reply?;
+            event => super::unexpected(event),
+        })?;
+    drop(shown);
     context.out.report(&reply, |reply| match reply.reached {
         true => String::new(),
         false => pending::table(&reply.pending),
@@ -43,15 +32,6 @@ pub fn run(context: &Context, args: &SyncArgs) -> Outcome<()> {
         true => Ok(()),
         false => Err(unreached(&reply)),
     }
-}
-
-fn words(left: &Draining) -> String {
-    let mut words = format!("{} changes, {} to go", left.operations, size(left.bytes));
-    if !left.offline.is_empty() {
-        let names: Vec<_> = left.offline.iter().map(|n| format!("“{}”", printable(n))).collect();
-        words += &format!("; {} cannot be reached", names.join(", "));
-    }
-    words
 }
 
 fn unreached(reply: &SyncReply) -> Failure {

@@ -29,6 +29,7 @@ impl Daemon {
         for (address, location, file) in &named {
             self.pins.pin(location.no, *file).map_err(|e| unpinnable(address, e))?;
         }
+        self.pins.catch_up().map_err(index_failure)?;
         Ok(self.reply(|pin| {
             named.iter().any(|(_, location, file)| (location.id, *file) == (pin.location, pin.file))
         }))
@@ -176,6 +177,7 @@ impl Daemon {
         for (location, file) in keys {
             self.pins.unpin(location, file).map_err(pin_failure)?;
         }
+        self.pins.catch_up().map_err(index_failure)?;
         Ok(UnpinReply { unpinned })
     }
 

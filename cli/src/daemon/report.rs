@@ -281,11 +281,12 @@ impl Daemon {
                 "free some space on its disk; reading goes on without it",
             );
         }
-        if let Some(path) = self.pins.file().set_aside() {
+        if let Some(path) = self.pins.file().damaged() {
             add(
                 "pins_damaged",
-                format!("the list of pins was damaged and is set aside as {}", path.display()),
-                "nothing that was cached goes until the next start; pin it again: sd pin ADDRESS",
+                format!("the list of pins is damaged: {}", path.display()),
+                "nothing that is cached goes until something is pinned, and the daemon started, \
+                 again: sd pin ADDRESS",
             );
         }
         if let Some((message, hint)) = self.pins_without_room() {

@@ -94,35 +94,36 @@ pub struct PinFile {
     pins: Mutex<Vec<Pin>>,
     /// Held by the one writer, also while it waits for the disk.
     writing: Mutex<()>,
-    set_aside: Option<PathBuf>,
+    /// Where the list is that could not be read at the start.
+    damaged: Mutex<Option<PathBuf>>,
 }
 
 impl PinFile {
-    /// Reads the list; a file that does not exist is an empty one, and one that was damaged is set
-    /// aside.
+    /// Reads the list; a file that does not exist is an empty one, and one that is damaged stays
+    /// where it is until there is another list to write.
     pub fn open(path: &Path) -> Result<Self, PinError> {
         let failed = |source| PinError::Io { path: path.to_owned(), source };
-        let (pins, set_aside) = match fs::read(path) {
+        let (pins, damaged) = match fs::read(path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => (Vec::new(), None),
             Err(e) => return Err(failed(e)),
             Ok(bytes) => match parse(path, &bytes)? {
                 Some(pins) => (pins, None),
-                None => (Vec::new(), Some(set_aside(path).map_err(failed)?)),
+                None => (Vec::new(), Some(path.to_owned())),
             },
         };
-        let pins = Mutex::new(pins);
-        Ok(Self { path: path.to_owned(), pins, writing: Mutex::default(), set_aside })
+        let (pins, damaged, writing) = (Mutex::new(pins), Mutex::new(damaged), Mutex::default());
+        Ok(Self { path: path.to_owned(), pins, writing, damaged })
     }
 
-    /// Where a damaged list is now.
-    pub fn set_aside(&self) -> Option<&Path> {
-        self.set_aside.as_deref()
+    /// Where the list is now that was damaged at the start.
+    pub fn damaged(&self) -> Option<PathBuf> {
+        lock(&self.damaged).clone()
     }
 
     /// Whether the cache must hold what it has until it is known what of it is pinned. Of a list
     /// that was damaged that is never known.
     pub fn holds(&self) -> bool {
-        self.set_aside.is_some() || !lock(&self.pins).is_empty()
+        self.damaged().is_some() || !lock(&self.pins).is_empty()
     }
 
     /// The pins, in the order in which they were made.
@@ -181,10 +182,23 @@ impl PinFile {
         let result = change(&mut document.pins)?;
         if document.pins != *lock(&self.pins) {
             let failed = |source| PinError::Io { path: self.path.clone(), source };
+            self.keep_damaged().map_err(failed)?;
             write_durably(&self.path, &document).map_err(failed)?;
             *lock(&self.pins) = document.pins;
         }
         Ok(result)
+    }
+
+    /// Copies a damaged list that is about to be replaced. It is not renamed: without any list,
+    /// the next start would take nothing for pinned.
+    fn keep_damaged(&self) -> io::Result<()> {
+        let mut damaged = lock(&self.damaged);
+        if damaged.as_ref().is_some_and(|place| *place == self.path) {
+            let aside = unused(&self.path);
+            fs::copy(&self.path, &aside)?;
+            *damaged = Some(aside);
+        }
+        Ok(())
     }
 }
 
@@ -203,10 +217,8 @@ fn parse(path: &Path, bytes: &[u8]) -> Result<Option<Vec<Pin>>, PinError> {
     }
 }
 
-fn set_aside(path: &Path) -> io::Result<PathBuf> {
+/// A name beside this file that nothing has.
+fn unused(path: &Path) -> PathBuf {
     let name = |n: u32| path.with_extension(format!("json.damaged-{n}"));
-    let free = (1..).map(name).find(|aside| !aside.exists());
-    let aside = free.unwrap_or_else(|| name(0));
-    fs::rename(path, &aside)?;
-    Ok(aside)
+    (1..).map(name).find(|aside| !aside.exists()).unwrap_or_else(|| name(0))
 }

@@ -217,8 +217,8 @@ impl Pins {
         &self.file
     }
 
-    /// Pins a file, or a folder with all below it; `false`: it was already. Blocks until it is
-    /// known what that means.
+    /// Pins a file, or a folder with all below it; `false`: it was already. [`Self::catch_up`] says
+    /// when it is known what that means.
     pub fn pin(&self, no: LocationNo, file: FileId) -> Result<bool, PinError> {
         let index = &self.content.index;
         let location = index.location(no).ok_or(PinError::NotThere)?;
@@ -243,16 +243,14 @@ impl Pins {
         drop(view);
         let is_new = self.file.add(pin)?;
         self.try_again();
-        self.pass()?;
         Ok(is_new)
     }
 
-    /// Takes a pin back; `false`: there was none. What was held for it alone may be evicted when
-    /// this returns.
+    /// Takes a pin back; `false`: there was none. After [`Self::catch_up`], what was held for it
+    /// alone may be evicted.
     pub fn unpin(&self, location: LocationId, file: FileId) -> Result<bool, PinError> {
         let was_pinned = self.file.remove((location, file))?;
         self.try_again();
-        self.pass()?;
         Ok(was_pinned)
     }
 
@@ -338,11 +336,14 @@ impl Pins {
         Ok(evicted)
     }
 
-    /// Whether everything that is known by now is taken in: what is evicted then is not pinned.
+    /// Returns when everything that was known before is taken in: what was pinned and unpinned, what
+    /// is below each pin, and so what may be evicted.
     pub fn catch_up(&self) -> Result<(), IndexError> {
+        // Not before a pass has ended that is under way.
+        let passing = lock(&self.passing);
         let is_dirty = lock(&self.state).is_dirty;
         match is_dirty {
-            true => self.pass(),
+            true => self.pass_holding(&passing),
             false => Ok(()),
         }
     }

@@ -7,6 +7,7 @@ use crate::index::{IndexError, View};
 use crate::model::{Entry, FileId, LocationId, LocationNo, Seq};
 use crate::source::Version;
 use std::collections::HashMap;
+use std::sync::MutexGuard;
 
 /// What a pin names now, and what is to be noted of it.
 struct Resolved {
@@ -24,7 +25,10 @@ impl Pins {
     /// Goes through all pins. Reads the index in one state, so that a file that moves meanwhile is
     /// not overlooked.
     pub(super) fn pass(&self) -> Result<(), IndexError> {
-        let _passing = lock(&self.passing);
+        self.pass_holding(&lock(&self.passing))
+    }
+
+    pub(super) fn pass_holding(&self, _passing: &MutexGuard<'_, ()>) -> Result<(), IndexError> {
         let news = {
             let mut state = lock(&self.state);
             state.is_dirty = false;
@@ -67,7 +71,7 @@ impl Pins {
         }
         drop(view);
         let is_known = |p: &(PinKey, Progress)| p.1.found != Found::Unknown;
-        let are_known = progress.values().all(is_known) && self.file.set_aside().is_none();
+        let are_known = progress.values().all(is_known) && self.file.damaged().is_none();
         {
             let mut state = lock(&self.state);
             state.passes += 1;

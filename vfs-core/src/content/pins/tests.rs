@@ -243,7 +243,7 @@ impl World {
 
     fn start_pinned(&self) -> Running {
         let pins = self.start();
-        assert!(pins.pin(self.no(), DIR).unwrap());
+        assert!(pin(&pins, self.no(), DIR).unwrap());
         pins
     }
 
@@ -290,6 +290,18 @@ fn standing(pins: &Pins) -> Standing {
 
 fn wait_here(pins: &Pins) {
     wait_until("everything pinned is here", || standing(pins) == Standing::Here);
+}
+
+fn pin(pins: &Pins, no: LocationNo, file: FileId) -> Result<bool, PinError> {
+    let is_new = pins.pin(no, file)?;
+    pins.catch_up().unwrap();
+    Ok(is_new)
+}
+
+fn unpin(pins: &Pins, location: LocationId, file: FileId) -> Result<bool, PinError> {
+    let was_pinned = pins.unpin(location, file)?;
+    pins.catch_up().unwrap();
+    Ok(was_pinned)
 }
 
 #[test]
@@ -378,15 +390,15 @@ fn a_pinned_file_that_is_replaced_under_its_name_stays_pinned() {
     let mut world = World::new();
     world.files(DIR, 10, 1);
     let pins = world.start();
-    pins.pin(world.no(), FileId(10)).unwrap();
+    pin(&pins, world.no(), FileId(10)).unwrap();
     wait_here(&pins);
     let other = world.file(DIR, "10", 77, 77);
     wait_until("the other file came", || world.is_here(&pins, &other));
     assert_eq!(pins.list()[0].pin.file, FileId(77));
     world.row(DIR, "10", None);
     wait_until("it is gone", || standing(&pins) == Standing::Gone);
-    assert!(pins.unpin(LOCATION, FileId(77)).unwrap());
-    assert!(pins.list().is_empty() && !pins.unpin(LOCATION, FileId(77)).unwrap());
+    assert!(unpin(&pins, LOCATION, FileId(77)).unwrap());
+    assert!(pins.list().is_empty() && !unpin(&pins, LOCATION, FileId(77)).unwrap());
 }
 
 #[test]
@@ -396,13 +408,13 @@ fn what_is_unpinned_may_be_evicted_unless_another_pin_wants_it() {
     // The same bytes, elsewhere.
     world.file(OTHERS, "twin", 60, 11);
     let pins = world.start_pinned();
-    pins.pin(world.no(), FileId(10)).unwrap();
-    pins.pin(world.no(), FileId(60)).unwrap();
+    pin(&pins, world.no(), FileId(10)).unwrap();
+    pin(&pins, world.no(), FileId(60)).unwrap();
     wait_until("all is here", || pins.list().iter().all(|p| p.standing == Standing::Here));
     let evict = |file| pins.evict(world.no(), file, false).unwrap();
     let evicted = evict(DIR);
     assert_eq!((evicted.freed_bytes, evicted.pinned_bytes), (0, 3 * SIZE));
-    assert!(pins.unpin(LOCATION, DIR).unwrap());
+    assert!(unpin(&pins, LOCATION, DIR).unwrap());
     let evicted = evict(DIR);
     assert_eq!((evicted.freed_bytes, evicted.pinned_bytes), (SIZE, 2 * SIZE));
     let here = files.iter().map(|file| world.is_here(&pins, file)).collect::<Vec<_>>();
@@ -494,7 +506,7 @@ fn while_a_program_waits_for_bytes_nothing_is_fetched_for_pins() {
     let reader = pins.content.open(world.no(), &waited_for[0]).unwrap();
     let read = world.runtime.spawn(async move { reader.read(0, 10).await });
     wait_until("it is asked for", || world.net.asked.load(Ordering::Relaxed) == 1);
-    pins.pin(world.no(), DIR).unwrap();
+    pin(&pins, world.no(), DIR).unwrap();
     // Long enough for all of it to come.
     std::thread::sleep(Duration::from_millis(1500));
     assert_eq!(world.net.asked.load(Ordering::Relaxed), 1);
@@ -600,11 +612,11 @@ fn own_files_links_and_what_is_not_there_cannot_be_pinned() {
         shared_with: None,
     };
     let own = world.index.put_location(own).unwrap().no;
-    assert!(matches!(pins.pin(own, FileId::ROOT), Err(PinError::Own)));
-    assert!(matches!(pins.pin(world.no(), FileId(20)), Err(PinError::NoContent)));
-    assert!(matches!(pins.pin(world.no(), FileId(21)), Err(PinError::NotThere)));
-    assert!(pins.pin(world.no(), DIR).unwrap());
-    assert!(!pins.pin(world.no(), DIR).unwrap(), "it is pinned already");
+    assert!(matches!(pin(&pins, own, FileId::ROOT), Err(PinError::Own)));
+    assert!(matches!(pin(&pins, world.no(), FileId(20)), Err(PinError::NoContent)));
+    assert!(matches!(pin(&pins, world.no(), FileId(21)), Err(PinError::NotThere)));
+    assert!(pin(&pins, world.no(), DIR).unwrap());
+    assert!(!pin(&pins, world.no(), DIR).unwrap(), "it is pinned already");
     assert_eq!(pins.list().len(), 1);
 }
 
@@ -622,9 +634,19 @@ fn a_list_of_a_newer_program_is_refused_and_a_damaged_one_lets_nothing_go() {
     let refused = PinFile::open(&world.pin_file());
     assert!(matches!(refused, Err(PinError::Newer { found: 2, .. })));
     fs::write(world.pin_file(), &text[..text.len() / 2]).unwrap();
-    let pins = world.begin();
-    assert!(pins.file().set_aside().is_some_and(std::path::Path::exists));
-    pins.pass().unwrap();
+    let damaged = fs::read(world.pin_file()).unwrap();
+    for _start in 0..2 {
+        let pins = world.begin();
+        assert_eq!(pins.file().damaged(), Some(world.pin_file()));
+        pins.pass().unwrap();
+        pins.content.cache.clear();
+        assert!(files.iter().all(|file| world.is_here(&pins, file)));
+        pins.content.cache.close();
+    }
+    let pins = world.start_pinned();
+    let aside = pins.file().damaged().unwrap();
+    assert_eq!(fs::read(aside).unwrap(), damaged);
+    assert_eq!(PinFile::open(&world.pin_file()).unwrap().pins().len(), 1);
     pins.content.cache.clear();
     assert!(files.iter().all(|file| world.is_here(&pins, file)));
 }
