@@ -6,8 +6,10 @@
 //! answers, but not this, is given [`limit`].
 
 use crate::node::Shared;
-use crate::presence::Link;
-use crate::wire::{self, Fetch, MAX_FRAME, Refusal, Request, Response, WireError};
+use crate::presence::{Link, Peer};
+use crate::wire::{
+    self, Borrow, Fetch, LENDS, MAX_FRAME, OLDEST, Refusal, Request, Response, WireError,
+};
 use bytes::{Bytes, BytesMut};
 use iroh::endpoint::RecvStream;
 use std::ops::Range;
@@ -16,7 +18,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::time::timeout;
 use vfs_core::model::DeviceId;
-use vfs_core::source::{BoxFuture, ContentSource, FetchError, Fetched, MAX_FETCH_BYTES, Version};
+use vfs_core::source::{
+    BoxFuture, ContentSource, FetchError, Fetched, MAX_FETCH_BYTES, MAX_LENT, Version, Wanted,
+};
 
 /// The shortest time after which a request to a peer that is there is given up.
 const MIN_LIMIT: Duration = Duration::from_secs(10);
@@ -37,7 +41,38 @@ impl ContentSource for Source {
         version: &'a Version,
         range: Range<u64>,
     ) -> BoxFuture<'a, Result<Fetched, FetchError>> {
-        Box::pin(self.fetch_twice(device, version, range))
+        let request = fetch_request(version, &range);
+        Box::pin(async move { self.fetch_twice(device, &request?, OLDEST, range).await })
+    }
+
+    fn rtt(&self, device: DeviceId) -> Option<Duration> {
+        Some(self.0.peer(device)?.link()?.rtt()).filter(|rtt| !rtt.is_zero())
+    }
+
+    fn lenders(&self) -> Vec<DeviceId> {
+        let can_lend =
+            |peer: &Peer| peer.is_online() && peer.link().is_some_and(|link| link.version >= LENDS);
+        let peers: Vec<_> = self.0.peers().values().filter(|p| can_lend(p)).cloned().collect();
+        peers.into_iter().map(|peer| peer.id).filter(|id| self.0.is_peer(*id)).collect()
+    }
+
+    fn lends<'a>(
+        &'a self,
+        device: DeviceId,
+        contents: &'a [Wanted],
+    ) -> BoxFuture<'a, Result<Vec<Vec<Range<u64>>>, FetchError>> {
+        Box::pin(self.ask_what_it_lends(device, contents))
+    }
+
+    fn borrow<'a>(
+        &'a self,
+        device: DeviceId,
+        wanted: Wanted,
+        range: Range<u64>,
+    ) -> BoxFuture<'a, Result<Fetched, FetchError>> {
+        let request =
+            len_of(&range).map(|len| Request::Borrow(Borrow { wanted, offset: range.start, len }));
+        Box::pin(async move { self.fetch_twice(device, &request?, LENDS, range).await })
     }
 }
 
@@ -61,15 +96,19 @@ impl Source {
     async fn fetch_twice(
         &self,
         device: DeviceId,
-        version: &Version,
+        request: &Request,
+        since: u16,
         range: Range<u64>,
     ) -> Result<Fetched, FetchError> {
         let peer = self.0.peer(device).ok_or(FetchError::Unreachable)?;
-        let request = request(version, &range)?;
         let mut lost: Option<Arc<Link>> = None;
         for _ in 0..2 {
             let link = peer.reach(lost.as_ref()).await.ok_or(FetchError::Unreachable)?;
-            let attempt = fetch_once(&link, &request, &peer.bytes_in);
+            if link.version < since {
+                return Err(FetchError::Refused);
+            }
+            let len = (range.end - range.start) as usize;
+            let attempt = fetch_once(&link, request, len, &peer.bytes_in);
             match timeout(limit(&link, &range), attempt).await {
                 Ok(Ok(fetched)) => return Ok(fetched),
                 Ok(Err(Failure::Final(error))) => return Err(error),
@@ -79,6 +118,28 @@ impl Source {
         }
         Err(FetchError::Unreachable)
     }
+
+    async fn ask_what_it_lends(
+        &self,
+        device: DeviceId,
+        contents: &[Wanted],
+    ) -> Result<Vec<Vec<Range<u64>>>, FetchError> {
+        let contents = &contents[..contents.len().min(MAX_LENT)];
+        let peer = self.0.peer(device).ok_or(FetchError::Unreachable)?;
+        let link = peer.link().filter(|_| peer.is_online()).ok_or(FetchError::Unreachable)?;
+        if link.version < LENDS {
+            return Err(FetchError::Refused);
+        }
+        match timeout(MIN_LIMIT, link.ask(&Request::Lends(contents.to_vec()))).await {
+            Ok(Ok(Response::Lends(lent))) if lent.len() == contents.len() => {
+                Ok(lent.into_iter().map(|lent| lent.0).collect())
+            }
+            Ok(Ok(Response::Refused(refusal))) => Err(refused(refusal)),
+            Ok(Ok(_)) => Err(FetchError::Failed("not an answer to what it lends".into())),
+            Ok(Err(error)) if error.is_breach() => Err(FetchError::Failed(error.to_string())),
+            Ok(Err(_)) | Err(_) => Err(FetchError::Unreachable),
+        }
+    }
 }
 
 fn limit(link: &Link, range: &Range<u64>) -> Duration {
@@ -86,25 +147,29 @@ fn limit(link: &Link, range: &Range<u64>) -> Duration {
     MIN_LIMIT + 4 * link.rtt() + Duration::from_millis(1000 * len / MIN_RATE)
 }
 
-fn request(version: &Version, range: &Range<u64>) -> Result<Request, FetchError> {
+fn fetch_request(version: &Version, range: &Range<u64>) -> Result<Request, FetchError> {
+    let len = len_of(range)?;
+    Ok(Request::Fetch(Fetch { version: version.into(), offset: range.start, len }))
+}
+
+fn len_of(range: &Range<u64>) -> Result<u32, FetchError> {
     let len = range.end.checked_sub(range.start).filter(|n| (1..=MAX_FETCH_BYTES).contains(n));
     let len = len.and_then(|n| u32::try_from(n).ok());
-    let len = len.ok_or_else(|| FetchError::Failed(format!("no range to fetch: {range:?}")))?;
-    Ok(Request::Fetch(Fetch { version: version.into(), offset: range.start, len }))
+    len.ok_or_else(|| FetchError::Failed(format!("no range to fetch: {range:?}")))
 }
 
 async fn fetch_once(
     link: &Link,
     request: &Request,
+    len: usize,
     received: &AtomicU64,
 ) -> Result<Fetched, Failure> {
-    let Request::Fetch(Fetch { len, .. }) = request else { return Err(Failure::Lost) };
     let (mut send, mut recv) = link.connection.open_bi().await.map_err(WireError::from)?;
     wire::send_request(&mut send, link.version, request).await?;
     let _ = send.finish();
     match link.answer(&mut recv).await? {
         Response::Fetched { proof } => {
-            let bytes = receive_bytes(link, &mut recv, *len as usize, received).await?;
+            let bytes = receive_bytes(link, &mut recv, len, received).await?;
             Ok(Fetched { bytes, proof })
         }
         Response::Refused(refusal) => Err(Failure::Final(refused(refusal))),

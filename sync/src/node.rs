@@ -27,7 +27,7 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::timeout;
-use vfs_core::content::serve::OwnFiles;
+use vfs_core::content::{Lender, OwnFiles};
 use vfs_core::index::{Index, IndexError, Signed, Unlike};
 use vfs_core::library::{Library, LibraryInfo, State};
 use vfs_core::locks::Coordinator;
@@ -76,6 +76,8 @@ pub struct Parts {
     pub index: Index,
     /// This device's own files.
     pub own: Arc<OwnFiles>,
+    /// What its cache lends; without it nothing.
+    pub lender: Option<Arc<Lender>>,
     /// This device's writes to others' files; without it none are delivered.
     pub outbox: Option<Arc<dyn Outgoing>>,
     /// Carries out others' writes to this device's files; without it they are refused.
@@ -170,6 +172,7 @@ pub(crate) struct Shared {
     pub(crate) library: Arc<Library>,
     pub(crate) index: Index,
     pub(crate) own: Arc<OwnFiles>,
+    pub(crate) lender: Option<Arc<Lender>>,
     /// What other devices hold of this device's files.
     pub(crate) locks: Arc<PeerLocks>,
     pub(crate) outbox: Option<Arc<dyn Outgoing>>,
@@ -253,7 +256,7 @@ impl Node {
     pub async fn start(config: NodeConfig, parts: Parts) -> Result<Arc<Self>, SyncError> {
         let relay = config.relay.as_deref().map(parse_relay).transpose()?;
         let endpoint = bind(&config, relay.clone()).await?;
-        let Parts { library, index, own, outbox, applier, scratch } = parts;
+        let Parts { library, index, own, lender, outbox, applier, scratch } = parts;
         let shared = Arc::new(Shared {
             me: DeviceId(*endpoint.id().as_bytes()),
             session: rand::random(),
@@ -263,6 +266,7 @@ impl Node {
             index,
             locks: Arc::new(PeerLocks::new(own.clone())),
             own,
+            lender,
             outbox,
             applier,
             invitations: pair::Invitations::default(),

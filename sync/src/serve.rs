@@ -2,13 +2,13 @@
 //!
 //! The asking device is checked against the members on every stream, and only from the
 //! connection's key, never from anything it says. What may be read is decided by
-//! [`OwnFiles`](vfs_core::content::serve::OwnFiles).
+//! [`OwnFiles`](vfs_core::content::OwnFiles) and [`Lender`](vfs_core::content::Lender).
 
 use crate::node::Shared;
 use crate::presence::{Link, Peer, reply};
 use crate::wire::{
-    self, Fetch, LocationList, MAX_PROOF, MemberList, NEWEST, OLDEST, Refusal, Request, Response,
-    StatementList, WireError,
+    self, Borrow, Fetch, Lent, LocationList, MAX_PROOF, MemberList, NEWEST, OLDEST, Refusal,
+    Request, Response, StatementList, WireError,
 };
 use crate::{accept, deliver, locks, members, pass_on, replicate};
 use bytes::Bytes;
@@ -19,7 +19,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
-use vfs_core::source::{FetchError, Fetched, MAX_FETCH_BYTES, Version};
+use vfs_core::source::{FetchError, Fetched, MAX_FETCH_BYTES, MAX_LENT_RANGES, Version, Wanted};
 
 /// How long a peer may take to send a request it began.
 const REQUEST: Duration = Duration::from_secs(10);
@@ -116,6 +116,14 @@ async fn answer(
             ignore_rest(recv);
             pass_on::serve(shared, peer, link, asked, send).await
         }
+        Request::Lends(contents) => {
+            ignore_rest(recv);
+            serve_lends(shared, peer, link, contents, send).await
+        }
+        Request::Borrow(borrow) => {
+            ignore_rest(recv);
+            serve_borrow(shared, peer, link, borrow, send).await
+        }
         // Said already, when the connection began.
         Request::Hello(_) => reply(send, &Response::Refused(Refusal::Malformed)).await,
     }
@@ -134,15 +142,72 @@ async fn serve_fetch(
     fetch: Fetch,
     send: &mut SendStream,
 ) -> Result<(), WireError> {
-    let Some(range) = range_of(&fetch) else {
+    let Some(range) = range_of(fetch.offset, fetch.len) else {
         return reply(send, &Response::Refused(Refusal::Malformed)).await;
     };
+    let (own, asker, version) = (shared.own.clone(), peer.id, Version::from(fetch.version));
+    let read = {
+        let range = range.clone();
+        move || own.read(asker, &version, range)
+    };
+    send_range(peer, link, range, read, send).await
+}
+
+async fn serve_borrow(
+    shared: &Arc<Shared>,
+    peer: &Arc<Peer>,
+    link: &Arc<Link>,
+    borrow: Borrow,
+    send: &mut SendStream,
+) -> Result<(), WireError> {
+    let Some(range) = range_of(borrow.offset, borrow.len) else {
+        return reply(send, &Response::Refused(Refusal::Malformed)).await;
+    };
+    let Some(lender) = shared.lender.clone() else {
+        return reply(send, &Response::Refused(Refusal::NotShared)).await;
+    };
+    let asker = peer.id;
+    let read = {
+        let range = range.clone();
+        move || lender.read(asker, borrow.wanted, range)
+    };
+    send_range(peer, link, range, read, send).await
+}
+
+async fn serve_lends(
+    shared: &Arc<Shared>,
+    peer: &Arc<Peer>,
+    link: &Arc<Link>,
+    contents: Vec<Wanted>,
+    send: &mut SendStream,
+) -> Result<(), WireError> {
+    // Not before the fetches that were asked for earlier: the index is read for it.
+    let Ok(_permit) = link.fetches.acquire().await else { return Ok(()) };
+    let (lender, asker) = (shared.lender.clone(), peer.id);
+    let count = contents.len();
+    let find = move || lender.map(|lender| lender.lends(asker, &contents));
+    let lent = tokio::task::spawn_blocking(find).await.unwrap_or_default();
+    let lent = lent.unwrap_or_else(|| vec![Vec::new(); count]);
+    let lent = lent.into_iter().map(|mut ranges| {
+        ranges.truncate(MAX_LENT_RANGES);
+        Lent(ranges)
+    });
+    reply(send, &Response::Lends(lent.collect())).await
+}
+
+/// Answers with the bytes of a range.
+async fn send_range(
+    peer: &Arc<Peer>,
+    link: &Arc<Link>,
+    range: Range<u64>,
+    read: impl FnOnce() -> Result<Fetched, FetchError> + Send + 'static,
+    send: &mut SendStream,
+) -> Result<(), WireError> {
     // Held until the bytes are gone: it is what bounds the memory of a connection.
     let Ok(_permit) = link.fetches.acquire().await else { return Ok(()) };
     let _ = send.set_priority(BULK);
-    let read = read(shared, peer, fetch.version.into(), range);
     let fetched = tokio::select! {
-        fetched = read => fetched,
+        fetched = read_range(read, range) => fetched,
         _ = send.stopped() => return Ok(()),
     };
     match fetched {
@@ -157,21 +222,17 @@ async fn serve_fetch(
 }
 
 /// The range asked for, when it is one.
-fn range_of(fetch: &Fetch) -> Option<Range<u64>> {
-    let len = u64::from(fetch.len);
-    let end = fetch.offset.checked_add(len)?;
-    (1..=MAX_FETCH_BYTES).contains(&len).then_some(fetch.offset..end)
+fn range_of(offset: u64, len: u32) -> Option<Range<u64>> {
+    let len = u64::from(len);
+    let end = offset.checked_add(len)?;
+    (1..=MAX_FETCH_BYTES).contains(&len).then_some(offset..end)
 }
 
-async fn read(
-    shared: &Arc<Shared>,
-    peer: &Peer,
-    version: Version,
+async fn read_range(
+    read: impl FnOnce() -> Result<Fetched, FetchError> + Send + 'static,
     range: Range<u64>,
 ) -> Result<Fetched, Refusal> {
-    let (own, asker) = (shared.own.clone(), peer.id);
-    let len = range.end - range.start;
-    let read = tokio::task::spawn_blocking(move || own.read(asker, &version, range)).await;
+    let read = tokio::task::spawn_blocking(read).await;
     let fetched = read.map_err(|_| Refusal::Failed)?.map_err(|error| match error {
         FetchError::Stale => Refusal::Stale,
         FetchError::Refused => Refusal::NotShared,
@@ -181,8 +242,8 @@ async fn read(
             Refusal::Failed
         }
     })?;
-    let keeps_promise = fetched.bytes.len() as u64 == len && fetched.proof.len() <= MAX_PROOF;
-    if keeps_promise { Ok(fetched) } else { Err(Refusal::Failed) }
+    let is_whole = fetched.bytes.len() as u64 == range.end - range.start;
+    if is_whole && fetched.proof.len() <= MAX_PROOF { Ok(fetched) } else { Err(Refusal::Failed) }
 }
 
 pub(crate) async fn send_bytes(

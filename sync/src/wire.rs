@@ -18,7 +18,7 @@ use vfs_core::library::{LibraryInfo, Member, Stamp as ClockStamp};
 use vfs_core::locks::{LockAnswer, LockRequest};
 use vfs_core::model::{DeviceId, LocationId, Seq};
 use vfs_core::ops::{Op, Outcome, bounded};
-use vfs_core::source::Version;
+use vfs_core::source::{MAX_LENT, MAX_LENT_RANGES, Version, Wanted};
 
 /// Between members.
 pub const ALPN_MEMBER: &[u8] = b"spacedrive/1";
@@ -26,7 +26,7 @@ pub const ALPN_MEMBER: &[u8] = b"spacedrive/1";
 pub const ALPN_PAIR: &[u8] = b"spacedrive/pair/1";
 
 /// The newest version this program speaks.
-pub const NEWEST: u16 = 4;
+pub const NEWEST: u16 = 5;
 /// The oldest version this program speaks.
 pub const OLDEST: u16 = 1;
 
@@ -38,6 +38,9 @@ pub const LOCKS: u16 = 2;
 
 /// The version from which on replicas are passed on; in version 3 statements had another form.
 pub const PASSES_ON: u16 = 4;
+
+/// The version from which on what is in a cache is lent.
+pub const LENDS: u16 = 5;
 
 /// The longest request, in bytes.
 pub const MAX_REQUEST: usize = 4 << 10;
@@ -117,6 +120,10 @@ pub enum Request {
     /// Rows of a location of a third device, as the asked device has them. Answer: `Rows`, then
     /// [`Rows`] frames up to the number that was asked for, then the end of the stream.
     PassOn(PassOn),
+    /// Which ranges of contents the asked device would lend from its cache. Answer: `Lends`.
+    Lends(#[serde(deserialize_with = "bounded::<_, _, MAX_LENT>")] Vec<Wanted>),
+    /// Bytes of a content in the cache of the asked device. Answer: `Fetched`, then the bytes.
+    Borrow(Borrow),
 }
 
 /// Who speaks, and what.
@@ -160,6 +167,17 @@ pub struct PassOn {
 pub struct Fetch {
     /// Location, file, stamp and content id.
     pub version: WireVersion,
+    /// The first byte.
+    pub offset: u64,
+    /// How many, at most [`vfs_core::source::MAX_FETCH_BYTES`].
+    pub len: u32,
+}
+
+/// Which bytes of a content.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Borrow {
+    /// The content.
+    pub wanted: Wanted,
     /// The first byte.
     pub offset: u64,
     /// How many, at most [`vfs_core::source::MAX_FETCH_BYTES`].
@@ -261,7 +279,16 @@ pub enum Response {
     Staged,
     /// To `Lock`: what became of it.
     Lock(LockAnswer),
+    /// To `Lends`: of each content the ranges that are there and may be had; none, if it is not
+    /// there or not for the asking device.
+    Lends(#[serde(deserialize_with = "bounded::<_, _, MAX_LENT>")] Vec<Lent>),
 }
+
+/// Ranges of one content.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Lent(
+    #[serde(deserialize_with = "bounded::<_, _, MAX_LENT_RANGES>")] pub Vec<Range<u64>>,
+);
 
 /// Why not.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]

@@ -14,7 +14,7 @@ use vfs_core::ops::{
     Applied, Base, Change, Conflict, DRAWN_FILE_ID, MAX_EXTENTS, New, NewContent, Obstacle, Op,
     Outcome, Place,
 };
-use vfs_core::source::Version;
+use vfs_core::source::{Version, Wanted};
 
 /// Counts the bytes that this thread holds, and their peak.
 struct Counting;
@@ -208,6 +208,7 @@ fn samples() -> Vec<Vec<u8>> {
         action: Action::Set(mode),
     };
     let taken = LockAnswer::Taken { span, mode };
+    let wanted = Wanted { content: ContentId([6; 32]), size: u64::MAX };
     let part = Operations::Part { bytes: vec![1; 100].into(), rest: 5 };
     vec![
         bytes(encode_request(1, &Request::Hello(hello.clone())), 6),
@@ -234,6 +235,9 @@ fn samples() -> Vec<Vec<u8>> {
         bytes(encode_frame(&Response::Lock(taken)), 4),
         bytes(encode_request(3, &Request::PassOn(PassOn { follow, head: Seq(9) })), 6),
         bytes(encode_frame(&StatementList(vec![signed()])), 4),
+        bytes(encode_request(5, &Request::Lends(vec![wanted; 64])), 6),
+        bytes(encode_request(5, &Request::Borrow(Borrow { wanted, offset: 5, len: 4096 })), 6),
+        bytes(encode_frame(&Response::Lends(vec![Lent(vec![0..9; 64]); 64])), 4),
     ]
 }
 
@@ -306,6 +310,9 @@ fn every_message_is_read_as_it_was_written() {
     assert!(matches!(decode(&all[18]), Ok(Response::Lock(LockAnswer::Taken { .. }))));
     assert!(matches!(decode(&all[19]), Ok(Request::PassOn(p)) if p.head == Seq(9)));
     assert!(matches!(decode(&all[20]), Ok(StatementList(list)) if list == [signed()]));
+    assert!(matches!(decode(&all[21]), Ok(Request::Lends(wanted)) if wanted.len() == 64));
+    assert!(matches!(decode(&all[22]), Ok(Request::Borrow(b)) if b.len == 4096));
+    assert!(matches!(decode(&all[23]), Ok(Response::Lends(lent)) if lent.len() == 64));
 }
 
 #[test]

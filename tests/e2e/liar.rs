@@ -118,7 +118,9 @@ impl Script {
             | Request::Staged(_)
             | Request::Lock(_)
             | Request::Statements
-            | Request::PassOn(_) => {
+            | Request::PassOn(_)
+            | Request::Lends(_)
+            | Request::Borrow(_) => {
                 let refused = Response::Refused(Refusal::Malformed);
                 wire::send_frame(&mut send, &refused).await?;
             }

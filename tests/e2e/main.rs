@@ -11,6 +11,7 @@ mod events;
 mod gone_owner;
 mod growth;
 mod guard;
+mod holders;
 mod kills;
 mod liar;
 mod live;

@@ -15,8 +15,10 @@ pub mod locker;
 pub mod machine;
 pub mod peer;
 pub mod proc;
+pub mod star;
 pub mod wait;
 
 pub use device::Device;
 pub use lab::{Lab, Link};
 pub use machine::{Machine, Need, machine};
+pub use star::Star;

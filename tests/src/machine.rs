@@ -14,6 +14,8 @@ pub enum Need {
     Fuse,
     /// Network namespaces with a link: root, `/dev/net/tun`, a C compiler, `nsenter`.
     Namespaces,
+    /// The same, with `ip` and `tc`.
+    Rates,
     /// Loop devices and `mkfs.ext4`.
     LoopDevices,
     /// Btrfs in a loop device.
@@ -32,6 +34,10 @@ impl Need {
                 .or_else(|| missing_path("/dev/net/tun"))
                 .or_else(|| missing_program("cc"))
                 .or_else(|| missing_program("nsenter")),
+            Self::Rates => Self::Namespaces
+                .missing()
+                .or_else(|| missing_program("ip"))
+                .or_else(|| missing_program("tc")),
             Self::LoopDevices => Self::Root
                 .missing()
                 .or_else(|| missing_path("/dev/loop-control"))

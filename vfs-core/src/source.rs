@@ -6,9 +6,11 @@
 
 use crate::model::{ContentId, DeviceId, FileId, LocationId, Stamp};
 use bytes::Bytes;
+use serde::{Deserialize, Serialize};
 use std::future::Future;
 use std::ops::Range;
 use std::pin::Pin;
+use std::time::Duration;
 
 /// A boxed future, so that the trait can be an object.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -68,7 +70,51 @@ pub trait ContentSource: Send + Sync + 'static {
         version: &'a Version,
         range: Range<u64>,
     ) -> BoxFuture<'a, Result<Fetched, FetchError>>;
+
+    /// The round trip to a device, as far as it is known; never waits.
+    fn rtt(&self, _device: DeviceId) -> Option<Duration> {
+        None
+    }
+
+    /// The devices that can be asked now for what they have in their caches; never waits.
+    fn lenders(&self) -> Vec<DeviceId> {
+        Vec::new()
+    }
+
+    /// Which ranges of each of these contents a device would lend from its cache, at most
+    /// [`MAX_LENT`] contents in one question.
+    fn lends<'a>(
+        &'a self,
+        _device: DeviceId,
+        _contents: &'a [Wanted],
+    ) -> BoxFuture<'a, Result<Vec<Vec<Range<u64>>>, FetchError>> {
+        Box::pin(async { Err(FetchError::Refused) })
+    }
+
+    /// As [`ContentSource::fetch`], from the cache of a device.
+    fn borrow<'a>(
+        &'a self,
+        _device: DeviceId,
+        _wanted: Wanted,
+        _range: Range<u64>,
+    ) -> BoxFuture<'a, Result<Fetched, FetchError>> {
+        Box::pin(async { Err(FetchError::Refused) })
+    }
 }
+
+/// A content that is looked for, wherever it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Wanted {
+    /// Its id.
+    pub content: ContentId,
+    /// How many bytes it has.
+    pub size: u64,
+}
+
+/// The most contents in one question for what a device would lend.
+pub const MAX_LENT: usize = 64;
+/// The most ranges of one content that are told.
+pub const MAX_LENT_RANGES: usize = 64;
 
 /// The longest range of one request, in bytes.
 pub const MAX_FETCH_BYTES: u64 = 1 << 20;

@@ -1,7 +1,7 @@
 //! What a daemon is made of, and how the parts are joined.
 //!
-//! Order of making: identity, library, index, indexer, own files, applier, outbox,
-//! own locations, network, cache, content. The own locations are there before a peer
+//! Order of making: identity, library, index, indexer, own files, applier, outbox, cache,
+//! own locations, network, content. The own locations are there before a peer
 //! can announce any. Closing goes the other way round: mounts, network, outbox,
 //! indexer, index, so that nothing writes into what is closed already.
 
@@ -20,7 +20,7 @@ use sync::{Node, NodeConfig, Parts, SyncError};
 use tokio::sync::watch;
 use vfs_core::apply::Applier;
 use vfs_core::content::pins::{PinError, PinFile, Pins};
-use vfs_core::content::{Cache, Content, ContentConfig, Limits, Manifests, OwnFiles};
+use vfs_core::content::{Cache, Content, ContentConfig, Lender, Limits, Manifests, OwnFiles};
 use vfs_core::index::{Index, IndexError, NewLocation, StoreError, open_store};
 use vfs_core::indexer::{Indexer, IndexerConfig};
 use vfs_core::library::{Library, LibraryError, OwnLocation};
@@ -80,18 +80,6 @@ impl Daemon {
             Arc::new(OwnFiles::new(index.clone(), Arc::clone(&indexer), Arc::clone(&manifests)));
         let applying = Arc::new(open_applier(dir, &index, &indexer, Arc::clone(&manifests))?);
         let (outbox, outbox_report) = open_outbox(dir, &index, config)?;
-        let parts = Parts {
-            library: Arc::clone(&library),
-            index: index.clone(),
-            own: Arc::clone(&own),
-            outbox: Some(Arc::clone(&outbox) as _),
-            applier: Some(Arc::clone(&applying) as _),
-            scratch: dir.index(),
-        };
-        adopt_locations(&library, &index, &indexer)?;
-        let node = Node::start(node_config(config, secret_key), parts)
-            .await
-            .map_err(super::members::failure)?;
         let cache_dir = dir.subdirectory(dir.cache())?;
         let pin_file = PinFile::open(&dir.pins()).map_err(pin_failure)?;
         let limits = Limits {
@@ -100,6 +88,19 @@ impl Daemon {
             holds: pin_file.holds(),
         };
         let cache = Arc::new(Cache::open_within(&cache_dir, limits));
+        let parts = Parts {
+            library: Arc::clone(&library),
+            index: index.clone(),
+            own: Arc::clone(&own),
+            lender: Some(Arc::new(Lender::new(index.clone(), Arc::clone(&cache)))),
+            outbox: Some(Arc::clone(&outbox) as _),
+            applier: Some(Arc::clone(&applying) as _),
+            scratch: dir.index(),
+        };
+        adopt_locations(&library, &index, &indexer)?;
+        let node = Node::start(node_config(config, secret_key), parts)
+            .await
+            .map_err(super::members::failure)?;
         let runtime = tokio::runtime::Handle::current();
         let content = Content::new(
             index.clone(),

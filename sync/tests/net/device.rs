@@ -9,13 +9,13 @@ use std::time::{Duration, Instant};
 use sync::{Applies, Node, NodeConfig, Outgoing, Parts, PeerStatus};
 use tempfile::TempDir;
 use vfs_core::apply::Applier;
-use vfs_core::content::Manifests;
-use vfs_core::content::serve::OwnFiles;
+use vfs_core::content::cache::Key;
+use vfs_core::content::{Cache, Lender, Manifests, OwnFiles};
 use vfs_core::index::open_store;
 use vfs_core::index::{Index, NewLocation, Observed};
 use vfs_core::indexer::{Indexer, IndexerConfig};
 use vfs_core::library::{Library, LibraryInfo, Member};
-use vfs_core::model::{Attr, DeviceId, FileType, Location, LocationId, Name, Time};
+use vfs_core::model::{Attr, ContentId, DeviceId, FileType, Location, LocationId, Name, Time};
 use vfs_core::outbox::{Outbox, OutboxConfig};
 
 /// How long a condition may take to come true, on a slow and busy machine.
@@ -31,6 +31,7 @@ pub struct Device {
     writing: Option<Writing>,
     config: NodeConfig,
     parts: Parts,
+    cache: Arc<Cache>,
 }
 
 /// Which ways a device's writes go.
@@ -124,16 +125,25 @@ impl Device {
         let bind = bind.iter().map(|a| a.parse().unwrap()).collect();
         let config = NodeConfig { secret_key: key, bind, relay: None, mdns: false };
         let (books, rows, scratch) = (library.clone(), index.clone(), path.to_owned());
-        let parts = Parts { library: books, index: rows, own, outbox, applier, scratch };
+        let cache = Arc::new(Cache::open(&path.join("cache"), 1 << 30));
+        let lender = Some(Arc::new(Lender::new(index.clone(), cache.clone())));
+        let parts = Parts { library: books, index: rows, own, lender, outbox, applier, scratch };
         let node = Node::start(config.clone(), parts.clone()).await.unwrap();
         assert_eq!(node.id(), me);
-        Self { node, library, index, indexer, dir, key, writing, config, parts }
+        Self { node, library, index, indexer, dir, key, writing, config, parts, cache }
     }
 
     /// Ends the connections without a word to the parts, and begins anew with the same ones.
     pub async fn renew_node(&mut self) {
         self.node.shutdown().await;
         self.node = Node::start(self.config.clone(), self.parts.clone()).await.unwrap();
+    }
+
+    /// Puts bytes into its cache, as if it had read them.
+    pub fn has_cached(&self, bytes: &[u8]) {
+        let content = ContentId::of(bytes);
+        let file = self.cache.file(Key::Content(content), bytes.len() as u64);
+        assert!(file.write(0, bytes) && file.whole().is_some());
     }
 
     pub fn own(&self) -> Arc<OwnFiles> {
@@ -189,14 +199,23 @@ impl Device {
 
     /// A location whose folder is `files` beneath the device's own.
     pub fn add_location(&self, name: &str, shared_with: Option<Vec<DeviceId>>) -> Arc<Location> {
-        let root = self.folder();
-        fs::create_dir_all(&root).unwrap();
+        self.add_location_at(name, &self.folder(), shared_with)
+    }
+
+    /// A location whose folder is there.
+    pub fn add_location_at(
+        &self,
+        name: &str,
+        folder: &Path,
+        shared_with: Option<Vec<DeviceId>>,
+    ) -> Arc<Location> {
+        fs::create_dir_all(folder).unwrap();
         self.index
             .put_location(NewLocation {
                 id: LocationId::new(self.id(), rand::random()),
                 owner: self.id(),
                 name: name.into(),
-                root: Some(root),
+                root: Some(folder.to_owned()),
                 read_only: false,
                 shared_with,
             })

@@ -5,6 +5,7 @@ mod books;
 mod compact;
 mod content;
 mod device;
+mod lending;
 mod locks;
 mod pairing;
 mod pass_on;

@@ -5,14 +5,14 @@ use iroh::Endpoint;
 use iroh::endpoint::{Connection, ConnectionError, RecvStream, SendStream};
 use std::time::Duration;
 use sync::wire::{
-    self, ALPN_MEMBER, ALPN_PAIR, Deliver, Fetch, Follow, Hello, Knock, MAX_FRAME, MAX_REQUEST,
-    MemberList, NEWEST, OLDEST, PairRefusal, PairRequest, PairResponse, PassOn, Refusal, Request,
-    Response, Staged, close,
+    self, ALPN_MEMBER, ALPN_PAIR, Borrow, Deliver, Fetch, Follow, Hello, Knock, MAX_FRAME,
+    MAX_REQUEST, MemberList, NEWEST, OLDEST, PairRefusal, PairRequest, PairResponse, PassOn,
+    Refusal, Request, Response, Staged, close,
 };
 use tokio::time::timeout;
 use vfs_core::locks::{Action, Holder, LockRequest, Mode, Span};
-use vfs_core::model::{FileId, LocationId, Seq, Stamp, Time};
-use vfs_core::source::Version;
+use vfs_core::model::{ContentId, FileId, LocationId, Seq, Stamp, Time};
+use vfs_core::source::{Version, Wanted};
 
 pub fn hello() -> Hello {
     Hello {
@@ -66,6 +66,7 @@ fn every_request(location: LocationId) -> Vec<Request> {
         stamp: Stamp { disk_ino: 1, size: 1, mtime: time, ctime: time },
         content: None,
     };
+    let wanted = Wanted { content: ContentId([1; 32]), size: 1 };
     vec![
         Request::Hello(hello()),
         Request::Ping,
@@ -76,6 +77,8 @@ fn every_request(location: LocationId) -> Vec<Request> {
         Request::Deliver(Deliver { epoch: 1, session: 1, bulk: false }),
         Request::Staged(Staged { epoch: 1, no: 1, ranges: vec![0..1] }),
         Request::Lock(lock(location, FileId::ROOT)),
+        Request::Lends(vec![wanted]),
+        Request::Borrow(Borrow { wanted, offset: 0, len: 1 }),
         Request::Statements,
         Request::PassOn(PassOn {
             follow: Follow { location, log_id: 0, after: Seq(0) },
@@ -110,7 +113,7 @@ async fn a_stranger_gets_nothing_on_the_members_protocol() {
     let location = device.add_location("photos", None);
     let stranger = raw_endpoint(rand::random()).await;
     let codes = try_everything(&stranger, &device, location.id).await;
-    assert_eq!(codes, [u64::from(close::NOT_MEMBER); 11]);
+    assert_eq!(codes, [u64::from(close::NOT_MEMBER); 13]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -130,7 +133,7 @@ async fn a_removed_device_gets_nothing_though_its_connection_lived() {
         assert_eq!(ask(&connection, &request).await, None);
     }
     let codes = try_everything(&removed, &device, location.id).await;
-    assert_eq!(codes, [u64::from(close::REMOVED); 11]);
+    assert_eq!(codes, [u64::from(close::REMOVED); 13]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

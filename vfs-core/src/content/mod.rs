@@ -5,8 +5,10 @@
 //! | [`manifest`] | the tree of a file, and the check of a range against its content id |
 //! | [`manifests`] | the trees of own files, stored |
 //! | [`serve`] | ranges of own files, for peers and for this device |
+//! | [`lend`] | ranges of cached contents, for members that may read them |
 //! | [`cache`] | fetched bytes on disk, within a limit |
 //! | `fetch` | one range from the first holder that has it right |
+//! | `choice` | which holder to ask for it |
 //! | `window` | how much to ask for, and how far ahead |
 //! | [`reader`] | reads of one pinned version: what is here, what must come |
 //! | [`pins`] | what is to be here always: fetched by itself, never evicted |
@@ -17,9 +19,11 @@
 //! were checked against the content id before anyone sees them.
 
 pub mod cache;
+mod choice;
 mod crowd;
 pub(crate) mod disk;
 mod fetch;
+pub mod lend;
 pub mod manifest;
 pub mod manifests;
 pub mod pins;
@@ -32,6 +36,7 @@ mod window;
 mod tests;
 
 pub use cache::{Audited, Cache, CacheStats, Evicted, Limits, Room, Thorough};
+pub use lend::Lender;
 pub use manifest::Manifest;
 pub use manifests::Manifests;
 pub(crate) use ranges::RangeSet;
@@ -46,12 +51,12 @@ use crate::source::{ContentSource, Version};
 use cache::Key;
 use crowd::Crowds;
 use dashmap::DashMap;
+use fetch::Supply;
 use reader::Pinned;
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
-use tokio::sync::Semaphore;
 
 /// How many reports are kept.
 const REPORTS: usize = 100;
@@ -104,7 +109,7 @@ pub struct Content {
     config: ContentConfig,
     runtime: tokio::runtime::Handle,
     pinned: Mutex<HashMap<(Key, u64), Weak<Pinned>>>,
-    under_way: DashMap<DeviceId, Arc<Semaphore>>,
+    supplies: DashMap<DeviceId, Arc<Supply>>,
     reports: Mutex<VecDeque<Report>>,
     crowds: Crowds,
     hydration: Hydration,
@@ -132,7 +137,7 @@ impl Content {
             config,
             runtime,
             pinned: Mutex::default(),
-            under_way: DashMap::new(),
+            supplies: DashMap::new(),
             reports: Mutex::default(),
             crowds: Crowds::default(),
             hydration,
@@ -270,9 +275,10 @@ impl Content {
         Some(path.iter().map(|name| name.display()).collect::<Vec<_>>().join("/"))
     }
 
-    fn under_way_from(&self, device: DeviceId) -> Arc<Semaphore> {
-        let new = || Arc::new(Semaphore::new(UNDER_WAY_KIB));
-        self.under_way.entry(device).or_insert_with(new).clone()
+    /// What is known of a device as a holder.
+    fn supply_of(&self, device: DeviceId) -> Arc<Supply> {
+        let new = || Arc::new(Supply::new(UNDER_WAY_KIB));
+        self.supplies.entry(device).or_insert_with(new).clone()
     }
 }
 

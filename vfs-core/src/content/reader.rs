@@ -13,7 +13,7 @@
 //! within it, the cached file's own short lock.
 
 use super::cache::{CachedFile, Key};
-use super::fetch::{Failure, Fetcher};
+use super::fetch::{Ask, Failure, Fetcher};
 use super::manifest::{GROUP_BYTES, groups_of};
 use super::window::Pattern;
 use super::{Content, lock};
@@ -24,7 +24,7 @@ use bytes::{Bytes, BytesMut};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fs::File;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
@@ -47,6 +47,8 @@ struct Flight {
     kept: watch::Sender<Option<bool>>,
     abort: OnceLock<AbortHandle>,
     ahead: bool,
+    /// A program's read waits for it, or did.
+    wanted: AtomicBool,
 }
 
 impl Flight {
@@ -387,6 +389,7 @@ impl State {
             kept: watch::Sender::new(None),
             abort: OnceLock::new(),
             ahead,
+            wanted: AtomicBool::new(!ahead),
         });
         self.flights.insert(range.start, flight.clone());
         started.push(flight.clone());
@@ -406,7 +409,9 @@ impl State {
 async fn fly(pinned: Weak<Pinned>, fetcher: Arc<Fetcher>, flight: Arc<Flight>) {
     // Whatever ends this task, also a panic, ends the waiting for it.
     let mut ending = Ending { flight: &flight, pinned: &pinned, failure: Failure::Postponed };
-    match fetcher.fetch(flight.range.clone(), flight.ahead).await {
+    let waited_for = || flight.wanted.load(Ordering::Relaxed);
+    let ask = Ask::new(flight.range.clone(), flight.ahead, &waited_for);
+    match fetcher.fetch(&ask).await {
         Err(failure) => ending.failure = failure,
         Ok(bytes) => {
             // Before the news: who waits may close the last handle at once, and what was
@@ -541,6 +546,7 @@ impl Reader {
         match part {
             Part::Cache(range) => Ok(self.pinned.read_cached(range.clone()).await),
             Part::Flight(flight, range) => {
+                flight.wanted.store(true, Ordering::Relaxed);
                 let bytes = flight.wait().await.map_err(|failure| match flight.ahead {
                     // It was not asked for in earnest: ask again.
                     true => Failure::Postponed,

@@ -2,10 +2,10 @@
 
 use super::manifest::{GROUP_BYTES, groups_of};
 use super::*;
-use crate::index::{LogRow, NewLocation, ROOT_PARENT, open_store};
+use crate::index::{Attested, LogRow, NewLocation, ROOT_PARENT, Signed, Statement, open_store};
 use crate::local::Root;
 use crate::model::{Attr, ContentId, FileId, Name, Seq, Stamp};
-use crate::source::{BoxFuture, FetchError, Fetched, MAX_FETCH_BYTES};
+use crate::source::{BoxFuture, FetchError, Fetched, MAX_FETCH_BYTES, Wanted};
 use bytes::Bytes;
 use std::fs;
 use std::ops::Range;
@@ -18,6 +18,7 @@ const GROUP: usize = GROUP_BYTES as usize;
 const ME: DeviceId = DeviceId([1; 32]);
 const OWNER: DeviceId = DeviceId([2; 32]);
 const OTHER: DeviceId = DeviceId([3; 32]);
+const LENDER: DeviceId = DeviceId([4; 32]);
 const FILE: FileId = FileId(2);
 
 fn bytes_of(seed: u8, size: usize) -> Vec<u8> {
@@ -42,6 +43,12 @@ struct Net {
     files: HashMap<LocationId, (Bytes, Manifest)>,
     behaviours: Mutex<HashMap<DeviceId, Behaviour>>,
     asked: Mutex<Vec<(DeviceId, Range<u64>)>>,
+    /// Who lends it, and how many questions for that there were.
+    lenders: Mutex<Vec<DeviceId>>,
+    questions: AtomicUsize,
+    stamp: Stamp,
+    /// Bytes a second on the link of a device, and until when that is busy.
+    links: Mutex<HashMap<DeviceId, (f64, tokio::time::Instant)>>,
     /// While shut, requests wait.
     shut: tokio::sync::watch::Sender<bool>,
     flying: AtomicUsize,
@@ -63,6 +70,29 @@ impl Net {
         lock(&self.behaviours).get(&device).copied().unwrap_or(Behaviour::Serves)
     }
 
+    /// From now on the device has a link of its own, of so many MiB a second.
+    fn give_link(&self, device: DeviceId, mib: f64) {
+        let link = (mib * (1 << 20) as f64, tokio::time::Instant::now());
+        lock(&self.links).insert(device, link);
+    }
+
+    /// The bytes that are asked for come one after the other.
+    async fn pass_link(&self, device: DeviceId, bytes: u64) {
+        let until = {
+            let mut links = lock(&self.links);
+            let Some((rate, busy)) = links.get_mut(&device) else { return };
+            let time = Duration::from_secs_f64(bytes as f64 / *rate);
+            *busy = (*busy).max(tokio::time::Instant::now()) + time;
+            *busy
+        };
+        tokio::time::sleep_until(until).await;
+    }
+
+    fn bytes_asked_of(&self, device: DeviceId) -> u64 {
+        let asked = self.asked().into_iter().filter(|(asked, _)| *asked == device);
+        asked.map(|(_, range)| range.end - range.start).sum()
+    }
+
     fn asked(&self) -> Vec<(DeviceId, Range<u64>)> {
         lock(&self.asked).clone()
     }
@@ -76,6 +106,7 @@ impl Net {
         let (bytes, manifest) = &self.files[&version.location];
         assert!(manifest::is_fetchable(&range, version.stamp.size), "{range:?}");
         assert!(range.end - range.start <= MAX_FETCH_BYTES);
+        self.pass_link(device, range.end - range.start).await;
         match self.behaviour(device) {
             Behaviour::Stalls => std::future::pending().await,
             Behaviour::Unreachable => return Err(FetchError::Unreachable),
@@ -123,6 +154,43 @@ impl ContentSource for Net {
             let mut shut = self.shut.subscribe();
             shut.wait_for(|shut| !shut).await.unwrap();
             self.answer(device, version, range).await
+        })
+    }
+
+    fn lenders(&self) -> Vec<DeviceId> {
+        let lenders = lock(&self.lenders).clone();
+        lenders.into_iter().filter(|device| self.is_reachable(*device)).collect()
+    }
+
+    fn lends<'a>(
+        &'a self,
+        device: DeviceId,
+        contents: &'a [Wanted],
+    ) -> BoxFuture<'a, Result<Vec<Vec<Range<u64>>>, FetchError>> {
+        self.questions.fetch_add(1, Ordering::Relaxed);
+        Box::pin(async move {
+            match self.behaviour(device) {
+                Behaviour::Stalls => std::future::pending().await,
+                Behaviour::Refuses => Ok(contents.iter().map(|_| vec![]).collect()),
+                _ => Ok(contents.iter().map(|wanted| vec![0..wanted.size]).collect()),
+            }
+        })
+    }
+
+    fn borrow<'a>(
+        &'a self,
+        device: DeviceId,
+        wanted: Wanted,
+        range: Range<u64>,
+    ) -> BoxFuture<'a, Result<Fetched, FetchError>> {
+        Box::pin(async move {
+            lock(&self.asked).push((device, range.clone()));
+            let (_, manifest) = &self.files[&location_of(OWNER)];
+            assert_eq!((wanted.content, wanted.size), (manifest.content(), manifest.size()));
+            let stamp = Stamp { size: wanted.size, ..self.stamp };
+            let (location, content) = (location_of(OWNER), Some(wanted.content));
+            let version = Version { location, file: FILE, stamp, content };
+            self.answer(device, &version, range).await
         })
     }
 }
@@ -191,6 +259,10 @@ impl World {
             files: files.into(),
             behaviours: Mutex::default(),
             asked: Mutex::default(),
+            lenders: Mutex::default(),
+            questions: 0.into(),
+            stamp: entry.stamp(),
+            links: Mutex::default(),
             shut: tokio::sync::watch::Sender::new(false),
             flying: 0.into(),
             most_flying: 0.into(),
@@ -419,6 +491,216 @@ fn a_silent_device_that_lists_the_bytes_often_does_not_crowd_out_another() {
 }
 
 #[test]
+fn what_no_location_can_give_is_borrowed_from_a_cache() {
+    let world = World::new(40 * GROUP);
+    lock(&world.net.lenders).push(LENDER);
+    let content = world.content();
+    let reader = world.open(&content);
+    assert_eq!(world.read(&reader, 0, 10).unwrap(), world.bytes[..10]);
+    assert_eq!(world.net.questions.load(Ordering::Relaxed), 0, "nobody is asked without need");
+    world.net.behave_all(Behaviour::Unreachable);
+    world.read_through(&reader, 100_000);
+    assert_eq!(world.net.questions.load(Ordering::Relaxed), 1, "and what was said is remembered");
+    assert!(world.net.asked()[1..].iter().all(|(device, _)| *device == LENDER));
+}
+
+#[test]
+fn holders_that_are_stale_or_silent_are_left_for_a_cache() {
+    for gone in [Behaviour::IsStale, Behaviour::Refuses, Behaviour::Stalls] {
+        let mut world = World::new(3 * GROUP);
+        world.config.read_deadline = Duration::from_secs(5);
+        lock(&world.net.lenders).push(LENDER);
+        world.net.behave_all(gone);
+        let content = world.content();
+        let reader = world.open(&content);
+        assert_eq!(world.read(&reader, 0, 10).unwrap(), world.bytes[..10]);
+    }
+}
+
+#[test]
+fn a_cache_that_lends_wrong_bytes_is_reported_and_left_for_another() {
+    let world = World::new(3 * GROUP);
+    let honest = DeviceId([5; 32]);
+    lock(&world.net.lenders).extend([LENDER, honest]);
+    world.net.behave_all(Behaviour::Unreachable);
+    world.net.behave(LENDER, Behaviour::FlipsABit);
+    let content = world.content();
+    let reader = world.open(&content);
+    world.read_through(&reader, 1000);
+    let reports = content.reports();
+    assert!(reports.iter().all(|report| report.device == LENDER) && reports.len() <= 1);
+    assert!(world.net.asked().iter().filter(|(device, _)| *device == LENDER).count() <= 1);
+}
+
+/// Has a device say who may see its location.
+fn state(world: &World, device: DeviceId, shared_with: Option<Vec<DeviceId>>) {
+    let location = world.index.location_by_id(location_of(device)).unwrap();
+    let statement = Statement {
+        location: location.id,
+        name: location.name.clone(),
+        read_only: false,
+        shared_with,
+        log: world.index.digest(location.no).unwrap().unwrap(),
+        made_ms: 1,
+    };
+    let signed = Signed { statement, signature: [[0; 32]; 2] };
+    assert_eq!(world.index.attest(location.no, &signed).unwrap(), Attested::Same);
+}
+
+fn lender_with(world: &World, content: &Arc<Content>) -> Lender {
+    let reader = world.open(content);
+    world.read_through(&reader, 1 << 20);
+    wait_until("the file is complete", || reader.complete_file().is_some());
+    Lender::new(world.index.clone(), content.cache.clone())
+}
+
+#[test]
+fn a_cached_content_is_lent_to_those_who_may_see_a_file_with_it() {
+    let world = World::new((3 << 20) + 77);
+    let content = world.content();
+    let lender = lender_with(&world, &content);
+    let wanted = Wanted { content: world.entry.content.unwrap(), size: world.entry.attr.size };
+    let whole = vec![vec![0..wanted.size]];
+    let is_lent = |asker: DeviceId| {
+        let read = lender.read(asker, wanted, 0..GROUP_BYTES);
+        assert!(matches!(read, Ok(_) | Err(FetchError::Refused)), "{read:?}");
+        assert_eq!(lender.lends(asker, &[wanted]) == whole, read.is_ok());
+        read.is_ok()
+    };
+    assert!(!is_lent(LENDER), "no owner has said who may see it");
+    state(&world, OWNER, Some(vec![OTHER, ME]));
+    assert!(!is_lent(LENDER));
+    assert!(is_lent(OTHER));
+    assert!(!is_lent(OWNER), "what the asker says of its own files is no reason");
+    state(&world, OWNER, None);
+    assert!(is_lent(LENDER));
+
+    let size = wanted.size;
+    for range in [0..GROUP_BYTES, GROUP_BYTES..3 * GROUP_BYTES, 3 << 20..size] {
+        let fetched = lender.read(LENDER, wanted, range.clone()).unwrap();
+        assert_eq!(fetched.bytes, world.bytes[range.start as usize..range.end as usize]);
+        assert!(manifest::verify(wanted.content, size, range, &fetched.bytes, &fetched.proof));
+    }
+    for wrong in [Wanted { size: size - 1, ..wanted }, Wanted { content: ContentId([1; 32]), size }]
+    {
+        assert!(lender.read(LENDER, wrong, 0..GROUP_BYTES).is_err());
+        assert_eq!(lender.lends(LENDER, &[wrong, wanted]), [vec![], vec![0..size]]);
+    }
+    for range in [1..GROUP_BYTES, 0..size, 3 << 20..size + 1, 0..0] {
+        assert!(lender.read(LENDER, wanted, range).is_err());
+    }
+    world.read_through(&world.open(&content), 1 << 20);
+}
+
+#[test]
+fn a_damaged_cache_lends_nothing_wrong() {
+    let world = World::new(5 * GROUP);
+    let content = world.content();
+    let lender = lender_with(&world, &content);
+    state(&world, OWNER, None);
+    let wanted = Wanted { content: world.entry.content.unwrap(), size: world.entry.attr.size };
+    assert!(lender.read(LENDER, wanted, 0..GROUP_BYTES).is_ok());
+    let cached = &files_below(&world.cache_dir().join("content"))[0];
+    let mut damaged = fs::read(cached).unwrap();
+    damaged[GROUP + 3] ^= 1;
+    fs::write(cached, damaged).unwrap();
+    let damaged = lender.read(LENDER, wanted, GROUP_BYTES..2 * GROUP_BYTES);
+    assert!(matches!(damaged, Err(FetchError::Stale)), "{damaged:?}");
+    wait_until("it is found out and dropped", || {
+        lender.read(LENDER, wanted, 0..GROUP_BYTES).is_err()
+    });
+    assert_eq!(content.cache().stats().files, 0);
+}
+
+/// How long a file takes to be read in its order, with these links to its holders.
+fn time_to_read(links: &[(DeviceId, f64)]) -> (Duration, World) {
+    let world = World::new(LARGE);
+    for device in [OWNER, OTHER] {
+        world.net.behave(device, Behaviour::Unreachable);
+    }
+    for (device, mib) in links {
+        world.net.behave(*device, Behaviour::Serves);
+        world.net.give_link(*device, *mib);
+    }
+    if links.iter().any(|(device, _)| *device == LENDER) {
+        lock(&world.net.lenders).push(LENDER);
+    }
+    let content = world.content();
+    let reader = world.open(&content);
+    let start = Instant::now();
+    world.read_through(&reader, 1 << 17);
+    (start.elapsed(), world)
+}
+
+const LARGE: usize = 40 << 20;
+
+#[test]
+fn a_large_file_is_read_from_several_holders_at_once() {
+    let (alone, _) = time_to_read(&[(OWNER, 12.0)]);
+    for other in [OTHER, LENDER] {
+        let (together, world) = time_to_read(&[(OWNER, 12.0), (other, 12.0)]);
+        let gain = alone.as_secs_f64() / together.as_secs_f64();
+        assert!(gain >= 1.6, "{alone:?} from one, {together:?} from two: {gain:.2}");
+        let asked = [OWNER, other].map(|device| world.net.bytes_asked_of(device));
+        assert!(asked.iter().sum::<u64>() <= LARGE as u64 * 21 / 20, "too much: {asked:?}");
+    }
+}
+
+#[test]
+fn a_slow_holder_does_not_slow_a_fast_one() {
+    let (alone, _) = time_to_read(&[(OWNER, 16.0)]);
+    let (together, world) = time_to_read(&[(OWNER, 16.0), (OTHER, 0.5)]);
+    let loss = together.as_secs_f64() / alone.as_secs_f64();
+    assert!(loss <= 1.1, "{alone:?} from one, {together:?} with a slow one: {loss:.2}");
+    assert!(world.net.bytes_asked_of(OTHER) <= 2 << 20);
+}
+
+#[test]
+fn a_read_goes_on_from_another_holder_in_the_middle_of_a_file() {
+    for (other, link) in [(OTHER, 16.0), (LENDER, 16.0)] {
+        let world = World::new(LARGE);
+        world.net.give_link(OWNER, 16.0);
+        world.net.give_link(other, link);
+        if other == LENDER {
+            world.net.behave(OTHER, Behaviour::Unreachable);
+            lock(&world.net.lenders).push(LENDER);
+        }
+        let content = world.content();
+        let reader = world.open(&content);
+        let mut longest = Duration::ZERO;
+        let step = 1 << 17;
+        for at in (0..LARGE).step_by(step) {
+            if at == LARGE / 2 {
+                world.net.behave(OWNER, Behaviour::Stalls);
+            }
+            let asked = Instant::now();
+            assert_eq!(world.read(&reader, at, step).unwrap(), world.bytes[at..at + step]);
+            longest = longest.max(asked.elapsed());
+        }
+        assert!(longest < Duration::from_millis(1500), "a pause of {longest:?}");
+        drop(reader);
+        wait_until("nothing is under way", || world.net.flying.load(Ordering::Relaxed) == 0);
+    }
+}
+
+#[test]
+fn a_late_flight_is_asked_of_one_other_holder_only_and_then_cancelled() {
+    let world = World::new(3 * GROUP);
+    world.net.behave(OWNER, Behaviour::Stalls);
+    let content = world.content();
+    let reader = world.open(&content);
+    let start = Instant::now();
+    assert_eq!(world.read(&reader, 0, 10).unwrap(), world.bytes[..10]);
+    assert!(start.elapsed() < Duration::from_millis(1900), "{:?}", start.elapsed());
+    let asked: Vec<_> = world.net.asked().into_iter().map(|(device, _)| device).collect();
+    assert_eq!(asked, [OWNER, OTHER]);
+    wait_until("the late one is cancelled", || world.net.flying.load(Ordering::Relaxed) == 0);
+    // It was silent: what comes next is not asked of it.
+    assert_eq!(world.read(&reader, GROUP, 10).unwrap(), world.bytes[GROUP..][..10]);
+    assert_eq!(world.net.asked()[2].0, OTHER);
+}
+
+#[test]
 fn a_version_that_is_gone_is_stale_and_a_refusal_is_denied() {
     for (behaviour, kind) in
         [(Behaviour::IsStale, Kind::Stale), (Behaviour::Refuses, Kind::AccessDenied)]
@@ -448,7 +730,7 @@ fn a_sequential_reader_keeps_several_requests_under_way() {
         }
         world.net.flying.load(Ordering::Relaxed) >= 6
     });
-    assert!(world.net.most_flying.load(Ordering::Relaxed) <= 9, "and not without bounds");
+    assert!(world.net.most_flying.load(Ordering::Relaxed) <= 10, "and not without bounds");
     world.net.shut.send_replace(false);
     world.read_through(&reader, 1 << 17);
 }

@@ -338,6 +338,20 @@ impl Cache {
         self.lock().rows.contains(&key)
     }
 
+    /// Whether every byte of a content is here, verified; does no I/O.
+    pub(super) fn has_whole(&self, content: ContentId) -> bool {
+        let state = self.lock();
+        state.rows.peek(&Key::Content(content)).is_some_and(|row| row.form == Form::Whole)
+    }
+
+    /// A whole content, to be read beside its readers. It does not count as a use: what others
+    /// ask for does not drive out what programs of this device read.
+    pub(super) fn whole_content(&self, content: ContentId, size: u64) -> Option<File> {
+        let key = Key::Content(content);
+        let file = self.has_whole(content).then(|| File::open(key.path(&self.dir)).ok())??;
+        (file.metadata().ok()?.len() == size).then_some(file)
+    }
+
     /// Figures for the status.
     pub fn stats(&self) -> CacheStats {
         let (bytes, held_bytes, files) = {
