@@ -107,7 +107,8 @@ pub(crate) struct Link {
     pub(crate) offered: watch::Sender<Option<Arc<StatementList>>>,
     /// Held while rows of a third device are on their way to it.
     pub(crate) passing_on: Semaphore,
-    pub(crate) fetches: Semaphore,
+    /// Ranges that are read for it, and questions for what is lent.
+    pub(crate) fetches: Arc<Semaphore>,
     /// Staged bytes on their way to the peer.
     pub(crate) staged: Semaphore,
     /// Staged bytes on their way from it.
@@ -138,7 +139,7 @@ impl Link {
             announced: watch::Sender::new(None),
             offered: watch::Sender::new(None),
             passing_on: Semaphore::new(1),
-            fetches: Semaphore::new(MAX_FETCHES),
+            fetches: Arc::new(Semaphore::new(MAX_FETCHES)),
             staged: Semaphore::new(MAX_STAGED),
             pulls: Arc::new(Semaphore::new(MAX_STAGED)),
             deliveries: Semaphore::new(MAX_DELIVERIES),

@@ -182,10 +182,14 @@ async fn serve_lends(
     send: &mut SendStream,
 ) -> Result<(), WireError> {
     // Not before the fetches that were asked for earlier: the index is read for it.
-    let Ok(_permit) = link.fetches.acquire().await else { return Ok(()) };
+    let Ok(permit) = link.fetches.clone().acquire_owned().await else { return Ok(()) };
     let (lender, asker) = (shared.lender.clone(), peer.id);
     let count = contents.len();
-    let find = move || lender.map(|lender| lender.lends(asker, &contents));
+    let find = move || {
+        // Whatever becomes of the asker, the thread is taken for as long as this runs.
+        let _permit = permit;
+        lender.map(|lender| lender.lends(asker, &contents))
+    };
     let lent = tokio::task::spawn_blocking(find).await.unwrap_or_default();
     let lent = lent.unwrap_or_else(|| vec![Vec::new(); count]);
     let lent = lent.into_iter().map(|mut ranges| {
@@ -203,14 +207,19 @@ async fn send_range(
     read: impl FnOnce() -> Result<Fetched, FetchError> + Send + 'static,
     send: &mut SendStream,
 ) -> Result<(), WireError> {
-    // Held until the bytes are gone: it is what bounds the memory of a connection.
-    let Ok(_permit) = link.fetches.acquire().await else { return Ok(()) };
+    // Held until the bytes are gone: it is what bounds the memory of a connection. A read that
+    // has begun goes on when its asker gives up, and keeps it: it bounds the threads as well.
+    let Ok(permit) = link.fetches.clone().acquire_owned().await else { return Ok(()) };
     let _ = send.set_priority(BULK);
-    let fetched = tokio::select! {
-        fetched = read_range(read, range) => fetched,
+    let work = tokio::task::spawn_blocking(move || (read(), permit));
+    let done = tokio::select! {
+        done = work => done,
         _ = send.stopped() => return Ok(()),
     };
-    match fetched {
+    let Ok((fetched, _permit)) = done else {
+        return reply(send, &Response::Refused(Refusal::Failed)).await;
+    };
+    match checked(fetched, &range) {
         Ok(Fetched { bytes, proof }) => {
             wire::send_frame(send, &Response::Fetched { proof }).await?;
             send_bytes(peer, bytes, send).await?;
@@ -228,12 +237,11 @@ fn range_of(offset: u64, len: u32) -> Option<Range<u64>> {
     (1..=MAX_FETCH_BYTES).contains(&len).then_some(offset..end)
 }
 
-async fn read_range(
-    read: impl FnOnce() -> Result<Fetched, FetchError> + Send + 'static,
-    range: Range<u64>,
+fn checked(
+    fetched: Result<Fetched, FetchError>,
+    range: &Range<u64>,
 ) -> Result<Fetched, Refusal> {
-    let read = tokio::task::spawn_blocking(read).await;
-    let fetched = read.map_err(|_| Refusal::Failed)?.map_err(|error| match error {
+    let fetched = fetched.map_err(|error| match error {
         FetchError::Stale => Refusal::Stale,
         FetchError::Refused => Refusal::NotShared,
         FetchError::Unreachable => Refusal::Offline,
