@@ -101,6 +101,7 @@ async fn judge(
             Some(format!("location {}: a false signature", stated.location));
         return Verdict::Done;
     }
+    note_sharing(shared, stated, owner == peer.id).await;
     if owner == peer.id {
         return compare(shared, peer, link, signed).await;
     }
@@ -114,6 +115,16 @@ async fn judge(
         TakeError::NotAsStated => Verdict::Done,
         TakeError::Wire(error) if error.is_breach() => Verdict::Done,
         TakeError::Wire(_) | TakeError::Index(_) => Verdict::Later,
+    }
+}
+
+/// Who was excluded is so at once, also while rows are on their way.
+async fn note_sharing(shared: &Arc<Shared>, stated: &Statement, is_owners_word: bool) {
+    let stated = stated.clone();
+    let noted =
+        at_the_disk(&shared.index, move |index| index.note_sharing(&stated, is_owners_word)).await;
+    if let Err(error) = noted {
+        tracing::warn!(%error, "who may see a location is not noted");
     }
 }
 

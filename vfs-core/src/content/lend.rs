@@ -141,8 +141,7 @@ impl Lender {
         if location.owner == self.index.me() {
             return Ok(location.shared_with.as_ref().is_none_or(|with| with.contains(&asker)));
         }
-        let stated = self.index.last_statement(location.no)?.map(|signed| signed.statement);
-        Ok(stated.is_some_and(|stated| stated.location == location.id && stated.is_for(asker)))
+        self.index.may_be_shown(location, asker)
     }
 
     /// The tree of a content, which is built if need be.

@@ -532,19 +532,24 @@ fn a_cache_that_lends_wrong_bytes_is_reported_and_left_for_another() {
     assert!(world.net.asked().iter().filter(|(device, _)| *device == LENDER).count() <= 1);
 }
 
-/// Has a device say who may see its location.
-fn state(world: &World, device: DeviceId, shared_with: Option<Vec<DeviceId>>) {
+/// What a device says of its location.
+fn statement(world: &World, device: DeviceId, shared_with: Option<Vec<DeviceId>>) -> Statement {
     let location = world.index.location_by_id(location_of(device)).unwrap();
-    let statement = Statement {
+    Statement {
         location: location.id,
         name: location.name.clone(),
         read_only: false,
         shared_with,
         log: world.index.digest(location.no).unwrap().unwrap(),
         made_ms: 1,
-    };
-    let signed = Signed { statement, signature: [[0; 32]; 2] };
-    assert_eq!(world.index.attest(location.no, &signed).unwrap(), Attested::Same);
+    }
+}
+
+/// Has it say so of the rows that are here.
+fn state(world: &World, device: DeviceId, shared_with: Option<Vec<DeviceId>>) {
+    let signed =
+        Signed { statement: statement(world, device, shared_with), signature: [[0; 32]; 2] };
+    assert_eq!(world.index.attest(world.no(device), &signed).unwrap(), Attested::Same);
 }
 
 fn lender_with(world: &World, content: &Arc<Content>) -> Lender {
@@ -574,6 +579,19 @@ fn a_cached_content_is_lent_to_those_who_may_see_a_file_with_it() {
     assert!(!is_lent(OWNER), "what the asker says of its own files is no reason");
     state(&world, OWNER, None);
     assert!(is_lent(LENDER));
+    // Rows are on their way: what the owner states is not of those that are here.
+    let mut newer = statement(&world, OWNER, Some(vec![OTHER, ME]));
+    newer.log.head.0 += 1;
+    newer.made_ms = 0;
+    world.index.note_sharing(&newer, false).unwrap();
+    assert!(is_lent(LENDER), "it could be an old one");
+    newer.made_ms = 2;
+    world.index.note_sharing(&newer, false).unwrap();
+    assert!(!is_lent(LENDER) && is_lent(OTHER), "who was excluded is so at once");
+    world.index.note_sharing(&statement(&world, OWNER, None), false).unwrap();
+    assert!(!is_lent(LENDER), "an older statement says nothing");
+    world.index.note_sharing(&statement(&world, OWNER, None), true).unwrap();
+    assert!(is_lent(LENDER), "its owner says so itself");
 
     let size = wanted.size;
     for range in [0..GROUP_BYTES, GROUP_BYTES..3 * GROUP_BYTES, 3 << 20..size] {

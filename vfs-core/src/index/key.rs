@@ -134,6 +134,11 @@ pub(super) fn withdrawn(id: LocationId) -> Vec<u8> {
     join(&[b"withdrawn", &id.0])
 }
 
+/// Meta: who may see another device's location, by the newest word of its owner.
+pub(super) fn sharing(id: LocationId) -> Vec<u8> {
+    join(&[b"sharing", &id.0])
+}
+
 /// Meta: how many numbers a device's locations were given.
 pub(super) fn given(owner: DeviceId) -> Vec<u8> {
     join(&[b"given", &owner.0])

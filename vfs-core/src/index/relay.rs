@@ -65,8 +65,15 @@ impl Statement {
 
     /// Whether a device may see the location.
     pub fn is_for(&self, device: DeviceId) -> bool {
-        self.shared_with.as_ref().is_none_or(|with| with.contains(&device))
+        includes(&self.shared_with, device)
     }
+}
+
+/// Who may see a location, by the newest word of its owner, whatever its rows are here.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+struct Sharing {
+    shared_with: Option<Vec<DeviceId>>,
+    made_ms: u64,
 }
 
 /// A statement with its owner's Ed25519 signature, in two halves.
@@ -146,6 +153,36 @@ impl Index {
     /// The last statement kept of a replica, whatever became of its rows since.
     pub fn last_statement(&self, no: LocationNo) -> Result<Option<Signed>, IndexError> {
         statement(&*self.store().snapshot()?, no)
+    }
+
+    /// Keeps who may see a replica, also if its rows are not those of the statement. The signature
+    /// is known to be right; `is_owners_word`: the owner itself says so at this moment, so that it
+    /// counts whatever its clock has been before.
+    pub fn note_sharing(&self, stated: &Statement, is_owners_word: bool) -> Result<(), IndexError> {
+        let is_replica =
+            self.location_by_id(stated.location).is_some_and(|l| l.owner != self.me());
+        let Statement { shared_with, made_ms, .. } = stated.clone();
+        let new = Sharing { shared_with, made_ms };
+        let last = sharing(&*self.store().snapshot()?, stated.location)?;
+        let is_news = last.is_none_or(|last| last.made_ms < made_ms || is_owners_word && last != new);
+        if !is_replica || !is_news {
+            return Ok(());
+        }
+        self.write(|tx| {
+            tx.batch.put(Table::Meta, key::sharing(stated.location), encode(&new));
+            Ok(())
+        })
+    }
+
+    /// Whether a third device's location may be shown to a device: its owner has said so of rows
+    /// that were here, and nothing else since.
+    pub fn may_be_shown(&self, location: &Location, to: DeviceId) -> Result<bool, IndexError> {
+        let snapshot = self.store().snapshot()?;
+        let was_for = statement(&*snapshot, location.no)?.is_some_and(|signed| {
+            signed.statement.location == location.id && signed.statement.is_for(to)
+        });
+        let newest = sharing(&*snapshot, location.id)?;
+        Ok(was_for && newest.is_none_or(|newest| includes(&newest.shared_with, to)))
     }
 
     /// What this device could use of a log of which there is this statement. The signature is
@@ -304,6 +341,15 @@ fn has_no_others(tx: &mut Tx<'_>, no: LocationNo, log: LogDigest) -> Result<bool
 /// What is older than a row that the replica has already is not taken: that row would stay.
 fn is_news(from: &dyn Snapshot, no: LocationNo, log: LogDigest) -> Result<(), IndexError> {
     if log.head < beyond(from, no)? { Err(IndexError::NotAsStated) } else { Ok(()) }
+}
+
+fn includes(shared_with: &Option<Vec<DeviceId>>, device: DeviceId) -> bool {
+    shared_with.as_ref().is_none_or(|with| with.contains(&device))
+}
+
+fn sharing(from: &dyn Snapshot, id: LocationId) -> Result<Option<Sharing>, IndexError> {
+    let value = from.get(Table::Meta, &key::sharing(id))?;
+    value.map(|v| decode(&v, "who may see a location")).transpose()
 }
 
 fn statement(from: &dyn Snapshot, no: LocationNo) -> Result<Option<Signed>, IndexError> {
