@@ -150,6 +150,10 @@ impl DataDir {
         self.path.join("manifests")
     }
 
+    pub fn lent(&self) -> PathBuf {
+        self.path.join("lent")
+    }
+
     pub fn cache(&self) -> PathBuf {
         self.path.join("cache")
     }

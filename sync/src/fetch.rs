@@ -19,7 +19,7 @@ use std::time::Duration;
 use tokio::time::timeout;
 use vfs_core::model::DeviceId;
 use vfs_core::source::{
-    BoxFuture, ContentSource, FetchError, Fetched, MAX_FETCH_BYTES, MAX_LENT, Version, Wanted,
+    BoxFuture, ContentSource, FetchError, Fetched, Lent, MAX_FETCH_BYTES, MAX_LENT, Version, Wanted,
 };
 
 /// The shortest time after which a request to a peer that is there is given up.
@@ -60,7 +60,7 @@ impl ContentSource for Source {
         &'a self,
         device: DeviceId,
         contents: &'a [Wanted],
-    ) -> BoxFuture<'a, Result<Vec<Vec<Range<u64>>>, FetchError>> {
+    ) -> BoxFuture<'a, Result<Vec<Lent>, FetchError>> {
         Box::pin(self.ask_what_it_lends(device, contents))
     }
 
@@ -123,7 +123,7 @@ impl Source {
         &self,
         device: DeviceId,
         contents: &[Wanted],
-    ) -> Result<Vec<Vec<Range<u64>>>, FetchError> {
+    ) -> Result<Vec<Lent>, FetchError> {
         let contents = &contents[..contents.len().min(MAX_LENT)];
         let peer = self.0.peer(device).ok_or(FetchError::Unreachable)?;
         let link = peer.link().filter(|_| peer.is_online()).ok_or(FetchError::Unreachable)?;
@@ -131,9 +131,7 @@ impl Source {
             return Err(FetchError::Refused);
         }
         match timeout(MIN_LIMIT, link.ask(&Request::Lends(contents.to_vec()))).await {
-            Ok(Ok(Response::Lends(lent))) if lent.len() == contents.len() => {
-                Ok(lent.into_iter().map(|lent| lent.0).collect())
-            }
+            Ok(Ok(Response::Lends(lent))) if lent.len() == contents.len() => Ok(lent),
             Ok(Ok(Response::Refused(refusal))) => Err(refused(refusal)),
             Ok(Ok(_)) => Err(FetchError::Failed("not an answer to what it lends".into())),
             Ok(Err(error)) if error.is_breach() => Err(FetchError::Failed(error.to_string())),
@@ -181,7 +179,7 @@ fn refused(refusal: Refusal) -> FetchError {
     match refusal {
         Refusal::Stale => FetchError::Stale,
         Refusal::NotShared => FetchError::Refused,
-        Refusal::Offline => FetchError::Unreachable,
+        Refusal::Offline => FetchError::NotNow,
         other => FetchError::Failed(format!("refused: {other:?}")),
     }
 }

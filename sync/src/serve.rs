@@ -7,7 +7,7 @@
 use crate::node::Shared;
 use crate::presence::{Link, Peer, reply};
 use crate::wire::{
-    self, Borrow, Fetch, Lent, LocationList, MAX_PROOF, MemberList, NEWEST, OLDEST, Refusal,
+    self, Borrow, Fetch, LocationList, MAX_PROOF, MemberList, NEWEST, OLDEST, Refusal,
     Request, Response, StatementList, WireError,
 };
 use crate::{accept, deliver, locks, members, pass_on, replicate};
@@ -19,7 +19,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
-use vfs_core::source::{FetchError, Fetched, MAX_FETCH_BYTES, MAX_LENT_RANGES, Version, Wanted};
+use vfs_core::source::{FetchError, Fetched, Lent, MAX_FETCH_BYTES, Version, Wanted};
 
 /// How long a peer may take to send a request it began.
 const REQUEST: Duration = Duration::from_secs(10);
@@ -191,12 +191,8 @@ async fn serve_lends(
         lender.map(|lender| lender.lends(asker, &contents))
     };
     let lent = tokio::task::spawn_blocking(find).await.unwrap_or_default();
-    let lent = lent.unwrap_or_else(|| vec![Vec::new(); count]);
-    let lent = lent.into_iter().map(|mut ranges| {
-        ranges.truncate(MAX_LENT_RANGES);
-        Lent(ranges)
-    });
-    reply(send, &Response::Lends(lent.collect())).await
+    let lent = lent.unwrap_or_else(|| vec![Lent::default(); count]);
+    reply(send, &Response::Lends(lent)).await
 }
 
 /// Answers with the bytes of a range.
@@ -244,7 +240,7 @@ fn checked(
     let fetched = fetched.map_err(|error| match error {
         FetchError::Stale => Refusal::Stale,
         FetchError::Refused => Refusal::NotShared,
-        FetchError::Unreachable => Refusal::Offline,
+        FetchError::Unreachable | FetchError::NotNow => Refusal::Offline,
         FetchError::Failed(_) => {
             tracing::warn!(%error, "a peer's read failed");
             Refusal::Failed

@@ -18,7 +18,7 @@ use vfs_core::library::{LibraryInfo, Member, Stamp as ClockStamp};
 use vfs_core::locks::{LockAnswer, LockRequest};
 use vfs_core::model::{DeviceId, LocationId, Seq};
 use vfs_core::ops::{Op, Outcome, bounded};
-use vfs_core::source::{MAX_LENT, MAX_LENT_RANGES, Version, Wanted};
+use vfs_core::source::{Lent, MAX_LENT, Version, Wanted};
 
 /// Between members.
 pub const ALPN_MEMBER: &[u8] = b"spacedrive/1";
@@ -120,7 +120,7 @@ pub enum Request {
     /// Rows of a location of a third device, as the asked device has them. Answer: `Rows`, then
     /// [`Rows`] frames up to the number that was asked for, then the end of the stream.
     PassOn(PassOn),
-    /// Which ranges of contents the asked device would lend from its cache. Answer: `Lends`.
+    /// What of these contents the asked device would lend from its cache. Answer: `Lends`.
     Lends(#[serde(deserialize_with = "bounded::<_, _, MAX_LENT>")] Vec<Wanted>),
     /// Bytes of a content in the cache of the asked device. Answer: `Fetched`, then the bytes.
     Borrow(Borrow),
@@ -279,16 +279,9 @@ pub enum Response {
     Staged,
     /// To `Lock`: what became of it.
     Lock(LockAnswer),
-    /// To `Lends`: of each content the ranges that are there and may be had; none, if it is not
-    /// there or not for the asking device.
+    /// To `Lends`, of each content.
     Lends(#[serde(deserialize_with = "bounded::<_, _, MAX_LENT>")] Vec<Lent>),
 }
-
-/// Ranges of one content.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct Lent(
-    #[serde(deserialize_with = "bounded::<_, _, MAX_LENT_RANGES>")] pub Vec<Range<u64>>,
-);
 
 /// Why not.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]

@@ -14,7 +14,7 @@ use vfs_core::ops::{
     Applied, Base, Change, Conflict, DRAWN_FILE_ID, MAX_EXTENTS, New, NewContent, Obstacle, Op,
     Outcome, Place,
 };
-use vfs_core::source::{Version, Wanted};
+use vfs_core::source::{Lent, Version, Wanted};
 
 /// Counts the bytes that this thread holds, and their peak.
 struct Counting;
@@ -210,6 +210,7 @@ fn samples() -> Vec<Vec<u8>> {
     let taken = LockAnswer::Taken { span, mode };
     let wanted = Wanted { content: ContentId([6; 32]), size: u64::MAX };
     let part = Operations::Part { bytes: vec![1; 100].into(), rest: 5 };
+    let lent = Lent { ranges: vec![0..9; 64], is_ready: true };
     vec![
         bytes(encode_request(1, &Request::Hello(hello.clone())), 6),
         bytes(encode_request(1, &Request::Fetch(fetch)), 6),
@@ -237,7 +238,7 @@ fn samples() -> Vec<Vec<u8>> {
         bytes(encode_frame(&StatementList(vec![signed()])), 4),
         bytes(encode_request(5, &Request::Lends(vec![wanted; 64])), 6),
         bytes(encode_request(5, &Request::Borrow(Borrow { wanted, offset: 5, len: 4096 })), 6),
-        bytes(encode_frame(&Response::Lends(vec![Lent(vec![0..9; 64]); 64])), 4),
+        bytes(encode_frame(&Response::Lends(vec![lent; 64])), 4),
     ]
 }
 

@@ -8,10 +8,10 @@ use std::io::Read;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-use sync::wire::{self, Borrow, Lent, Refusal, Request, Response};
+use sync::wire::{self, Borrow, Refusal, Request, Response};
 use vfs_core::library::State;
 use vfs_core::model::ContentId;
-use vfs_core::source::Wanted;
+use vfs_core::source::{Lent, Wanted};
 
 /// Fast enough for a test, slow enough to be cut in the middle of a file.
 const RATE: [&str; 4] = ["--delay", "1", "--rate", "300"];
@@ -151,7 +151,8 @@ fn a_cache_lends_nothing_to_a_device_that_may_not_see_the_file() {
         let borrow = |wanted| Request::Borrow(Borrow { wanted, offset: 1 << 20, len: 1 << 20 });
         // What it may see it gets; of the rest it does not even learn that it is there.
         let lends = ask(&connection, &Request::Lends(wanted.into())).await;
-        assert_eq!(lends, Response::Lends(vec![Lent(vec![0..3 << 20]), Lent(vec![])]));
+        let lent = Lent { ranges: vec![0..3 << 20], is_ready: false };
+        assert_eq!(lends, Response::Lends(vec![lent, Lent::default()]));
         let lent = ask(&connection, &borrow(wanted[0])).await;
         assert!(matches!(lent, Response::Fetched { .. }), "{lent:?}");
         let refused = ask(&connection, &borrow(wanted[1])).await;

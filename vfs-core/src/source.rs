@@ -5,6 +5,7 @@
 //! `vfs-core` ([`crate::content`]).
 
 use crate::model::{ContentId, DeviceId, FileId, LocationId, Stamp};
+use crate::ops::bounded;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use std::future::Future;
@@ -44,6 +45,9 @@ pub enum FetchError {
     /// It is offline, or did not answer within its deadline.
     #[error("the device cannot be reached")]
     Unreachable,
+    /// It is there, but cannot give it now: its disk is away, or has to be read for it first.
+    #[error("the device cannot give it now")]
+    NotNow,
     /// It no longer has this version.
     #[error("the device no longer has this version")]
     Stale,
@@ -81,13 +85,13 @@ pub trait ContentSource: Send + Sync + 'static {
         Vec::new()
     }
 
-    /// Which ranges of each of these contents a device would lend from its cache, at most
+    /// What of each of these contents a device would lend from its cache, at most
     /// [`MAX_LENT`] contents in one question.
     fn lends<'a>(
         &'a self,
         _device: DeviceId,
         _contents: &'a [Wanted],
-    ) -> BoxFuture<'a, Result<Vec<Vec<Range<u64>>>, FetchError>> {
+    ) -> BoxFuture<'a, Result<Vec<Lent>, FetchError>> {
         Box::pin(async { Err(FetchError::Refused) })
     }
 
@@ -109,6 +113,16 @@ pub struct Wanted {
     pub content: ContentId,
     /// How many bytes it has.
     pub size: u64,
+}
+
+/// What a device would lend of a content.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lent {
+    /// The ranges that are there and may be had; none, if it is not there or not for the asker.
+    #[serde(deserialize_with = "bounded::<_, _, MAX_LENT_RANGES>")]
+    pub ranges: Vec<Range<u64>>,
+    /// Its hash tree is there. Otherwise the whole file is read before the first range is given.
+    pub is_ready: bool,
 }
 
 /// The most contents in one question for what a device would lend.

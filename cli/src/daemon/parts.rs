@@ -72,9 +72,7 @@ impl Daemon {
         let library = Arc::new(Library::open(&dir.library()).map_err(library_failure)?);
         let opened = open_store(&dir.subdirectory(dir.index())?).map_err(store_failure)?;
         let index = Index::open(opened.store, me).map_err(index_failure)?;
-        let manifests = Manifests::open(&dir.subdirectory(dir.manifests())?)
-            .map_err(|e| Failure::io(format!("cannot use {}", dir.manifests().display()), e))?;
-        let manifests = Arc::new(manifests);
+        let manifests = Arc::new(open_manifests(dir, dir.manifests())?);
         let indexer = Indexer::start(index.clone(), Arc::clone(&manifests), indexer_config(config));
         let own =
             Arc::new(OwnFiles::new(index.clone(), Arc::clone(&indexer), Arc::clone(&manifests)));
@@ -88,11 +86,13 @@ impl Daemon {
             holds: pin_file.holds(),
         };
         let cache = Arc::new(Cache::open_within(&cache_dir, limits));
+        let lender =
+            Lender::new(index.clone(), Arc::clone(&cache), open_manifests(dir, dir.lent())?);
         let parts = Parts {
             library: Arc::clone(&library),
             index: index.clone(),
             own: Arc::clone(&own),
-            lender: Some(Arc::new(Lender::new(index.clone(), Arc::clone(&cache)))),
+            lender: Some(Arc::new(lender)),
             outbox: Some(Arc::clone(&outbox) as _),
             applier: Some(Arc::clone(&applying) as _),
             scratch: dir.index(),
@@ -300,6 +300,11 @@ fn indexer_config(config: &Config) -> IndexerConfig {
 }
 
 /// Before any location is watched: it ends what a crash cut off.
+fn open_manifests(dir: &DataDir, path: PathBuf) -> Outcome<Manifests> {
+    Manifests::open(&dir.subdirectory(path.clone())?)
+        .map_err(|e| Failure::io(format!("cannot use {}", path.display()), e))
+}
+
 fn open_applier(
     dir: &DataDir,
     index: &Index,

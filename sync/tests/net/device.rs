@@ -126,7 +126,8 @@ impl Device {
         let config = NodeConfig { secret_key: key, bind, relay: None, mdns: false };
         let (books, rows, scratch) = (library.clone(), index.clone(), path.to_owned());
         let cache = Arc::new(Cache::open(&path.join("cache"), 1 << 30));
-        let lender = Some(Arc::new(Lender::new(index.clone(), cache.clone())));
+        let trees = Manifests::open(&path.join("lent")).unwrap();
+        let lender = Some(Arc::new(Lender::new(index.clone(), cache.clone(), trees)));
         let parts = Parts { library: books, index: rows, own, lender, outbox, applier, scratch };
         let node = Node::start(config.clone(), parts.clone()).await.unwrap();
         assert_eq!(node.id(), me);

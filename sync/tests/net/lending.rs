@@ -4,10 +4,10 @@ use crate::content::pattern;
 use crate::device::{Device, until};
 use crate::strangers::{ask, hello};
 use std::fs;
-use sync::wire::{Borrow, Hello, LENDS, Lent, Refusal, Request, Response};
+use sync::wire::{Borrow, Hello, LENDS, Refusal, Request, Response};
 use vfs_core::content::manifest::verify;
 use vfs_core::model::{ContentId, FileId, Location};
-use vfs_core::source::{FetchError, Wanted};
+use vfs_core::source::{FetchError, Lent, Wanted};
 
 const SIZE: u64 = (2 << 20) + 99;
 
@@ -54,10 +54,13 @@ async fn a_member_borrows_what_it_may_read_and_nothing_else() {
     let source = laptop.node.source();
     until("the NAS can be asked", || source.lenders() == [nas.id()]).await;
     let lends = source.lends(nas.id(), &[open, hidden]).await.unwrap();
-    assert_eq!(lends, [vec![0..SIZE], vec![]]);
+    let lent = Lent { ranges: vec![0..SIZE], is_ready: false };
+    assert_eq!(lends, [lent, Lent::default()], "its tree is built when it is needed");
     let range = 1 << 20..2 << 20;
     let fetched = source.borrow(nas.id(), open, range.clone()).await.unwrap();
     assert!(verify(open.content, SIZE, range.clone(), &fetched.bytes, &fetched.proof));
+    let lends = source.lends(nas.id(), &[open]).await.unwrap();
+    assert_eq!(lends, [Lent { ranges: vec![0..SIZE], is_ready: true }]);
     let refused = source.borrow(nas.id(), hidden, range).await;
     assert!(matches!(refused, Err(FetchError::Refused)), "{refused:?}");
     let unknown = Wanted { content: ContentId([9; 32]), size: SIZE };
@@ -83,7 +86,8 @@ async fn who_asks_for_what_cannot_be_lent_is_refused() {
         assert_eq!(answer, Some(Response::Refused(refusal)), "{offset} {len}");
     }
     let answer = ask(&connection, &Request::Lends(vec![open; 64])).await;
-    assert_eq!(answer, Some(Response::Lends(vec![Lent(vec![0..SIZE]); 64])));
+    let lent = Lent { ranges: vec![0..SIZE], is_ready: false };
+    assert_eq!(answer, Some(Response::Lends(vec![lent; 64])));
     let answer = ask(&connection, &Request::Lends(vec![open; 65])).await;
     assert_eq!(answer, Some(Response::Refused(Refusal::Malformed)));
 }

@@ -46,6 +46,17 @@ pub(super) struct Pace {
     probed: Option<Instant>,
 }
 
+/// How bytes came.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Landed {
+    /// All that was under way when they were asked for, with them.
+    pub under_way_bytes: u64,
+    /// From then on.
+    pub took: Duration,
+    /// The round trip in that.
+    pub rtt: Duration,
+}
+
 /// The place of a holder in the order of asking: the least is the first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Rank {
@@ -55,6 +66,8 @@ pub(super) enum Rank {
     Expected(Duration),
     /// Nothing is known but the round trip.
     Unknown(Duration),
+    /// It has to read the whole file first; its round trip.
+    Unready(Duration),
     /// It stayed silent.
     Silent(u32),
 }
@@ -76,14 +89,9 @@ impl Pace {
         (self.heard, self.silences, self.silent_until) = (Some(now), 0, None);
     }
 
-    /// It answered with bytes. All that was under way when the request began has come by now.
-    pub(super) fn landed(
-        &mut self,
-        under_way_bytes: u64,
-        took: Duration,
-        rtt: Duration,
-        now: Instant,
-    ) {
+    /// It answered with right bytes. All that was under way when the request began has come by now.
+    pub(super) fn landed(&mut self, landed: Landed, now: Instant) {
+        let Landed { under_way_bytes, took, rtt } = landed;
         self.heard(now);
         let took = took.saturating_sub(rtt).max(took / 8).max(Duration::from_micros(1));
         let sample = under_way_bytes as f64 / took.as_secs_f64();
@@ -112,7 +120,7 @@ impl Pace {
         }
     }
 
-    /// It did not answer in time, or cannot be reached.
+    /// It did not answer in time, cannot be reached, or its bytes are wrong.
     pub(super) fn stayed_silent(&mut self, now: Instant) {
         // Requests that were under way together fail together, and count once.
         if self.silent_until.is_none_or(|until| until <= now) {
@@ -206,8 +214,12 @@ mod tests {
     /// A device that was measured to bring so many MiB a second.
     fn measured(mib: f64, now: Instant) -> Pace {
         let mut pace = Pace::default();
-        pace.landed(MIB, Duration::from_secs_f64(1.0 / mib), Duration::ZERO, now);
+        pace.landed(landed(MIB, Duration::from_secs_f64(1.0 / mib), Duration::ZERO), now);
         pace
+    }
+
+    fn landed(under_way_bytes: u64, took: Duration, rtt: Duration) -> Landed {
+        Landed { under_way_bytes, took, rtt }
     }
 
     fn silent(times: u32, now: Instant) -> Pace {
@@ -292,7 +304,7 @@ mod tests {
             assert!(pace.clone().may_probe(until));
             now = until;
         }
-        pace.landed(MIB, Duration::from_millis(100), LAN, now);
+        pace.landed(landed(MIB, Duration::from_millis(100), LAN), now);
         assert!(matches!(pace.rank(MIB, LAN, now), Rank::Expected(_)), "it is believed again");
         pace.stayed_silent(now);
         let until = now + Duration::from_secs(2);
@@ -315,10 +327,10 @@ mod tests {
     fn little_bytes_do_not_make_a_link_slow() {
         let now = Instant::now();
         let mut pace = measured(100.0, now);
-        pace.landed(4096, Duration::from_millis(4), LAN, now);
+        pace.landed(landed(4096, Duration::from_millis(4), LAN), now);
         assert_eq!(pace.measured(now), Some(100.0 * MIB as f64));
         let mut unknown = Pace::default();
-        unknown.landed(4096, Duration::from_millis(4), LAN, now);
+        unknown.landed(landed(4096, Duration::from_millis(4), LAN), now);
         assert_eq!(unknown.measured(now), None);
     }
 

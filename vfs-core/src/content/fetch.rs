@@ -8,22 +8,23 @@
 //! known content id is checked before it leaves here; a holder whose bytes are wrong is
 //! reported and not asked again for this version.
 
-use super::choice::{Pace, Rank, late_after};
+use super::choice::{Landed, Pace, Rank, late_after};
 use super::manifest::verify;
 use super::window::Link;
 use super::{Content, lock};
 use crate::error::{FsError, Kind};
 use crate::index::IndexError;
 use crate::model::{ContentId, DeviceId, FileId, LocationId};
-use crate::source::{FetchError, Fetched, MAX_FETCH_BYTES, Version, Wanted};
+use crate::source::{ContentSource, FetchError, Fetched, MAX_FETCH_BYTES, Version, Wanted};
 use bytes::Bytes;
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
+use std::task::Poll;
 use std::time::Duration;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout, timeout_at};
 
@@ -32,7 +33,8 @@ const MAX_HOLDERS: usize = 32;
 /// How many of them are one other device's: one that lists the bytes often but is silent must
 /// not crowd out those that answer.
 const MAX_HOLDERS_EACH: usize = 2;
-/// A holder may be silent for so long while there is another to try.
+/// A holder may be silent for so long while there is another to try; twice as long if it answers
+/// other requests meanwhile, or longer if the bytes are known to take that.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// A holder whose disk or program fails is asked again for this long.
 const FAILED_PATIENCE: Duration = Duration::from_secs(1);
@@ -45,7 +47,7 @@ const LENDERS_AFTER_FIRST: Duration = Duration::from_millis(50);
 /// How long it is believed that nobody has it, and that those have it who said so.
 const NOT_LENT_FOR: Duration = Duration::from_secs(3);
 const LENT_FOR: Duration = Duration::from_secs(30);
-/// How many devices are asked.
+/// How many devices are asked together.
 const MAX_LENDERS: usize = 16;
 /// How often it is looked whether somebody waits for a late flight by now.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
@@ -96,6 +98,8 @@ struct Holder {
     opened: bool,
     /// In its cache, says the device; `version` is where this device knows it from.
     lends: bool,
+    /// It can give a range without reading all of the file first.
+    is_ready: bool,
     supply: Arc<Supply>,
     /// The round trip to it when it was looked up; none, if that is not known.
     rtt: Duration,
@@ -106,7 +110,7 @@ struct Holder {
 enum Is {
     Opened,
     Indexed,
-    Lender,
+    Lender { is_ready: bool },
 }
 
 /// What tells a holder from the others: the file, and whether that is in a location.
@@ -128,6 +132,13 @@ pub(super) struct Supply {
 impl Supply {
     pub(super) fn new(room_kib: usize) -> Self {
         Self { room: Arc::new(Semaphore::new(room_kib)), pace: Mutex::default() }
+    }
+
+    /// Whether it comes last, as it brought nothing or nothing of use.
+    #[cfg(test)]
+    pub(super) fn is_silent(&self) -> bool {
+        let rank = lock(&self.pace).rank(1, Duration::ZERO, Instant::now());
+        matches!(rank, Rank::Silent(_))
     }
 }
 
@@ -165,14 +176,67 @@ struct Round {
     left: Vec<Holder>,
     /// To be asked again in the next one.
     again: Vec<Holder>,
-    /// Those that lend it are among them.
-    has_lenders: bool,
+    /// Those that lend it and were ever among them.
+    lenders: Vec<HolderId>,
     heard: Heard,
 }
 
 impl Round {
     fn of(left: Vec<Holder>) -> Self {
-        Self { left, again: Vec::new(), has_lenders: false, heard: Heard::default() }
+        let lenders = left.iter().filter(|holder| holder.lends).map(Holder::id).collect();
+        Self { left, again: Vec::new(), lenders, heard: Heard::default() }
+    }
+}
+
+/// One of several holders that are asked for the same range.
+struct Racer<'a> {
+    holder: Holder,
+    asked: Instant,
+    /// What was under way from it then, with this range.
+    under_way_bytes: u64,
+    answer: Pin<Box<dyn Future<Output = Result<Answer, Failure>> + Send + 'a>>,
+}
+
+/// Who has it in a cache, by the last question for that.
+#[derive(Default)]
+struct Lenders {
+    holders: Vec<Holder>,
+    /// When it was asked; none if what was said is not enough any more.
+    asked: Option<Instant>,
+    /// The number of the question.
+    question: u64,
+    /// More answers may come.
+    is_open: bool,
+    /// Who said that it has it, and gave nothing or something else.
+    failed: Vec<(DeviceId, Instant)>,
+}
+
+impl Lenders {
+    fn is_known(&self, now: Instant) -> bool {
+        let believed_for = if self.holders.is_empty() { NOT_LENT_FOR } else { LENT_FOR };
+        self.asked.is_some_and(|asked| self.is_open || now - asked < believed_for)
+    }
+
+    /// Begins a question; gives its number.
+    fn begin(&mut self, now: Instant) -> u64 {
+        self.failed.retain(|(_, at)| now - *at < LENT_FOR);
+        self.holders.clear();
+        (self.asked, self.is_open) = (Some(now), true);
+        self.question += 1;
+        self.question
+    }
+
+    /// `false`: it was not known to have it.
+    fn fail(&mut self, device: DeviceId) -> bool {
+        let known = self.holders.len();
+        self.holders.retain(|lender| lender.device != device);
+        let was_known = self.holders.len() < known;
+        if was_known {
+            self.failed.push((device, Instant::now()));
+            // Others may have it that were not waited for.
+            self.asked = None;
+        }
+        was_known
     }
 }
 
@@ -185,9 +249,7 @@ pub(super) struct Fetcher {
     versions: Mutex<Vec<Holder>>,
     /// The result of the last look-up.
     holders: Mutex<Option<(Instant, Vec<Holder>)>>,
-    /// Who has it in a cache, by the last question, which one at a time asks.
-    lent: Mutex<Option<(Instant, Vec<Holder>)>>,
-    asking: tokio::sync::Mutex<()>,
+    lenders: watch::Sender<Lenders>,
     /// When it was last looked for more holders of a large file.
     looked: Mutex<Option<Instant>>,
     liars: Mutex<HashSet<HolderId>>,
@@ -198,8 +260,8 @@ pub(super) struct Fetcher {
     progress: Mutex<Instant>,
 }
 
-/// A range and the right to hold it in memory, or why there is none.
-type Answered = Result<(Fetched, Option<OwnedSemaphorePermit>), FetchError>;
+/// A range, how it came, and the right to hold it in memory; or why there is none.
+type Answered = Result<(Fetched, Landed, OwnedSemaphorePermit), FetchError>;
 
 /// What became of a question.
 enum Answer {
@@ -237,8 +299,7 @@ impl Fetcher {
             size,
             versions: Mutex::default(),
             holders: Mutex::default(),
-            lent: Mutex::default(),
-            asking: Default::default(),
+            lenders: watch::Sender::default(),
             looked: Mutex::default(),
             liars: Mutex::default(),
             link: Mutex::default(),
@@ -263,7 +324,9 @@ impl Fetcher {
     fn holder(&self, device: DeviceId, version: Version, is: Is) -> Holder {
         let rtt = self.content.source.rtt(device).unwrap_or_default();
         let supply = self.content.supply_of(device);
-        Holder { device, version, opened: is == Is::Opened, lends: is == Is::Lender, supply, rtt }
+        let lends = matches!(is, Is::Lender { .. });
+        let is_ready = is != Is::Lender { is_ready: false };
+        Holder { device, version, opened: is == Is::Opened, lends, is_ready, supply, rtt }
     }
 
     /// A place where the version was opened, for messages and for the index.
@@ -297,27 +360,21 @@ impl Fetcher {
 
     async fn ask_holders(self: &Arc<Self>, ask: &Ask<'_>) -> Result<Bytes, Failure> {
         let mut round = Round::of(self.holders().await?);
-        if !round.left.iter().any(|holder| self.may_answer(holder)) {
+        if !self.has_another(&round) {
             self.add_lenders(&mut round, ask).await;
         }
         let mut pause = *PAUSES.start();
         loop {
             round.heard.unreachable = false;
-            while let Some(holder) = self.take_next(&mut round, ask, None) {
-                for (other, answer) in self.ask_with_another(&holder, &mut round, ask).await? {
-                    match answer {
-                        Answer::Right(bytes) => return Ok(bytes),
-                        answer => {
-                            let holder = other.unwrap_or_else(|| holder.clone());
-                            self.note(holder, answer, &mut round, ask);
-                        }
-                    }
+            while let Some(holder) = self.take_next(&mut round, ask, &[]) {
+                if let Some(bytes) = self.ask_with_another(holder, &mut round, ask).await? {
+                    return Ok(bytes);
                 }
             }
             round.heard.unreachable |= !round.left.is_empty();
             round.left.append(&mut round.again);
             self.add_lenders(&mut round, ask).await;
-            let hope = round.left.iter().any(|holder| self.may_answer(holder));
+            let hope = self.has_another(&round);
             if ask.ahead || !hope || Instant::now() + pause >= self.deadline(ask.started) {
                 return Err(round.heard.failure());
             }
@@ -326,88 +383,138 @@ impl Fetcher {
         }
     }
 
-    /// Takes the holder out that is the next to be asked, by what is known now; beside one that is
-    /// `late` it is on another device, and none that was silent itself.
+    /// Takes the holder out that is the next to be asked, by what is known now; beside those that
+    /// are `late` it is on another device, and none that was silent itself.
     fn take_next(
         &self,
         round: &mut Round,
         ask: &Ask<'_>,
-        late: Option<DeviceId>,
+        late: &[DeviceId],
     ) -> Option<Holder> {
         let now = Instant::now();
         let may_be_asked =
-            |(_, holder): &(usize, &Holder)| Some(holder.device) != late && self.may_answer(holder);
+            |(_, holder): &(usize, &Holder)| !late.contains(&holder.device) && self.may_answer(holder);
         let ranked = round.left.iter().enumerate().filter(may_be_asked);
         let ranked = ranked.map(|(n, holder)| (self.rank(holder, ask.len(), now), n));
         let (rank, n) = ranked.min()?;
-        let is_useful = late.is_none() || !matches!(rank, Rank::Silent(_));
+        let is_useful = late.is_empty() || !matches!(rank, Rank::Silent(_));
         is_useful.then(|| round.left.remove(n))
     }
 
     fn rank(&self, holder: &Holder, bytes: u64, now: Instant) -> Rank {
-        match holder.device == self.content.index.me() {
-            true => Rank::Own,
-            false => lock(&holder.supply.pace).rank(bytes, holder.rtt, now),
+        if holder.device == self.content.index.me() {
+            return Rank::Own;
+        }
+        match lock(&holder.supply.pace).rank(bytes, holder.rtt, now) {
+            Rank::Expected(_) | Rank::Unknown(_) if !holder.is_ready => Rank::Unready(holder.rtt),
+            rank => rank,
         }
     }
 
-    /// Asks a holder, and another one besides when it is late and somebody waits. The first right
-    /// bytes are enough; the request that is not answered then is cancelled. Gives the answers, of
-    /// the other one with its name.
+    /// Asks a holder, and another one besides when it is late and somebody waits. None: those that
+    /// were asked gave no right bytes, which is noted.
     async fn ask_with_another(
         self: &Arc<Self>,
-        first: &Holder,
+        first: Holder,
         round: &mut Round,
         ask: &Ask<'_>,
-    ) -> Result<Vec<(Option<Holder>, Answer)>, Failure> {
+    ) -> Result<Option<Bytes>, Failure> {
+        let has_another = AtomicBool::new(self.has_another(round));
         let asked = Instant::now();
-        let patience = self.patience(round);
-        let (late, under_way) = {
+        let (late, under_way_bytes) = {
             let pace = lock(&first.supply.pace);
             let expected = pace.expected(ask.len(), first.rtt, asked);
             (late_after(expected), pace.under_way_bytes() + ask.len())
         };
-        let asking = self.ask(first, ask, patience);
+        let asking = self.ask(&first, ask, &has_another);
         tokio::pin!(asking);
         if let Some(answer) = until_late(asking.as_mut(), late, ask).await {
-            return Ok(vec![(None, answer?)]);
+            return Ok(match answer? {
+                Answer::Right(bytes) => Some(bytes),
+                answer => {
+                    self.note(first.clone(), answer, round, ask);
+                    None
+                }
+            });
         }
-        let other = match self.take_next(round, ask, Some(first.device)) {
-            Some(other) => other,
-            None => {
-                tokio::select! {
-                    answer = &mut asking => return Ok(vec![(None, answer?)]),
-                    () = self.add_lenders(round, ask) => {}
-                }
-                match self.take_next(round, ask, Some(first.device)) {
-                    Some(other) => other,
-                    None => return Ok(vec![(None, asking.await?)]),
-                }
+        let holder = first.clone();
+        let first = Racer { holder, asked, under_way_bytes, answer: Box::pin(asking) };
+        self.race(first, round, ask, &has_another).await
+    }
+
+    /// Asks another holder beside one that is late, and the next when one of the two fails, so that
+    /// two are asked for as long as there are so many. The first right bytes are enough; what is
+    /// not answered then is cancelled.
+    async fn race<'a>(
+        self: &'a Arc<Self>,
+        first: Racer<'a>,
+        round: &mut Round,
+        ask: &'a Ask<'_>,
+        has_another: &'a AtomicBool,
+    ) -> Result<Option<Bytes>, Failure> {
+        let mut lenders = self.lenders.subscribe();
+        let mut racers = vec![first];
+        loop {
+            lenders.mark_unchanged();
+            self.join_lenders(round);
+            self.start_another(&mut racers, round, ask, has_another);
+            if racers.is_empty() {
+                return Ok(None);
             }
-        };
-        tracing::debug!(late = %first.device, asked = %other.device, "another holder is asked");
-        let beside = self.ask(&other, ask, patience);
-        tokio::pin!(beside);
-        tokio::select! {
-            answer = &mut asking => match answer? {
-                right @ Answer::Right(_) => Ok(vec![(None, right)]),
-                not => Ok(vec![(None, not), (Some(other.clone()), beside.await?)]),
-            },
-            answer = &mut beside => match answer {
-                Ok(right @ Answer::Right(_)) => {
-                    lock(&first.supply.pace).overtaken(under_way, asked, Instant::now());
-                    Ok(vec![(Some(other.clone()), right)])
+            let is_alone = racers.len() == 1;
+            let (racer, answer) = tokio::select! {
+                answered = first_of(&mut racers) => answered,
+                _ = lenders.changed(), if is_alone => continue,
+            };
+            match answer {
+                Ok(Answer::Right(bytes)) => {
+                    overtake(&racers, racer.asked);
+                    return Ok(Some(bytes));
                 }
-                Ok(not) => Ok(vec![(Some(other.clone()), not), (None, asking.await?)]),
+                Ok(answer) => self.note(racer.holder, answer, round, ask),
+                Err(failure) if racers.is_empty() => return Err(failure),
                 // There is no room for its answer now.
-                Err(_) => Ok(vec![(None, asking.await?)]),
-            },
+                Err(_) => round.again.push(racer.holder),
+            }
         }
     }
 
-    /// How long a silent holder is waited for; without another one until the deadline.
-    fn patience(&self, round: &Round) -> Option<Duration> {
-        round.left.iter().any(|holder| self.may_answer(holder)).then_some(PATIENCE)
+    /// Asks another holder, unless two are asked. With none known, who lends it is asked for.
+    fn start_another<'a>(
+        self: &'a Arc<Self>,
+        racers: &mut Vec<Racer<'a>>,
+        round: &mut Round,
+        ask: &'a Ask<'_>,
+        has_another: &'a AtomicBool,
+    ) {
+        if racers.len() < 2 {
+            let late: Vec<_> = racers.iter().map(|racer| racer.holder.device).collect();
+            match self.take_next(round, ask, &late) {
+                Some(holder) => {
+                    tracing::debug!(?late, asked = %holder.device, "another holder is asked");
+                    racers.push(self.racer(holder, ask, has_another));
+                }
+                None => self.ask_for_lenders(),
+            }
+        }
+        has_another.store(racers.len() > 1 || self.has_another(round), Ordering::Relaxed);
+    }
+
+    fn racer<'a>(
+        self: &'a Arc<Self>,
+        holder: Holder,
+        ask: &'a Ask<'_>,
+        has_another: &'a AtomicBool,
+    ) -> Racer<'a> {
+        let under_way_bytes = lock(&holder.supply.pace).under_way_bytes() + ask.len();
+        let asked = holder.clone();
+        let answer = Box::pin(async move { self.ask(&asked, ask, has_another).await });
+        Racer { holder, asked: Instant::now(), under_way_bytes, answer }
+    }
+
+    /// Whether there is one to ask that was not asked in this round.
+    fn has_another(&self, round: &Round) -> bool {
+        round.left.iter().any(|holder| self.may_answer(holder))
     }
 
     /// What came of a question that brought no bytes.
@@ -418,13 +525,14 @@ impl Fetcher {
             Answer::Wrong(what) => {
                 heard.wrong = true;
                 self.report(&holder, &ask.range, what);
+                self.forget_lender(&holder);
             }
             Answer::Refusal(FetchError::Stale | FetchError::Refused) if holder.lends => {
-                self.forget_lender(holder.device);
+                self.forget_lender(&holder);
             }
             Answer::Refusal(FetchError::Stale) => heard.stale |= holder.opened,
             Answer::Refusal(FetchError::Refused) => heard.refused = true,
-            Answer::Refusal(FetchError::Unreachable) => {
+            Answer::Refusal(FetchError::Unreachable | FetchError::NotNow) => {
                 heard.unreachable = true;
                 round.again.push(holder);
             }
@@ -451,9 +559,7 @@ impl Fetcher {
                 found
             }
         };
-        if let Some((_, lenders)) = &*lock(&self.lent) {
-            holders.extend(lenders.iter().cloned());
-        }
+        holders.extend(self.lenders.borrow().holders.iter().cloned());
         let liars = lock(&self.liars);
         holders.retain(|holder| !liars.contains(&holder.id()));
         Ok(holders)
@@ -508,66 +614,83 @@ impl Fetcher {
         Ok(holders)
     }
 
-    /// Has those asked besides that have it in a cache; once in a flight.
-    async fn add_lenders(&self, round: &mut Round, ask: &Ask<'_>) {
-        if ask.ahead && !ask.is_waited_for() || std::mem::replace(&mut round.has_lenders, true) {
-            return;
+    /// Has those asked besides that have it in a cache.
+    async fn add_lenders(self: &Arc<Self>, round: &mut Round, ask: &Ask<'_>) {
+        if !ask.ahead || ask.is_waited_for() {
+            self.find_lenders().await;
+            self.join_lenders(round);
         }
-        let liars = |lender: &Holder| lock(&self.liars).contains(&lender.id());
-        for lender in self.lenders().await {
-            let is_known = round.left.iter().any(|known| known.id() == lender.id());
-            if !is_known && !liars(&lender) {
-                round.left.push(lender);
+    }
+
+    /// Those that are known by now.
+    fn join_lenders(&self, round: &mut Round) {
+        let liars = lock(&self.liars);
+        for lender in &self.lenders.borrow().holders {
+            let id = lender.id();
+            if !round.lenders.contains(&id) && !liars.contains(&id) {
+                round.lenders.push(id);
+                round.left.push(lender.clone());
             }
         }
     }
 
-    /// Who has it in a cache, as they say, or said a short time ago.
-    async fn lenders(&self) -> Vec<Holder> {
-        let Some(version) = self.a_version().filter(|version| version.content.is_some()) else {
-            return Vec::new();
-        };
-        let _asking = self.asking.lock().await;
-        if let Some((at, lenders)) = &*lock(&self.lent)
-            && at.elapsed() < if lenders.is_empty() { NOT_LENT_FOR } else { LENT_FOR }
+    /// Waits for the first that say they have it in a cache, unless that is known. Others may be
+    /// added later.
+    async fn find_lenders(self: &Arc<Self>) {
+        let mut lenders = self.lenders.subscribe();
+        self.ask_for_lenders();
+        let asked = lenders.borrow().asked;
+        let until = asked.unwrap_or_else(Instant::now) + LENDERS_ANSWER;
+        let some = lenders.wait_for(|lenders| !lenders.is_open || !lenders.holders.is_empty());
+        if timeout_at(until, some).await.is_ok() {
+            let all = lenders.wait_for(|lenders| !lenders.is_open);
+            drop(timeout(LENDERS_AFTER_FIRST, all).await);
+        }
+    }
+
+    /// Has the connected devices asked, unless it is known who has it.
+    fn ask_for_lenders(self: &Arc<Self>) {
+        let version = self.a_version().filter(|version| version.content.is_some());
+        let Some((content, version)) = self.id.zip(version) else { return };
+        let mut begun = None;
+        self.lenders.send_if_modified(|lenders| {
+            let now = Instant::now();
+            if !lenders.is_known(now) {
+                let failed: Vec<_> = lenders.failed.iter().map(|(device, _)| *device).collect();
+                begun = Some((lenders.begin(now), failed));
+            }
+            begun.is_some()
+        });
+        let Some((number, failed)) = begun else { return };
+        let source = self.content.source.clone();
+        let mut devices = source.lenders();
         {
-            return lenders.clone();
+            let liars = lock(&self.liars);
+            let lied = |device| liars.iter().any(|(liar, .., lent)| *liar == device && *lent);
+            devices.retain(|device| !failed.contains(device) && !lied(*device));
         }
-        let lenders = self.ask_for_lenders().await.into_iter();
-        let lenders = lenders.map(|device| self.holder(device, version.clone(), Is::Lender));
-        let lenders: Vec<_> = lenders.collect();
-        *lock(&self.lent) = Some((Instant::now(), lenders.clone()));
-        lenders
-    }
-
-    /// It has it no more.
-    fn forget_lender(&self, device: DeviceId) {
-        if let Some((_, lenders)) = &mut *lock(&self.lent) {
-            lenders.retain(|lender| lender.device != device);
-        }
-    }
-
-    /// Asks the connected devices, all at once. The first that have it are enough.
-    async fn ask_for_lenders(&self) -> Vec<DeviceId> {
-        let Some(content) = self.id else { return Vec::new() };
         let wanted = Wanted { content, size: self.size };
-        let mut asked = JoinSet::new();
-        for device in self.content.source.lenders().into_iter().take(MAX_LENDERS) {
-            let source = self.content.source.clone();
-            asked.spawn(async move {
-                let lent = source.lends(device, &[wanted]).await.unwrap_or_default();
-                // Parts are not asked for yet.
-                (device, lent.first().is_some_and(|ranges| ranges.contains(&(0..wanted.size))))
-            });
+        let fetcher = Arc::downgrade(self);
+        let question = Question { fetcher, source, wanted, version, number };
+        // With nobody to ask, it ends here.
+        if !devices.is_empty() {
+            self.content.runtime.spawn(question.ask(devices));
         }
-        let mut lenders = Vec::new();
-        let mut until = Instant::now() + LENDERS_ANSWER;
-        while let Ok(Some(answered)) = timeout_at(until, asked.join_next()).await {
-            let Ok((device, true)) = answered else { continue };
-            lenders.push(device);
-            until = until.min(Instant::now() + LENDERS_AFTER_FIRST);
+    }
+
+    /// It does not have it any more, or not right: also others are asked for, next time.
+    fn forget_lender(&self, holder: &Holder) {
+        if holder.lends {
+            self.lenders.send_if_modified(|lenders| lenders.fail(holder.device));
         }
-        lenders
+    }
+
+    /// It has proved a range: its tree is there.
+    fn note_ready(&self, device: DeviceId) {
+        self.lenders.send_if_modified(|lenders| {
+            let known = lenders.holders.iter_mut().find(|lender| lender.device == device);
+            known.is_some_and(|lender| !std::mem::replace(&mut lender.is_ready, true))
+        });
     }
 
     fn may_answer(&self, holder: &Holder) -> bool {
@@ -583,65 +706,93 @@ impl Fetcher {
         self: &Arc<Self>,
         holder: &Holder,
         ask: &Ask<'_>,
-        patience: Option<Duration>,
+        has_another: &AtomicBool,
     ) -> Result<Answer, Failure> {
-        let answered = if holder.device == self.content.index.me() {
-            self.read_own(holder.version.clone(), ask.range.clone()).await
-        } else {
-            self.ask_remote(holder, ask, patience).await?
-        };
-        match answered {
-            Ok((fetched, _permit)) => {
-                let answer = self.check(fetched, ask.range.clone()).await?;
-                if matches!(answer, Answer::Right(_)) && holder.device != self.content.index.me() {
-                    self.is_from_afar.store(true, Ordering::Relaxed);
-                }
-                Ok(answer)
-            }
-            Err(refusal) => Ok(Answer::Refusal(refusal)),
+        if holder.device == self.content.index.me() {
+            return match self.read_own(holder.version.clone(), ask.range.clone()).await {
+                Ok(fetched) => self.check(fetched, ask.range.clone()).await,
+                Err(refusal) => Ok(Answer::Refusal(refusal)),
+            };
         }
+        let answer = self.ask_remote(holder, ask, has_another).await?;
+        if matches!(answer, Answer::Right(_)) {
+            self.is_from_afar.store(true, Ordering::Relaxed);
+        }
+        Ok(answer)
     }
 
-    async fn read_own(self: &Arc<Self>, version: Version, range: Range<u64>) -> Answered {
+    async fn read_own(
+        self: &Arc<Self>,
+        version: Version,
+        range: Range<u64>,
+    ) -> Result<Fetched, FetchError> {
         let content = self.content.clone();
         let read = move || content.own.read(content.index.me(), &version, range);
         let read = self.content.runtime.spawn_blocking(read).await;
-        let fetched = read.unwrap_or_else(|e| Err(FetchError::Failed(e.to_string())))?;
-        Ok((fetched, None))
+        read.unwrap_or_else(|e| Err(FetchError::Failed(e.to_string())))
     }
 
+    /// Asks another device, checks what comes, and notes what that says of the device.
     async fn ask_remote(
+        self: &Arc<Self>,
+        holder: &Holder,
+        ask: &Ask<'_>,
+        has_another: &AtomicBool,
+    ) -> Result<Answer, Failure> {
+        let answered = self.request_in_time(holder, ask, has_another).await?;
+        let answer = match answered {
+            Ok((fetched, landed, _permit)) => {
+                let answer = self.check(fetched, ask.range.clone()).await?;
+                if matches!(answer, Answer::Right(_)) {
+                    lock(&holder.supply.pace).landed(landed, Instant::now());
+                    if !holder.is_ready {
+                        self.note_ready(holder.device);
+                    }
+                    return Ok(answer);
+                }
+                answer
+            }
+            Err(refusal) => Answer::Refusal(refusal),
+        };
+        let mut pace = lock(&holder.supply.pace);
+        match &answer {
+            // Wrong bytes are worth as little as none.
+            Answer::Wrong(_) | Answer::Refusal(FetchError::Unreachable) => {
+                pace.stayed_silent(Instant::now());
+            }
+            _ => pace.heard(Instant::now()),
+        }
+        drop(pace);
+        Ok(answer)
+    }
+
+    /// A request that is given up when it takes too long, which is sooner while there is another
+    /// holder: that may change meanwhile.
+    async fn request_in_time(
         &self,
         holder: &Holder,
         ask: &Ask<'_>,
-        patience: Option<Duration>,
+        has_another: &AtomicBool,
     ) -> Result<Answered, Failure> {
         let asked = Instant::now();
-        let give_up = |this: &Self| {
-            let deadline = this.deadline(ask.started);
-            // A device that answers other requests meanwhile is slow, not silent.
-            let heard = lock(&holder.supply.pace).last_heard().map_or(asked, |at| at.max(asked));
-            patience.map_or(deadline, |patience| deadline.min(heard + patience))
+        let give_up = || {
+            let deadline = self.deadline(ask.started);
+            match has_another.load(Ordering::Relaxed) {
+                true => deadline.min(lose_patience(holder, ask.len(), asked)),
+                // Other ranges may arrive meanwhile: the link is slow then, not dead.
+                false => deadline,
+            }
         };
         let request = self.request(holder, ask);
         tokio::pin!(request);
-        let answered = loop {
-            let until = give_up(self);
+        loop {
+            let until = give_up().min(Instant::now() + LOOK_EVERY);
             match timeout_at(until, &mut request).await {
-                Ok(answered) => break answered?,
-                // Other ranges arrived meanwhile: the link is slow, not dead.
-                Err(_) if give_up(self) > until => {}
-                Err(_) => break Err(FetchError::Unreachable),
+                Ok(answered) => return answered,
+                Err(_) if Instant::now() < give_up() => {}
+                Err(_) => return Ok(Err(FetchError::Unreachable)),
             }
-        };
-        let mut pace = lock(&holder.supply.pace);
-        match &answered {
-            Ok(_) => {}
-            Err(FetchError::Unreachable) => pace.stayed_silent(Instant::now()),
-            Err(_) => pace.heard(Instant::now()),
         }
-        drop(pace);
-        Ok(answered)
     }
 
     /// The request itself, when there is room for its answer.
@@ -661,10 +812,7 @@ impl Fetcher {
             }
             None => source.fetch(holder.device, &holder.version, ask.range.clone()).await,
         };
-        if fetched.is_ok() {
-            under_way.landed(holder.rtt);
-        }
-        Ok(fetched.map(|fetched| (fetched, Some(permit))))
+        Ok(fetched.map(|fetched| (fetched, under_way.landed(holder.rtt), permit)))
     }
 
     async fn check(
@@ -709,28 +857,147 @@ impl Fetcher {
         let (fetcher, start) = (Arc::downgrade(self), ask.range.start);
         self.content.runtime.spawn(async move {
             let Some(fetcher) = fetcher.upgrade() else { return };
-            // Of the answer only the holders count, which are remembered.
-            let _ = fetcher.lenders().await;
-            for holder in fetcher.holders().await.unwrap_or_default() {
+            fetcher.find_lenders().await;
+            let mut holders = fetcher.holders().await.unwrap_or_default();
+            // One that has to read its whole file for the first range is asked for that if no other
+            // lends it, and one only.
+            let mut may_wait = !holders.iter().any(|holder| holder.lends && holder.is_ready);
+            let mut is_worth_it =
+                |holder: &Holder| holder.is_ready || std::mem::replace(&mut may_wait, false);
+            holders.retain(|holder| fetcher.is_other(holder) && is_worth_it(holder));
+            for holder in holders {
                 fetcher.probe(&holder, start..start + PROBE_BYTES).await;
             }
         });
     }
 
-    async fn probe(&self, holder: &Holder, range: Range<u64>) {
-        let is_other = holder.device != self.content.index.me() && self.may_answer(holder);
-        if !is_other || !lock(&holder.supply.pace).may_probe(Instant::now()) {
+    fn is_other(&self, holder: &Holder) -> bool {
+        holder.device != self.content.index.me() && self.may_answer(holder)
+    }
+
+    async fn probe(self: &Arc<Self>, holder: &Holder, range: Range<u64>) {
+        let may_probe = lock(&holder.supply.pace).may_probe(Instant::now());
+        if !may_probe && holder.is_ready {
             return;
         }
-        // What is read is not wanted: its bytes come from elsewhere, and are not checked here.
+        // What is read is not wanted: these bytes come from elsewhere.
         let ask = Ask::new(range, true, &|| false);
-        let _ = self.ask_remote(holder, &ask, Some(PATIENCE)).await;
+        let answer = self.ask_remote(holder, &ask, &AtomicBool::new(true)).await;
+        if let Ok(Answer::Wrong(what)) = answer {
+            self.report(holder, &ask.range, what);
+            self.forget_lender(holder);
+        }
     }
 
     fn report(&self, holder: &Holder, range: &Range<u64>, what: &str) {
         lock(&self.liars).insert(holder.id());
         let what = format!("what came for the bytes {}..{} {what}", range.start, range.end);
         self.content.report(holder.device, &holder.version, what);
+    }
+}
+
+/// A question for who has a content in its cache. It goes on while nobody waits for it.
+struct Question {
+    fetcher: Weak<Fetcher>,
+    source: Arc<dyn ContentSource>,
+    wanted: Wanted,
+    version: Version,
+    number: u64,
+}
+
+impl Question {
+    /// Asks some of the devices, and more of them while none has it.
+    async fn ask(self, devices: Vec<DeviceId>) {
+        let mut asked = JoinSet::new();
+        let mut is_lent = false;
+        for some in devices.chunks(MAX_LENDERS) {
+            for device in some {
+                asked.spawn(lends(self.source.clone(), *device, self.wanted));
+            }
+            is_lent |= self.hear(&mut asked, LENDERS_ANSWER).await;
+            if is_lent {
+                break;
+            }
+        }
+        self.hear(&mut asked, NOT_LENT_FOR).await;
+    }
+
+    /// Whether one of them has it.
+    async fn hear(&self, asked: &mut JoinSet<(DeviceId, Option<bool>)>, time: Duration) -> bool {
+        let (mut is_lent, until) = (false, Instant::now() + time);
+        while let Ok(Some(answered)) = timeout_at(until, asked.join_next()).await {
+            let Ok((device, Some(is_ready))) = answered else { continue };
+            is_lent = true;
+            let Some(fetcher) = self.fetcher.upgrade() else { break };
+            let lender =
+                fetcher.holder(device, self.version.clone(), Is::Lender { is_ready });
+            self.tell(&fetcher, |lenders| lenders.holders.push(lender));
+        }
+        is_lent
+    }
+
+    /// What is heard of an earlier question counts no more.
+    fn tell(&self, fetcher: &Fetcher, change: impl FnOnce(&mut Lenders)) {
+        fetcher.lenders.send_if_modified(|lenders| {
+            let is_last = lenders.question == self.number;
+            if is_last {
+                change(lenders);
+            }
+            is_last
+        });
+    }
+}
+
+impl Drop for Question {
+    fn drop(&mut self) {
+        if let Some(fetcher) = self.fetcher.upgrade() {
+            self.tell(&fetcher, |lenders| lenders.is_open = false);
+        }
+    }
+}
+
+/// Whether a device lends all of a content, and is ready for it. Parts are not asked for yet.
+async fn lends(
+    source: Arc<dyn ContentSource>,
+    device: DeviceId,
+    wanted: Wanted,
+) -> (DeviceId, Option<bool>) {
+    let lent = source.lends(device, &[wanted]).await.unwrap_or_default();
+    let whole = lent.first().filter(|lent| lent.ranges.contains(&(0..wanted.size)));
+    (device, whole.map(|lent| lent.is_ready))
+}
+
+/// When a device is not waited for any more that did not answer while there is another.
+fn lose_patience(holder: &Holder, bytes: u64, asked: Instant) -> Instant {
+    let now = Instant::now();
+    let pace = lock(&holder.supply.pace);
+    // A device that answers other requests meanwhile is slow, not silent, but a file may be out of
+    // its reach.
+    let heard = pace.last_heard().map_or(asked, |at| at.max(asked));
+    let most = (2 * PATIENCE).max(late_after(pace.expected(bytes, holder.rtt, now)));
+    let most = asked.checked_add(most).unwrap_or(now + most.min(LENT_FOR));
+    most.min(heard + PATIENCE)
+}
+
+/// The first answer, with its racer, which is out of the race.
+async fn first_of<'a>(racers: &mut Vec<Racer<'a>>) -> (Racer<'a>, Result<Answer, Failure>) {
+    let (n, answer) = std::future::poll_fn(|cx| {
+        for (n, racer) in racers.iter_mut().enumerate() {
+            if let Poll::Ready(answer) = racer.answer.as_mut().poll(cx) {
+                return Poll::Ready((n, answer));
+            }
+        }
+        Poll::Pending
+    })
+    .await;
+    (racers.remove(n), answer)
+}
+
+/// Notes that these were asked earlier than the one that was first.
+fn overtake(slower: &[Racer<'_>], asked: Instant) {
+    let now = Instant::now();
+    for racer in slower.iter().filter(|racer| racer.asked < asked) {
+        lock(&racer.holder.supply.pace).overtaken(racer.under_way_bytes, racer.asked, now);
     }
 }
 
@@ -766,9 +1033,8 @@ impl<'a> UnderWay<'a> {
         Self { pace, bytes, with_others, begun: Instant::now() }
     }
 
-    fn landed(&self, rtt: Duration) {
-        let now = Instant::now();
-        lock(self.pace).landed(self.with_others, now - self.begun, rtt, now);
+    fn landed(&self, rtt: Duration) -> Landed {
+        Landed { under_way_bytes: self.with_others, took: self.begun.elapsed(), rtt }
     }
 }
 

@@ -12,29 +12,33 @@
 //! and "not for you" are one answer.
 //!
 //! **What proves it.** The cache keeps no hash trees, so that of a content is built by hashing
-//! its file when it is first asked for, one at a time, and kept in memory within
-//! [`TREES_BYTES`]. What is lent is checked against it first: a disk that lies must not make a
-//! liar of this device.
+//! its file when it is first asked for, and stored. One thread of low priority builds them, one
+//! after the other; each asker may have one waiting, and few requests wait for theirs. What is lent
+//! is checked against it first: a disk that lies must not make a liar of this device.
 
 use super::cache::{Cache, Key};
 use super::disk::read_range;
 use super::lock;
-use super::manifest::{Manifest, is_fetchable, verify};
+use super::manifest::{GROUP_BYTES, Manifest, is_fetchable, verify};
+use super::manifests::Manifests;
 use crate::index::{Index, IndexError};
-use crate::model::{ContentId, DeviceId, Location};
-use crate::source::{FetchError, Fetched, MAX_FETCH_BYTES, Wanted};
-use lru::LruCache;
+use crate::indexer::{HASH_NICE, lower_priority};
+use crate::model::{ContentId, DeviceId, Entry, Location, LocationNo};
+use crate::source::{FetchError, Fetched, Lent, MAX_FETCH_BYTES, Wanted};
+use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-/// How much memory the trees may take, the most recent one always included.
-const TREES_BYTES: usize = 16 << 20;
 /// How long an asker waits for a tree: it has to stay patient with the device.
 const BUILD_PATIENCE: Duration = Duration::from_millis(1500);
+/// How many requests wait for a tree, of all askers: each takes a thread that local reads need.
+const MAX_WAITERS: usize = 4;
+/// After so many trees those are removed whose contents are not in the cache any more.
+const PRUNE_EVERY: usize = 64;
 /// How many files with the same bytes are looked at for one that the asker may read.
 const MAX_REASONS: usize = 256;
 
@@ -45,41 +49,59 @@ pub struct Lender {
     trees: Arc<Trees>,
 }
 
-#[derive(Default)]
+/// The trees of what is lent.
 struct Trees {
-    state: Mutex<TreesState>,
+    stored: Manifests,
+    cache: Arc<Cache>,
+    queue: Mutex<Queue>,
     built: Condvar,
 }
 
-struct TreesState {
-    kept: LruCache<ContentId, Arc<Manifest>>,
-    bytes: usize,
+#[derive(Default)]
+struct Queue {
+    waiting: VecDeque<Build>,
     building: Option<ContentId>,
+    has_thread: bool,
+    waiters: usize,
+    begun: usize,
 }
 
-impl Default for TreesState {
-    fn default() -> Self {
-        Self { kept: LruCache::unbounded(), bytes: 0, building: None }
-    }
+/// A file to hash.
+struct Build {
+    asker: DeviceId,
+    wanted: Wanted,
+    file: File,
 }
 
 impl Lender {
-    /// Of this cache, to those whom the index lets have it.
-    pub fn new(index: Index, cache: Arc<Cache>) -> Self {
-        Self { index, cache, trees: Arc::default() }
+    /// Of this cache, to those whom the index lets have it. `trees` are the lender's own.
+    pub fn new(index: Index, cache: Arc<Cache>, trees: Manifests) -> Self {
+        let (queue, built) = Default::default();
+        let trees = Arc::new(Trees { stored: trees, cache: cache.clone(), queue, built });
+        Self { index, cache, trees }
     }
 
-    /// Which ranges of each content are here and may be lent to the asker.
-    pub fn lends(&self, asker: DeviceId, contents: &[Wanted]) -> Vec<Vec<Range<u64>>> {
-        let lent = |wanted: &Wanted| {
-            let is_lent = self.cache.has_whole(wanted.content)
-                && self.may_have(asker, *wanted).unwrap_or_else(|error| {
-                    tracing::warn!(%error, "cannot find out who may have cached bytes");
-                    false
-                });
-            if is_lent { vec![0..wanted.size] } else { vec![] }
+    /// What of each content is here and may be lent to the asker.
+    pub fn lends(&self, asker: DeviceId, contents: &[Wanted]) -> Vec<Lent> {
+        let mut said: HashMap<Wanted, Lent> = HashMap::new();
+        let mut say = |wanted: &Wanted| {
+            said.entry(*wanted).or_insert_with(|| self.lent(asker, *wanted)).clone()
         };
-        contents.iter().map(lent).collect()
+        contents.iter().map(&mut say).collect()
+    }
+
+    /// How long it takes must not tell who may not have a content whether it is here: that is
+    /// looked at last.
+    fn lent(&self, asker: DeviceId, wanted: Wanted) -> Lent {
+        let may_have = self.may_have(asker, wanted).unwrap_or_else(|error| {
+            tracing::warn!(%error, "cannot find out who may have cached bytes");
+            false
+        });
+        if !may_have || !self.cache.has_whole(wanted.content) {
+            return Lent::default();
+        }
+        let is_ready = wanted.size <= GROUP_BYTES || self.trees.stored.has(wanted.content);
+        Lent { ranges: vec![0..wanted.size], is_ready }
     }
 
     /// The bytes of a range, with what proves them.
@@ -103,13 +125,13 @@ impl Lender {
             true => Vec::new(),
             false => {
                 let read = &mut |near| read_range(&file, near).map(|bytes| bytes.to_vec());
-                let tree = self.tree(wanted, &file)?;
+                let tree = self.trees.get(asker, wanted, &file)?;
                 tree.proof_with(range.clone(), read).map_err(unreadable)?
             }
         };
         if !verify(content, size, range, &bytes, &proof) {
-            // Hashed once more for the next one, and found to be damaged.
-            self.trees.forget(content);
+            tracing::warn!(%content, "a cached content is damaged and is dropped");
+            self.cache.file(Key::Content(content), size).discard();
             return Err(FetchError::Stale);
         }
         Ok(Fetched { bytes, proof })
@@ -117,17 +139,29 @@ impl Lender {
 
     fn may_have(&self, asker: DeviceId, wanted: Wanted) -> Result<bool, IndexError> {
         let view = self.index.view()?;
-        for (no, file) in view.holders(wanted.content)?.into_iter().take(MAX_REASONS) {
-            let Some(location) = self.index.location(no) else { continue };
-            if !self.may_see(asker, &location)? {
+        let mut visible: HashMap<LocationNo, bool> = HashMap::new();
+        let mut looked_at = 0;
+        for (no, file) in view.holders(wanted.content)? {
+            let is_visible = match visible.get(&no) {
+                Some(known) => *known,
+                None => {
+                    let location = self.index.location(no);
+                    let sees = location.map(|location| self.may_see(asker, &location));
+                    *visible.entry(no).or_insert(sees.transpose()?.unwrap_or(false))
+                }
+            };
+            if !is_visible {
                 continue;
             }
             let entry = view.node(no, file)?.map(|node| node.entry);
-            let has_it = |e: &crate::model::Entry| {
-                e.content == Some(wanted.content) && e.attr.size == wanted.size
-            };
+            let has_it =
+                |e: &Entry| e.content == Some(wanted.content) && e.attr.size == wanted.size;
             if entry.as_ref().is_some_and(has_it) {
                 return Ok(true);
+            }
+            looked_at += 1;
+            if looked_at == MAX_REASONS {
+                break;
             }
         }
         Ok(false)
@@ -143,80 +177,117 @@ impl Lender {
         }
         self.index.may_be_shown(location, asker)
     }
-
-    /// The tree of a content, which is built if need be.
-    fn tree(&self, wanted: Wanted, file: &File) -> Result<Arc<Manifest>, FetchError> {
-        let until = Instant::now() + BUILD_PATIENCE;
-        let mut state = lock(&self.trees.state);
-        loop {
-            if let Some(tree) = state.kept.get(&wanted.content) {
-                return Ok(tree.clone());
-            }
-            if state.building.is_none() {
-                let file = file.try_clone().map_err(unreadable)?;
-                self.build(wanted, file).map_err(unreadable)?;
-                state.building = Some(wanted.content);
-            }
-            let Some(left) = until.checked_duration_since(Instant::now()) else {
-                return Err(FetchError::Unreachable);
-            };
-            let waited = self.trees.built.wait_timeout(state, left);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
-            if self.cache.whole_content(wanted.content, wanted.size).is_none() {
-                return Err(FetchError::Refused);
-            }
-        }
-    }
-
-    /// Hashes a file on a thread of its own, which begins when the lock is given back.
-    fn build(&self, wanted: Wanted, file: File) -> io::Result<()> {
-        let (trees, cache) = (self.trees.clone(), self.cache.clone());
-        let Wanted { content, size } = wanted;
-        let work = move || {
-            // Whatever ends this thread, also a panic, lets the next one be built.
-            let ended = Ended(&trees);
-            match Manifest::of_file(&file, size, &AtomicBool::new(false)) {
-                Ok(Some((hashed, tree))) if hashed == content => trees.keep(tree),
-                Ok(_) => {
-                    tracing::warn!(%content, "a cached content is damaged and is dropped");
-                    cache.file(Key::Content(content), size).discard();
-                }
-                Err(e) => tracing::warn!(%content, "a cached content could not be hashed: {e}"),
-            }
-            drop(ended);
-        };
-        std::thread::Builder::new().name("lent-tree".into()).spawn(work).map(drop)
-    }
 }
 
 impl Trees {
-    fn keep(&self, tree: Manifest) {
-        let mut state = lock(&self.state);
-        state.bytes += tree.memory_bytes();
-        if let Some((_, old)) = state.kept.push(tree.content(), Arc::new(tree)) {
-            state.bytes -= old.memory_bytes();
+    /// The tree of a content. If need be it is built, for which few may wait, and not for long.
+    fn get(
+        self: &Arc<Self>,
+        asker: DeviceId,
+        wanted: Wanted,
+        file: &File,
+    ) -> Result<Arc<Manifest>, FetchError> {
+        if let Some(tree) = self.stored.get(wanted.content) {
+            return Ok(tree);
         }
-        while state.bytes > TREES_BYTES && state.kept.len() > 1 {
-            let Some((_, old)) = state.kept.pop_lru() else { break };
-            state.bytes -= old.memory_bytes();
+        {
+            let mut queue = lock(&self.queue);
+            let is_queued = queue.is_queued(wanted.content);
+            if !is_queued && queue.waiting.iter().any(|build| build.asker == asker) {
+                return Err(FetchError::NotNow);
+            }
+            if !is_queued {
+                let file = file.try_clone().map_err(unreadable)?;
+                queue.waiting.push_back(Build { asker, wanted, file });
+            }
+            self.start(&mut queue).map_err(unreadable)?;
+            if queue.waiters == MAX_WAITERS {
+                return Err(FetchError::NotNow);
+            }
+            queue.waiters += 1;
+            let is_queued = |queue: &mut Queue| queue.is_queued(wanted.content);
+            let waited = self.built.wait_timeout_while(queue, BUILD_PATIENCE, is_queued);
+            waited.unwrap_or_else(PoisonError::into_inner).0.waiters -= 1;
+        }
+        match self.stored.get(wanted.content) {
+            Some(tree) => Ok(tree),
+            None if self.cache.has_whole(wanted.content) => Err(FetchError::NotNow),
+            None => Err(FetchError::Refused),
         }
     }
 
-    fn forget(&self, content: ContentId) {
-        let mut state = lock(&self.state);
-        if let Some(old) = state.kept.pop(&content) {
-            state.bytes -= old.memory_bytes();
+    fn start(self: &Arc<Self>, queue: &mut Queue) -> io::Result<()> {
+        if queue.has_thread {
+            return Ok(());
+        }
+        let trees = self.clone();
+        let spawned = std::thread::Builder::new().name("lent-trees".into()).spawn(move || {
+            lower_priority(HASH_NICE);
+            let _ended = Ended(&trees);
+            while let Some(build) = trees.next() {
+                trees.build(build);
+            }
+        });
+        match spawned {
+            Ok(_) => queue.has_thread = true,
+            Err(_) => queue.waiting.clear(),
+        }
+        spawned.map(drop)
+    }
+
+    /// The next one for the thread, which ends when there is none.
+    fn next(&self) -> Option<Build> {
+        let (next, is_time) = {
+            let mut queue = lock(&self.queue);
+            let next = queue.waiting.pop_front();
+            queue.building = next.as_ref().map(|build| build.wanted.content);
+            queue.has_thread = next.is_some();
+            let is_time = next.is_some() && queue.begun.is_multiple_of(PRUNE_EVERY);
+            queue.begun += usize::from(next.is_some());
+            (next, is_time)
+        };
+        self.built.notify_all();
+        if is_time && let Err(e) = self.stored.prune(&mut |content| self.cache.has_whole(content)) {
+            tracing::warn!("hash trees of what is not cached any more stay: {e}");
+        }
+        next
+    }
+
+    fn build(&self, Build { wanted, file, .. }: Build) {
+        let Wanted { content, size } = wanted;
+        match Manifest::of_file(&file, size, &AtomicBool::new(false)) {
+            Ok(Some((hashed, tree))) if hashed == content => {
+                if let Err(e) = self.stored.put_and_load(tree) {
+                    tracing::warn!(%content, "a hash tree could not be stored: {e}");
+                }
+            }
+            Ok(_) => {
+                tracing::warn!(%content, "a cached content is damaged and is dropped");
+                self.cache.file(Key::Content(content), size).discard();
+            }
+            Err(e) => tracing::warn!(%content, "a cached content could not be hashed: {e}"),
         }
     }
 }
 
-/// The end of a building.
+impl Queue {
+    fn is_queued(&self, content: ContentId) -> bool {
+        self.building == Some(content)
+            || self.waiting.iter().any(|build| build.wanted.content == content)
+    }
+}
+
+/// The end of the thread: also when it panics, the next one can begin.
 struct Ended<'a>(&'a Trees);
 
 impl Drop for Ended<'_> {
     fn drop(&mut self) {
-        lock(&self.0.state).building = None;
-        self.0.built.notify_all();
+        if std::thread::panicking() {
+            let mut queue = lock(&self.0.queue);
+            (queue.building, queue.has_thread) = (None, false);
+            drop(queue);
+            self.0.built.notify_all();
+        }
     }
 }
 

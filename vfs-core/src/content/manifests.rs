@@ -1,4 +1,5 @@
-//! Manifests of this device's own files, on disk: `manifests/ab/<hex>`.
+//! Manifests on disk, `manifests/ab/<hex>`: of this device's own files, or in another directory of
+//! what its cache lends.
 //!
 //! Owns that directory. A manifest can always be had again by hashing its file,
 //! so a damaged one is dropped and counts as missing. Files of at most one
@@ -64,6 +65,18 @@ impl Manifests {
             let _ = fs::remove_file(&temporary);
         }
         written
+    }
+
+    /// The same, and what is stored or could not be stays in memory for a while.
+    pub(super) fn put_and_load(&self, manifest: Manifest) -> io::Result<()> {
+        let stored = self.put(&manifest);
+        self.lock().insert(Arc::new(manifest));
+        stored
+    }
+
+    /// Whether there is one of a content, as far as can be said without reading it.
+    pub(super) fn has(&self, content: ContentId) -> bool {
+        self.lock().manifests.contains(&content) || self.path(content).exists()
     }
 
     fn write(&self, temporary: &Path, path: &Path, manifest: &Manifest) -> io::Result<()> {

@@ -136,7 +136,7 @@ impl OwnFiles {
         let (node, path) = self.find(location.no, version.file)?;
         let root = (self.roots)(location.no).map_err(|e| match e.kind() {
             // An unplugged disk: its device cannot give the bytes now, but may later.
-            Kind::NotFound => FetchError::Unreachable,
+            Kind::NotFound => FetchError::NotNow,
             _ => failed(e),
         })?;
         let file = root.open_for_reading(&path).map_err(|e| match e.kind() {

@@ -5,7 +5,7 @@ use super::*;
 use crate::index::{Attested, LogRow, NewLocation, ROOT_PARENT, Signed, Statement, open_store};
 use crate::local::Root;
 use crate::model::{Attr, ContentId, FileId, Name, Seq, Stamp};
-use crate::source::{BoxFuture, FetchError, Fetched, MAX_FETCH_BYTES, Wanted};
+use crate::source::{BoxFuture, FetchError, Fetched, Lent, MAX_FETCH_BYTES, Wanted};
 use bytes::Bytes;
 use std::fs;
 use std::ops::Range;
@@ -33,6 +33,9 @@ enum Behaviour {
     FlipsABit,
     CutsShort,
     Stalls,
+    /// Says what it has, and gives nothing.
+    Hangs,
+    IsNotReady,
     Unreachable,
     IsStale,
     Refuses,
@@ -49,6 +52,7 @@ struct Net {
     stamp: Stamp,
     /// Bytes a second on the link of a device, and until when that is busy.
     links: Mutex<HashMap<DeviceId, (f64, tokio::time::Instant)>>,
+    delays: Mutex<HashMap<DeviceId, Duration>>,
     /// While shut, requests wait.
     shut: tokio::sync::watch::Sender<bool>,
     flying: AtomicUsize,
@@ -88,6 +92,18 @@ impl Net {
         tokio::time::sleep_until(until).await;
     }
 
+    /// From now on its answers take so long.
+    fn delay(&self, device: DeviceId, time: Duration) {
+        lock(&self.delays).insert(device, time);
+    }
+
+    async fn wait_for(&self, device: DeviceId) {
+        let delay = lock(&self.delays).get(&device).copied();
+        if let Some(delay) = delay {
+            tokio::time::sleep(delay).await;
+        }
+    }
+
     fn bytes_asked_of(&self, device: DeviceId) -> u64 {
         let asked = self.asked().into_iter().filter(|(asked, _)| *asked == device);
         asked.map(|(_, range)| range.end - range.start).sum()
@@ -107,8 +123,10 @@ impl Net {
         assert!(manifest::is_fetchable(&range, version.stamp.size), "{range:?}");
         assert!(range.end - range.start <= MAX_FETCH_BYTES);
         self.pass_link(device, range.end - range.start).await;
+        self.wait_for(device).await;
         match self.behaviour(device) {
-            Behaviour::Stalls => std::future::pending().await,
+            Behaviour::Stalls | Behaviour::Hangs => std::future::pending().await,
+            Behaviour::IsNotReady => return Err(FetchError::NotNow),
             Behaviour::Unreachable => return Err(FetchError::Unreachable),
             Behaviour::IsStale => return Err(FetchError::Stale),
             Behaviour::Refuses => return Err(FetchError::Refused),
@@ -157,6 +175,11 @@ impl ContentSource for Net {
         })
     }
 
+    /// The first lender is the nearest.
+    fn rtt(&self, device: DeviceId) -> Option<Duration> {
+        Some(Duration::from_millis(10 * u64::from(device.0[0].saturating_sub(LENDER.0[0]))))
+    }
+
     fn lenders(&self) -> Vec<DeviceId> {
         let lenders = lock(&self.lenders).clone();
         lenders.into_iter().filter(|device| self.is_reachable(*device)).collect()
@@ -166,13 +189,16 @@ impl ContentSource for Net {
         &'a self,
         device: DeviceId,
         contents: &'a [Wanted],
-    ) -> BoxFuture<'a, Result<Vec<Vec<Range<u64>>>, FetchError>> {
+    ) -> BoxFuture<'a, Result<Vec<Lent>, FetchError>> {
         self.questions.fetch_add(1, Ordering::Relaxed);
         Box::pin(async move {
+            self.wait_for(device).await;
+            let lent =
+                |wanted: &Wanted| Lent { ranges: vec![0..wanted.size], is_ready: true };
             match self.behaviour(device) {
                 Behaviour::Stalls => std::future::pending().await,
-                Behaviour::Refuses => Ok(contents.iter().map(|_| vec![]).collect()),
-                _ => Ok(contents.iter().map(|wanted| vec![0..wanted.size]).collect()),
+                Behaviour::Refuses => Ok(vec![Lent::default(); contents.len()]),
+                _ => Ok(contents.iter().map(lent).collect()),
             }
         })
     }
@@ -263,6 +289,7 @@ impl World {
             questions: 0.into(),
             stamp: entry.stamp(),
             links: Mutex::default(),
+            delays: Mutex::default(),
             shut: tokio::sync::watch::Sender::new(false),
             flying: 0.into(),
             most_flying: 0.into(),
@@ -552,11 +579,16 @@ fn state(world: &World, device: DeviceId, shared_with: Option<Vec<DeviceId>>) {
     assert_eq!(world.index.attest(world.no(device), &signed).unwrap(), Attested::Same);
 }
 
+fn lender(world: &World, content: &Arc<Content>) -> Lender {
+    let trees = Manifests::open(&world.dir.path().join("lent")).unwrap();
+    Lender::new(world.index.clone(), content.cache.clone(), trees)
+}
+
 fn lender_with(world: &World, content: &Arc<Content>) -> Lender {
     let reader = world.open(content);
     world.read_through(&reader, 1 << 20);
     wait_until("the file is complete", || reader.complete_file().is_some());
-    Lender::new(world.index.clone(), content.cache.clone())
+    lender(world, content)
 }
 
 #[test]
@@ -565,11 +597,12 @@ fn a_cached_content_is_lent_to_those_who_may_see_a_file_with_it() {
     let content = world.content();
     let lender = lender_with(&world, &content);
     let wanted = Wanted { content: world.entry.content.unwrap(), size: world.entry.attr.size };
-    let whole = vec![vec![0..wanted.size]];
     let is_lent = |asker: DeviceId| {
         let read = lender.read(asker, wanted, 0..GROUP_BYTES);
         assert!(matches!(read, Ok(_) | Err(FetchError::Refused)), "{read:?}");
-        assert_eq!(lender.lends(asker, &[wanted]) == whole, read.is_ok());
+        let lent = &lender.lends(asker, &[wanted])[0];
+        assert_eq!(lent.ranges == [0..wanted.size], read.is_ok());
+        assert_eq!(lent.is_ready, read.is_ok(), "its tree was built for the first range");
         read.is_ok()
     };
     assert!(!is_lent(LENDER), "no owner has said who may see it");
@@ -602,7 +635,9 @@ fn a_cached_content_is_lent_to_those_who_may_see_a_file_with_it() {
     for wrong in [Wanted { size: size - 1, ..wanted }, Wanted { content: ContentId([1; 32]), size }]
     {
         assert!(lender.read(LENDER, wrong, 0..GROUP_BYTES).is_err());
-        assert_eq!(lender.lends(LENDER, &[wrong, wanted]), [vec![], vec![0..size]]);
+        let lent = Lent { ranges: vec![0..size], is_ready: true };
+        let lends = lender.lends(LENDER, &[wrong, wanted, wanted]);
+        assert_eq!(lends, [Lent::default(), lent.clone(), lent]);
     }
     for range in [1..GROUP_BYTES, 0..size, 3 << 20..size + 1, 0..0] {
         assert!(lender.read(LENDER, wanted, range).is_err());

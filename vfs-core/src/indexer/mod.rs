@@ -418,12 +418,12 @@ impl Core {
 /// Scanning yields to programs that someone waits for, hashing more so; neither so far
 /// that it would stand still on a machine that is always busy, as at 19.
 const SCAN_NICE: i32 = 5;
-const HASH_NICE: i32 = 10;
+pub(crate) const HASH_NICE: i32 = 10;
 
 /// Lowers the priority of this thread for the processor and, with it, for the disk:
 /// Linux derives the I/O priority from the nice value (`ioprio_set(2)`), here the
 /// lower best-effort levels.
-fn lower_priority(nice: i32) {
+pub(crate) fn lower_priority(nice: i32) {
     if nice > 0
         && let Err(e) = rustix::process::nice(nice)
     {

@@ -135,8 +135,8 @@ impl PeerLocks {
                 !lock.table.is_empty()
             }
             // Deleted while it is locked, as any file may be; or its disk is away for now.
-            Err(FetchError::Stale | FetchError::Unreachable | FetchError::Failed(_)) => true,
             Err(FetchError::Refused) => false,
+            Err(_) => true,
         }
     }
 
