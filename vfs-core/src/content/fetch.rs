@@ -36,6 +36,8 @@ const MAX_HOLDERS_EACH: usize = 2;
 /// A holder may be silent for so long while there is another to try; twice as long if it answers
 /// other requests meanwhile, or longer if the bytes are known to take that.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// But not longer than this, however slow it is known to be.
+const MOST_PATIENCE: Duration = Duration::from_secs(60);
 /// A holder whose disk or program fails is asked again for this long.
 const FAILED_PATIENCE: Duration = Duration::from_secs(1);
 /// How long the holders found in the index are not looked up again.
@@ -975,8 +977,7 @@ fn lose_patience(holder: &Holder, bytes: u64, asked: Instant) -> Instant {
     // its reach.
     let heard = pace.last_heard().map_or(asked, |at| at.max(asked));
     let most = (2 * PATIENCE).max(late_after(pace.expected(bytes, holder.rtt, now)));
-    let most = asked.checked_add(most).unwrap_or(now + most.min(LENT_FOR));
-    most.min(heard + PATIENCE)
+    (asked + most.min(MOST_PATIENCE)).min(heard + PATIENCE)
 }
 
 /// The first answer, with its racer, which is out of the race.

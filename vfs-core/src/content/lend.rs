@@ -298,3 +298,56 @@ fn unreadable(error: io::Error) -> FetchError {
         _ => FetchError::Failed(error.to_string()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Instant;
+
+    fn wanted(seed: u8) -> (Wanted, File) {
+        let bytes = vec![seed; 3 * GROUP_BYTES as usize];
+        let mut file = tempfile::tempfile().unwrap();
+        io::Write::write_all(&mut file, &bytes).unwrap();
+        (Wanted { content: ContentId::of(&bytes), size: bytes.len() as u64 }, file)
+    }
+
+    #[test]
+    fn few_wait_for_trees_and_each_asker_has_one_built_at_a_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = || Manifests::open(&dir.path().join("lent")).unwrap();
+        let cache = Arc::new(Cache::open(&dir.path().join("cache"), 1 << 30));
+        let (queue, built) = Default::default();
+        let trees = Arc::new(Trees { stored: open(), cache, queue, built });
+        let (first, file) = wanted(1);
+        let (second, other) = wanted(2);
+        let asker = |n: usize| DeviceId([n as u8; 32]);
+        // As while a large file is hashed.
+        lock(&trees.queue).has_thread = true;
+        std::thread::scope(|scope| {
+            for n in 0..MAX_WAITERS {
+                let (trees, file) = (&trees, &file);
+                scope.spawn(move || assert!(trees.get(asker(n), first, file).is_err()));
+            }
+            while lock(&trees.queue).waiters < MAX_WAITERS {
+                std::thread::yield_now();
+            }
+            let asked = Instant::now();
+            let refused = trees.get(asker(9), first, &file);
+            assert!(matches!(refused, Err(FetchError::NotNow)));
+            let first_asker = lock(&trees.queue).waiting[0].asker;
+            assert!(trees.get(first_asker, second, &other).is_err());
+            assert_eq!(lock(&trees.queue).waiting.len(), 1, "one for each asker");
+            assert!(trees.get(asker(9), second, &other).is_err());
+            assert_eq!(lock(&trees.queue).waiting.len(), 2);
+            assert!(asked.elapsed() < BUILD_PATIENCE / 2, "at once");
+        });
+        assert_eq!(lock(&trees.queue).waiters, 0);
+        lock(&trees.queue).has_thread = false;
+        for (wanted, file) in [(first, &file), (second, &other), (first, &file)] {
+            let tree = trees.get(asker(1), wanted, file).unwrap();
+            assert_eq!(tree.content(), wanted.content);
+            assert!(open().has(wanted.content), "it is stored");
+        }
+        assert_eq!(lock(&trees.queue).begun, 2, "each is hashed once");
+    }
+}

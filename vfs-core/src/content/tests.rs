@@ -559,6 +559,101 @@ fn a_cache_that_lends_wrong_bytes_is_reported_and_left_for_another() {
     assert!(world.net.asked().iter().filter(|(device, _)| *device == LENDER).count() <= 1);
 }
 
+#[test]
+fn the_third_holder_is_asked_when_two_give_nothing() {
+    for behaviour in [Behaviour::Hangs, Behaviour::IsNotReady] {
+        let mut world = World::new(3 * GROUP);
+        world.config.read_deadline = Duration::from_secs(12);
+        let honest = DeviceId([5; 32]);
+        lock(&world.net.lenders).extend([LENDER, honest]);
+        world.net.behave(OWNER, Behaviour::Stalls);
+        world.net.behave(OTHER, Behaviour::Unreachable);
+        world.net.behave(LENDER, behaviour);
+        let content = world.content();
+        let reader = world.open(&content);
+        let asked = Instant::now();
+        assert_eq!(world.read(&reader, 0, 10).unwrap(), world.bytes[..10]);
+        assert!(asked.elapsed() < Duration::from_secs(6), "{:?}", asked.elapsed());
+        assert!(world.net.asked().iter().any(|(device, _)| *device == LENDER));
+    }
+}
+
+#[test]
+fn a_near_lender_of_no_use_does_not_hide_another_one() {
+    for behaviour in [Behaviour::FlipsABit, Behaviour::IsStale] {
+        let world = World::new(3 * GROUP);
+        let honest = DeviceId([5; 32]);
+        lock(&world.net.lenders).extend([LENDER, honest]);
+        world.net.behave_all(Behaviour::Unreachable);
+        world.net.behave(LENDER, behaviour);
+        world.net.delay(honest, Duration::from_millis(400));
+        let content = world.content();
+        let reader = world.open(&content);
+        world.read_through(&reader, 1000);
+        assert_eq!(world.net.asked().iter().filter(|(device, _)| *device == LENDER).count(), 1);
+    }
+}
+
+#[test]
+fn a_late_refusal_does_not_end_the_question_for_lenders() {
+    let world = World::new(3 * GROUP);
+    lock(&world.net.lenders).push(LENDER);
+    world.net.behave(OTHER, Behaviour::Unreachable);
+    // It is late after one second; the lenders are asked then, and answer after it.
+    world.net.behave(OWNER, Behaviour::IsStale);
+    world.net.delay(OWNER, Duration::from_millis(1200));
+    world.net.delay(LENDER, Duration::from_millis(600));
+    let content = world.content();
+    let reader = world.open(&content);
+    assert_eq!(world.read(&reader, 0, 10).unwrap(), world.bytes[..10]);
+    assert_eq!(world.net.questions.load(Ordering::Relaxed), 1);
+}
+
+#[test]
+fn an_answer_is_no_silence_and_wrong_bytes_are() {
+    for (behaviour, is_silent) in [(Behaviour::IsNotReady, false), (Behaviour::FlipsABit, true)] {
+        let world = World::new(3 * GROUP);
+        world.net.behave(OWNER, behaviour);
+        let content = world.content();
+        let reader = world.open(&content);
+        assert_eq!(world.read(&reader, 0, 10).unwrap(), world.bytes[..10]);
+        assert_eq!(world.net.asked()[0].0, OWNER);
+        assert_eq!(content.supply_of(OWNER).is_silent(), is_silent);
+    }
+}
+
+#[test]
+fn more_devices_are_asked_while_none_has_it() {
+    let world = World::new(3 * GROUP);
+    let devices: Vec<_> = (10..50).map(|n| DeviceId([n; 32])).collect();
+    for device in &devices {
+        world.net.behave(*device, Behaviour::Refuses);
+    }
+    world.net.behave(devices[39], Behaviour::Serves);
+    *lock(&world.net.lenders) = devices;
+    world.net.behave_all(Behaviour::Unreachable);
+    let content = world.content();
+    let reader = world.open(&content);
+    assert_eq!(world.read(&reader, 0, 10).unwrap(), world.bytes[..10]);
+}
+
+#[test]
+fn files_that_an_asker_may_not_see_do_not_hide_one_that_it_may() {
+    let world = World::new(3 * GROUP);
+    let rows = (0..1000).map(|n| {
+        let name = format!("copy-{n}");
+        row(3 + n, FileId::ROOT, &name, Entry { file_id: FileId(1000 + n), ..world.entry.clone() })
+    });
+    assert!(world.no(OWNER) < world.no(OTHER));
+    world.index.apply_replica(world.no(OWNER), 9, rows.collect(), Seq(1002)).unwrap();
+    let content = world.content();
+    let lender = lender_with(&world, &content);
+    state(&world, OWNER, Some(vec![ME]));
+    state(&world, OTHER, None);
+    let wanted = Wanted { content: world.entry.content.unwrap(), size: world.entry.attr.size };
+    assert_eq!(lender.lends(LENDER, &[wanted])[0].ranges, [0..wanted.size]);
+}
+
 /// What a device says of its location.
 fn statement(world: &World, device: DeviceId, shared_with: Option<Vec<DeviceId>>) -> Statement {
     let location = world.index.location_by_id(location_of(device)).unwrap();
@@ -663,6 +758,21 @@ fn a_damaged_cache_lends_nothing_wrong() {
         lender.read(LENDER, wanted, 0..GROUP_BYTES).is_err()
     });
     assert_eq!(content.cache().stats().files, 0);
+}
+
+#[test]
+fn a_small_file_that_is_damaged_in_the_cache_is_dropped_when_it_is_asked_for() {
+    let world = World::new(GROUP / 2);
+    let content = world.content();
+    let lender = lender_with(&world, &content);
+    state(&world, OWNER, None);
+    let wanted = Wanted { content: world.entry.content.unwrap(), size: world.entry.attr.size };
+    fs::write(&files_below(&world.cache_dir().join("content"))[0], vec![1; GROUP / 2]).unwrap();
+    for error in [FetchError::Stale, FetchError::Refused] {
+        let failed = lender.read(LENDER, wanted, 0..wanted.size).unwrap_err();
+        assert_eq!(failed.to_string(), error.to_string());
+    }
+    assert_eq!(lender.lends(LENDER, &[wanted]), [Lent::default()]);
 }
 
 /// How long a file takes to be read in its order, with these links to its holders.
