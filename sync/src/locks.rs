@@ -82,7 +82,9 @@ pub(crate) async fn serve(
         Ok(Ok(answer)) => Response::Lock(answer),
         Ok(Err(FetchError::Refused)) => Response::Refused(Refusal::NotShared),
         Ok(Err(FetchError::Stale)) => Response::Refused(Refusal::Stale),
-        Ok(Err(FetchError::Unreachable | FetchError::NotNow)) => Response::Refused(Refusal::Offline),
+        Ok(Err(FetchError::Unreachable | FetchError::NotNow)) => {
+            Response::Refused(Refusal::Offline)
+        }
         Ok(Err(FetchError::Failed(error))) => {
             tracing::warn!(error, "a peer's lock failed");
             Response::Refused(Refusal::Failed)

@@ -7,8 +7,8 @@
 use crate::node::Shared;
 use crate::presence::{Link, Peer, reply};
 use crate::wire::{
-    self, Borrow, Fetch, LocationList, MAX_PROOF, MemberList, NEWEST, OLDEST, Refusal,
-    Request, Response, StatementList, WireError,
+    self, Borrow, Fetch, LocationList, MAX_PROOF, MemberList, NEWEST, OLDEST, Refusal, Request,
+    Response, StatementList, WireError,
 };
 use crate::{accept, deliver, locks, members, pass_on, replicate};
 use bytes::Bytes;
@@ -233,10 +233,7 @@ fn range_of(offset: u64, len: u32) -> Option<Range<u64>> {
     (1..=MAX_FETCH_BYTES).contains(&len).then_some(offset..end)
 }
 
-fn checked(
-    fetched: Result<Fetched, FetchError>,
-    range: &Range<u64>,
-) -> Result<Fetched, Refusal> {
+fn checked(fetched: Result<Fetched, FetchError>, range: &Range<u64>) -> Result<Fetched, Refusal> {
     let fetched = fetched.map_err(|error| match error {
         FetchError::Stale => Refusal::Stale,
         FetchError::Refused => Refusal::NotShared,

@@ -387,15 +387,11 @@ impl Fetcher {
 
     /// Takes the holder out that is the next to be asked, by what is known now; beside those that
     /// are `late` it is on another device, and none that was silent itself.
-    fn take_next(
-        &self,
-        round: &mut Round,
-        ask: &Ask<'_>,
-        late: &[DeviceId],
-    ) -> Option<Holder> {
+    fn take_next(&self, round: &mut Round, ask: &Ask<'_>, late: &[DeviceId]) -> Option<Holder> {
         let now = Instant::now();
-        let may_be_asked =
-            |(_, holder): &(usize, &Holder)| !late.contains(&holder.device) && self.may_answer(holder);
+        let may_be_asked = |(_, holder): &(usize, &Holder)| {
+            !late.contains(&holder.device) && self.may_answer(holder)
+        };
         let ranked = round.left.iter().enumerate().filter(may_be_asked);
         let ranked = ranked.map(|(n, holder)| (self.rank(holder, ask.len(), now), n));
         let (rank, n) = ranked.min()?;
@@ -931,8 +927,7 @@ impl Question {
             let Ok((device, Some(is_ready))) = answered else { continue };
             is_lent = true;
             let Some(fetcher) = self.fetcher.upgrade() else { break };
-            let lender =
-                fetcher.holder(device, self.version.clone(), Is::Lender { is_ready });
+            let lender = fetcher.holder(device, self.version.clone(), Is::Lender { is_ready });
             self.tell(&fetcher, |lenders| lenders.holders.push(lender));
         }
         is_lent

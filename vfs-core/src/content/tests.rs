@@ -193,8 +193,7 @@ impl ContentSource for Net {
         self.questions.fetch_add(1, Ordering::Relaxed);
         Box::pin(async move {
             self.wait_for(device).await;
-            let lent =
-                |wanted: &Wanted| Lent { ranges: vec![0..wanted.size], is_ready: true };
+            let lent = |wanted: &Wanted| Lent { ranges: vec![0..wanted.size], is_ready: true };
             match self.behaviour(device) {
                 Behaviour::Stalls => std::future::pending().await,
                 Behaviour::Refuses => Ok(vec![Lent::default(); contents.len()]),

@@ -159,12 +159,12 @@ impl Index {
     /// is known to be right; `is_owners_word`: the owner itself says so at this moment, so that it
     /// counts whatever its clock has been before.
     pub fn note_sharing(&self, stated: &Statement, is_owners_word: bool) -> Result<(), IndexError> {
-        let is_replica =
-            self.location_by_id(stated.location).is_some_and(|l| l.owner != self.me());
+        let is_replica = self.location_by_id(stated.location).is_some_and(|l| l.owner != self.me());
         let Statement { shared_with, made_ms, .. } = stated.clone();
         let new = Sharing { shared_with, made_ms };
         let last = sharing(&*self.store().snapshot()?, stated.location)?;
-        let is_news = last.is_none_or(|last| last.made_ms < made_ms || is_owners_word && last != new);
+        let is_news =
+            last.is_none_or(|last| last.made_ms < made_ms || is_owners_word && last != new);
         if !is_replica || !is_news {
             return Ok(());
         }
