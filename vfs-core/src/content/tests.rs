@@ -568,6 +568,7 @@ fn the_third_holder_is_asked_when_two_give_nothing() {
         world.net.behave(OWNER, Behaviour::Stalls);
         world.net.behave(OTHER, Behaviour::Unreachable);
         world.net.behave(LENDER, behaviour);
+        world.net.delay(honest, Duration::from_millis(100));
         let content = world.content();
         let reader = world.open(&content);
         let asked = Instant::now();

@@ -159,13 +159,18 @@ impl Index {
     /// is known to be right; `is_owners_word`: the owner itself says so at this moment, so that it
     /// counts whatever its clock has been before.
     pub fn note_sharing(&self, stated: &Statement, is_owners_word: bool) -> Result<(), IndexError> {
-        let is_replica = self.location_by_id(stated.location).is_some_and(|l| l.owner != self.me());
+        let location = self.location_by_id(stated.location);
+        let Some(replica) = location.filter(|l| l.owner != self.me()) else { return Ok(()) };
         let Statement { shared_with, made_ms, .. } = stated.clone();
         let new = Sharing { shared_with, made_ms };
-        let last = sharing(&*self.store().snapshot()?, stated.location)?;
-        let is_news =
-            last.is_none_or(|last| last.made_ms < made_ms || is_owners_word && last != new);
-        if !is_replica || !is_news {
+        let snapshot = self.store().snapshot()?;
+        let last = sharing(&*snapshot, stated.location)?;
+        let kept = statement(&*snapshot, replica.no)?.map(|signed| signed.statement);
+        let kept = kept.filter(|kept| kept.location == stated.location);
+        let newest =
+            last.iter().map(|last| last.made_ms).chain(kept.map(|kept| kept.made_ms)).max();
+        let is_newer = newest.is_none_or(|newest| newest < made_ms);
+        if !is_newer && !is_owners_word || last.as_ref() == Some(&new) {
             return Ok(());
         }
         self.write(|tx| {
