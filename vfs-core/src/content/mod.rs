@@ -3,9 +3,10 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`manifest`] | the tree of a file, and the check of a range against its content id |
-//! | [`manifests`] | the trees of own files, stored |
+//! | [`manifests`] | the trees of own files and of what is lent, stored |
 //! | [`serve`] | ranges of own files, for peers and for this device |
 //! | [`lend`] | ranges of cached contents, for members that may read them |
+//! | `trees` | the trees of what is lent, built when they are needed |
 //! | [`cache`] | fetched bytes on disk, within a limit |
 //! | `fetch` | one range from the first holder that has it right |
 //! | `choice` | which holder to ask for it |
@@ -30,6 +31,7 @@ pub mod pins;
 pub(crate) mod ranges;
 pub mod reader;
 pub mod serve;
+mod trees;
 mod window;
 
 #[cfg(test)]

@@ -1,0 +1,196 @@
+//! Who has the bytes in a cache. Nobody announces that: it is asked for when it is needed, of the
+//! devices that are connected, and what they say is believed for a while.
+
+use super::Fetcher;
+use super::holders::{Holder, Is};
+use crate::content::lock;
+use crate::model::DeviceId;
+use crate::source::{ContentSource, Version, Wanted};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout, timeout_at};
+
+/// How long devices may take to say what they have in their caches, and how long the others may
+/// take after the first one that has it.
+const LENDERS_ANSWER: Duration = Duration::from_secs(1);
+const LENDERS_AFTER_FIRST: Duration = Duration::from_millis(50);
+/// How long it is believed that nobody has it, and that those have it who said so.
+const NOT_LENT_FOR: Duration = Duration::from_secs(3);
+const LENT_FOR: Duration = Duration::from_secs(30);
+/// How many devices are asked together.
+const MAX_LENDERS: usize = 16;
+
+/// Who has it in a cache, by the last question for that.
+#[derive(Default)]
+pub(super) struct Lenders {
+    pub(super) holders: Vec<Holder>,
+    /// When it was asked; none if what was said is not enough any more.
+    asked: Option<Instant>,
+    /// The number of the question.
+    question: u64,
+    /// More answers may come.
+    is_open: bool,
+    /// Who said that it has it, and gave nothing or something else.
+    failed: Vec<(DeviceId, Instant)>,
+}
+
+impl Lenders {
+    fn is_known(&self, now: Instant) -> bool {
+        let believed_for = if self.holders.is_empty() { NOT_LENT_FOR } else { LENT_FOR };
+        self.asked.is_some_and(|asked| self.is_open || now - asked < believed_for)
+    }
+
+    /// Begins a question; gives its number.
+    fn begin(&mut self, now: Instant) -> u64 {
+        self.failed.retain(|(_, at)| now - *at < LENT_FOR);
+        self.holders.clear();
+        (self.asked, self.is_open) = (Some(now), true);
+        self.question += 1;
+        self.question
+    }
+
+    /// `false`: it was not known to have it.
+    fn fail(&mut self, device: DeviceId) -> bool {
+        let known = self.holders.len();
+        self.holders.retain(|lender| lender.device != device);
+        let was_known = self.holders.len() < known;
+        if was_known {
+            self.failed.push((device, Instant::now()));
+            // Others may have it that were not waited for.
+            self.asked = None;
+        }
+        was_known
+    }
+}
+
+impl Fetcher {
+    /// Waits for the first that say they have it in a cache, unless that is known. Others may be
+    /// added later.
+    pub(super) async fn find_lenders(self: &Arc<Self>) {
+        let mut lenders = self.lenders.subscribe();
+        self.ask_for_lenders();
+        let asked = lenders.borrow().asked;
+        let until = asked.unwrap_or_else(Instant::now) + LENDERS_ANSWER;
+        let some = lenders.wait_for(|lenders| !lenders.is_open || !lenders.holders.is_empty());
+        if timeout_at(until, some).await.is_ok() {
+            let all = lenders.wait_for(|lenders| !lenders.is_open);
+            drop(timeout(LENDERS_AFTER_FIRST, all).await);
+        }
+    }
+
+    /// Has the connected devices asked, unless it is known who has it.
+    pub(super) fn ask_for_lenders(self: &Arc<Self>) {
+        let version = self.a_version().filter(|version| version.content.is_some());
+        let Some((content, version)) = self.id.zip(version) else { return };
+        let mut begun = None;
+        self.lenders.send_if_modified(|lenders| {
+            let now = Instant::now();
+            if !lenders.is_known(now) {
+                let failed: Vec<_> = lenders.failed.iter().map(|(device, _)| *device).collect();
+                begun = Some((lenders.begin(now), failed));
+            }
+            begun.is_some()
+        });
+        let Some((number, failed)) = begun else { return };
+        let source = self.content.source.clone();
+        let mut devices = source.lenders();
+        {
+            let liars = lock(&self.liars);
+            let lied = |device| liars.iter().any(|(liar, .., lent)| *liar == device && *lent);
+            devices.retain(|device| !failed.contains(device) && !lied(*device));
+        }
+        let wanted = Wanted { content, size: self.size };
+        let fetcher = Arc::downgrade(self);
+        let question = Question { fetcher, source, wanted, version, number };
+        // With nobody to ask, it ends here.
+        if !devices.is_empty() {
+            self.content.runtime.spawn(question.ask(devices));
+        }
+    }
+
+    /// It does not have it any more, or not right: also others are asked for, next time.
+    pub(super) fn forget_lender(&self, holder: &Holder) {
+        if holder.lends {
+            self.lenders.send_if_modified(|lenders| lenders.fail(holder.device));
+        }
+    }
+
+    /// It has proved a range: its tree is there.
+    pub(super) fn note_ready(&self, device: DeviceId) {
+        self.lenders.send_if_modified(|lenders| {
+            let known = lenders.holders.iter_mut().find(|lender| lender.device == device);
+            known.is_some_and(|lender| !std::mem::replace(&mut lender.is_ready, true))
+        });
+    }
+}
+
+/// A question for who has a content in its cache. It goes on while nobody waits for it.
+struct Question {
+    fetcher: Weak<Fetcher>,
+    source: Arc<dyn ContentSource>,
+    wanted: Wanted,
+    version: Version,
+    number: u64,
+}
+
+impl Question {
+    /// Asks some of the devices, and more of them while none has it.
+    async fn ask(self, devices: Vec<DeviceId>) {
+        let mut asked = JoinSet::new();
+        let mut is_lent = false;
+        for some in devices.chunks(MAX_LENDERS) {
+            for device in some {
+                asked.spawn(lends(self.source.clone(), *device, self.wanted));
+            }
+            is_lent |= self.hear(&mut asked, LENDERS_ANSWER).await;
+            if is_lent {
+                break;
+            }
+        }
+        self.hear(&mut asked, NOT_LENT_FOR).await;
+    }
+
+    /// Whether one of them has it.
+    async fn hear(&self, asked: &mut JoinSet<(DeviceId, Option<bool>)>, time: Duration) -> bool {
+        let (mut is_lent, until) = (false, Instant::now() + time);
+        while let Ok(Some(answered)) = timeout_at(until, asked.join_next()).await {
+            let Ok((device, Some(is_ready))) = answered else { continue };
+            is_lent = true;
+            let Some(fetcher) = self.fetcher.upgrade() else { break };
+            let lender = fetcher.holder(device, self.version.clone(), Is::Lender { is_ready });
+            self.tell(&fetcher, |lenders| lenders.holders.push(lender));
+        }
+        is_lent
+    }
+
+    /// What is heard of an earlier question counts no more.
+    fn tell(&self, fetcher: &Fetcher, change: impl FnOnce(&mut Lenders)) {
+        fetcher.lenders.send_if_modified(|lenders| {
+            let is_last = lenders.question == self.number;
+            if is_last {
+                change(lenders);
+            }
+            is_last
+        });
+    }
+}
+
+impl Drop for Question {
+    fn drop(&mut self) {
+        if let Some(fetcher) = self.fetcher.upgrade() {
+            self.tell(&fetcher, |lenders| lenders.is_open = false);
+        }
+    }
+}
+
+/// Whether a device lends all of a content, and is ready for it. Parts are not asked for yet.
+async fn lends(
+    source: Arc<dyn ContentSource>,
+    device: DeviceId,
+    wanted: Wanted,
+) -> (DeviceId, Option<bool>) {
+    let lent = source.lends(device, &[wanted]).await.unwrap_or_default();
+    let whole = lent.first().filter(|lent| lent.ranges.contains(&(0..wanted.size)));
+    (device, whole.map(|lent| lent.is_ready))
+}

@@ -1,0 +1,186 @@
+//! One request to one holder, and the check of what comes.
+
+use super::hedge::LOOK_EVERY;
+use super::holders::Holder;
+use super::supply::UnderWay;
+use super::{Ask, Failure, Fetcher};
+use crate::content::choice::{Landed, late_after};
+use crate::content::lock;
+use crate::content::manifest::verify;
+use crate::source::{FetchError, Fetched, MAX_FETCH_BYTES, Version, Wanted};
+use bytes::Bytes;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::{Instant, timeout_at};
+
+/// A holder may be silent for so long while there is another to try; twice as long if it answers
+/// other requests meanwhile, or longer if the bytes are known to take that.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// But not longer than this, however slow it is known to be.
+const MOST_PATIENCE: Duration = Duration::from_secs(60);
+/// Up to here a range is hashed where it arrived; more would hold up that thread's other tasks.
+const HASH_HERE_BYTES: usize = 128 << 10;
+
+/// A range, how it came, and the right to hold it in memory; or why there is none.
+type Answered = Result<(Fetched, Landed, OwnedSemaphorePermit), FetchError>;
+
+/// What became of a question.
+pub(super) enum Answer {
+    Right(Bytes),
+    Wrong(&'static str),
+    Refusal(FetchError),
+}
+
+impl Fetcher {
+    pub(super) async fn ask(
+        self: &Arc<Self>,
+        holder: &Holder,
+        ask: &Ask<'_>,
+        has_another: &AtomicBool,
+    ) -> Result<Answer, Failure> {
+        if holder.device == self.content.index.me() {
+            return match self.read_own(holder.version.clone(), ask.range.clone()).await {
+                Ok(fetched) => self.check(fetched, ask.range.clone()).await,
+                Err(refusal) => Ok(Answer::Refusal(refusal)),
+            };
+        }
+        let answer = self.ask_remote(holder, ask, has_another).await?;
+        if matches!(answer, Answer::Right(_)) {
+            self.is_from_afar.store(true, Ordering::Relaxed);
+        }
+        Ok(answer)
+    }
+
+    async fn read_own(
+        self: &Arc<Self>,
+        version: Version,
+        range: Range<u64>,
+    ) -> Result<Fetched, FetchError> {
+        let content = self.content.clone();
+        let read = move || content.own.read(content.index.me(), &version, range);
+        let read = self.content.runtime.spawn_blocking(read).await;
+        read.unwrap_or_else(|e| Err(FetchError::Failed(e.to_string())))
+    }
+
+    /// Asks another device, checks what comes, and notes what that says of the device.
+    pub(super) async fn ask_remote(
+        self: &Arc<Self>,
+        holder: &Holder,
+        ask: &Ask<'_>,
+        has_another: &AtomicBool,
+    ) -> Result<Answer, Failure> {
+        let answered = self.request_in_time(holder, ask, has_another).await?;
+        let answer = match answered {
+            Ok((fetched, landed, _permit)) => {
+                let answer = self.check(fetched, ask.range.clone()).await?;
+                if matches!(answer, Answer::Right(_)) {
+                    lock(&holder.supply.pace).landed(landed, Instant::now());
+                    if !holder.is_ready {
+                        self.note_ready(holder.device);
+                    }
+                    return Ok(answer);
+                }
+                answer
+            }
+            Err(refusal) => Answer::Refusal(refusal),
+        };
+        let mut pace = lock(&holder.supply.pace);
+        match &answer {
+            // Wrong bytes are worth as little as none.
+            Answer::Wrong(_) | Answer::Refusal(FetchError::Unreachable) => {
+                pace.stayed_silent(Instant::now());
+            }
+            _ => pace.heard(Instant::now()),
+        }
+        drop(pace);
+        Ok(answer)
+    }
+
+    /// A request that is given up when it takes too long, which is sooner while there is another
+    /// holder: that may change meanwhile.
+    async fn request_in_time(
+        &self,
+        holder: &Holder,
+        ask: &Ask<'_>,
+        has_another: &AtomicBool,
+    ) -> Result<Answered, Failure> {
+        let asked = Instant::now();
+        let give_up = || {
+            let deadline = self.deadline(ask.started);
+            match has_another.load(Ordering::Relaxed) {
+                true => deadline.min(lose_patience(holder, ask.len(), asked)),
+                // Other ranges may arrive meanwhile: the link is slow then, not dead.
+                false => deadline,
+            }
+        };
+        let request = self.request(holder, ask);
+        tokio::pin!(request);
+        loop {
+            let until = give_up().min(Instant::now() + LOOK_EVERY);
+            match timeout_at(until, &mut request).await {
+                Ok(answered) => return answered,
+                Err(_) if Instant::now() < give_up() => {}
+                Err(_) => return Ok(Err(FetchError::Unreachable)),
+            }
+        }
+    }
+
+    /// The request itself, when there is room for its answer.
+    async fn request(&self, holder: &Holder, ask: &Ask<'_>) -> Result<Answered, Failure> {
+        let kib = ask.len().min(MAX_FETCH_BYTES).div_ceil(1024) as u32;
+        let room = holder.supply.room.clone();
+        let permit = match ask.ahead {
+            true => room.try_acquire_many_owned(kib).map_err(|_| Failure::Postponed)?,
+            false => room.acquire_many_owned(kib).await.map_err(|_| Failure::Postponed)?,
+        };
+        let under_way = UnderWay::begin(&holder.supply.pace, ask.len());
+        let source = &self.content.source;
+        let fetched = match self.id.filter(|_| holder.lends) {
+            Some(content) => {
+                let wanted = Wanted { content, size: self.size };
+                source.borrow(holder.device, wanted, ask.range.clone()).await
+            }
+            None => source.fetch(holder.device, &holder.version, ask.range.clone()).await,
+        };
+        Ok(fetched.map(|fetched| (fetched, under_way.landed(holder.rtt), permit)))
+    }
+
+    async fn check(
+        self: &Arc<Self>,
+        fetched: Fetched,
+        range: Range<u64>,
+    ) -> Result<Answer, Failure> {
+        if fetched.bytes.len() as u64 != range.end - range.start {
+            return Ok(Answer::Wrong("has another length than asked for"));
+        }
+        let Some(id) = self.id else { return Ok(Answer::Right(fetched.bytes)) };
+        let size = self.size;
+        let bytes = fetched.bytes.clone();
+        let check = move || verify(id, size, range, &fetched.bytes, &fetched.proof);
+        let right = match bytes.len() <= HASH_HERE_BYTES {
+            true => check(),
+            false => {
+                let checked = self.content.runtime.spawn_blocking(check).await;
+                checked.map_err(|_| Failure::Postponed)?
+            }
+        };
+        Ok(match right {
+            true => Answer::Right(bytes),
+            false => Answer::Wrong("does not have the content id of the file"),
+        })
+    }
+}
+
+/// When a device is not waited for any more that did not answer while there is another.
+fn lose_patience(holder: &Holder, bytes: u64, asked: Instant) -> Instant {
+    let now = Instant::now();
+    let pace = lock(&holder.supply.pace);
+    // A device that answers other requests meanwhile is slow, not silent, but a file may be out of
+    // its reach.
+    let heard = pace.last_heard().map_or(asked, |at| at.max(asked));
+    let most = (2 * PATIENCE).max(late_after(pace.expected(bytes, holder.rtt, now)));
+    (asked + most.min(MOST_PATIENCE)).min(heard + PATIENCE)
+}
