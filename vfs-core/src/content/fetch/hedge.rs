@@ -37,9 +37,10 @@ impl Fetcher {
     ) -> Result<Option<Bytes>, Failure> {
         let has_another = AtomicBool::new(self.has_another(round));
         let asked = Instant::now();
+        let rtt = self.rtt(first.device);
         let (late, under_way_bytes) = {
             let pace = lock(&first.supply.pace);
-            let expected = pace.expected(ask.len(), first.rtt, asked);
+            let expected = pace.expected(ask.len(), rtt, asked);
             (late_after(expected), pace.under_way_bytes() + ask.len())
         };
         let asking = self.ask(&first, ask, &has_another);

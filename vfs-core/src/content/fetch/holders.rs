@@ -5,7 +5,7 @@ use super::{Failure, Fetcher};
 use crate::content::lock;
 use crate::index::IndexError;
 use crate::model::{ContentId, DeviceId, FileId, LocationId};
-use crate::source::Version;
+use crate::source::{Version, Wanted};
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,42 +22,66 @@ const LOOK_UP_AFTER: Duration = Duration::from_secs(1);
 #[derive(Clone)]
 pub(super) struct Holder {
     pub(super) device: DeviceId,
-    pub(super) version: Version,
-    /// A handle was opened on it; the others have the same content, says the index.
-    pub(super) opened: bool,
-    /// In its cache, says the device; `version` is where this device knows it from.
-    pub(super) lends: bool,
-    /// It can give a range without reading all of the file first.
-    pub(super) is_ready: bool,
+    pub(super) at: Place,
     pub(super) supply: Arc<Supply>,
-    /// The round trip to it when it was looked up; none, if that is not known.
-    pub(super) rtt: Duration,
 }
 
-/// How a holder is known.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Is {
-    Opened,
-    Indexed,
-    Lender { is_ready: bool },
+/// Where a holder has the bytes.
+#[derive(Clone)]
+pub(super) enum Place {
+    /// In a location. `is_opened`: a handle was opened on it; that another one has the same bytes
+    /// is what the index says.
+    Location { version: Version, is_opened: bool },
+    /// In its cache, says the device. `is_ready`: it can give a range without reading all of the
+    /// file first.
+    Cache { wanted: Wanted, is_ready: bool },
 }
 
-/// What tells a holder from the others: the file, and whether that is in a location.
-pub(super) type HolderId = (DeviceId, LocationId, FileId, bool);
+/// What tells a holder from the others: the file in a location; none is the device's cache.
+pub(super) type HolderId = (DeviceId, Option<(LocationId, FileId)>);
 
 impl Holder {
     pub(super) fn id(&self) -> HolderId {
-        (self.device, self.version.location, self.version.file, self.lends)
+        (self.device, self.version().map(|version| (version.location, version.file)))
+    }
+
+    /// What it has in a location.
+    pub(super) fn version(&self) -> Option<&Version> {
+        match &self.at {
+            Place::Location { version, .. } => Some(version),
+            Place::Cache { .. } => None,
+        }
+    }
+
+    pub(super) fn is_opened(&self) -> bool {
+        matches!(self.at, Place::Location { is_opened: true, .. })
+    }
+
+    pub(super) fn is_lender(&self) -> bool {
+        matches!(self.at, Place::Cache { .. })
+    }
+
+    pub(super) fn is_ready(&self) -> bool {
+        !matches!(self.at, Place::Cache { is_ready: false, .. })
+    }
+
+    /// It has proved a range: its tree is there. Whether that is news.
+    pub(super) fn set_ready(&mut self) -> bool {
+        match &mut self.at {
+            Place::Location { .. } => false,
+            Place::Cache { is_ready, .. } => !std::mem::replace(is_ready, true),
+        }
     }
 }
 
 impl Fetcher {
-    pub(super) fn holder(&self, device: DeviceId, version: Version, is: Is) -> Holder {
-        let rtt = self.content.source.rtt(device).unwrap_or_default();
-        let supply = self.content.supply_of(device);
-        let lends = matches!(is, Is::Lender { .. });
-        let is_ready = is != Is::Lender { is_ready: false };
-        Holder { device, version, opened: is == Is::Opened, lends, is_ready, supply, rtt }
+    pub(super) fn holder(&self, device: DeviceId, at: Place) -> Holder {
+        Holder { device, at, supply: self.content.supply_of(device) }
+    }
+
+    /// The round trip to a device as it is now; none, if that is not known.
+    pub(super) fn rtt(&self, device: DeviceId) -> Duration {
+        self.content.source.rtt(device).unwrap_or_default()
     }
 
     /// Who may have the bytes, the nearest first.
@@ -90,7 +114,7 @@ impl Fetcher {
             None => {}
         }
         let mut seen = HashSet::new();
-        holders.retain(|holder| seen.insert((holder.id(), holder.version.stamp)));
+        holders.retain(|holder| seen.insert((holder.device, holder.version().cloned())));
         // This device's own, the owners as opened, then the others; of each device one before
         // another one of any, so that a silent device costs its patience once.
         let mut of_device: HashMap<DeviceId, usize> = HashMap::new();
@@ -123,7 +147,7 @@ impl Fetcher {
             if entry.content == Some(id) && entry.attr.size == self.size {
                 let (location, device) = (location.id, location.owner);
                 let version = Version { location, file, stamp: entry.stamp(), content: Some(id) };
-                holders.push(self.holder(device, version, Is::Indexed));
+                holders.push(self.holder(device, Place::Location { version, is_opened: false }));
             }
         }
         Ok(holders)

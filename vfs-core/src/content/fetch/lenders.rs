@@ -2,10 +2,10 @@
 //! devices that are connected, and what they say is believed for a while.
 
 use super::Fetcher;
-use super::holders::{Holder, Is};
+use super::holders::{Holder, Place};
 use crate::content::lock;
 use crate::model::DeviceId;
-use crate::source::{ContentSource, Version, Wanted};
+use crate::source::{ContentSource, Wanted};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tokio::task::JoinSet;
@@ -15,6 +15,8 @@ use tokio::time::{Instant, timeout, timeout_at};
 /// take after the first one that has it.
 const LENDERS_ANSWER: Duration = Duration::from_secs(1);
 const LENDERS_AFTER_FIRST: Duration = Duration::from_millis(50);
+/// How much longer those are listened to that have not said it by then, while nobody waits for it.
+const LENDERS_LAST: Duration = Duration::from_secs(3);
 /// How long it is believed that nobody has it, and that those have it who said so.
 const NOT_LENT_FOR: Duration = Duration::from_secs(3);
 const LENT_FOR: Duration = Duration::from_secs(30);
@@ -81,8 +83,7 @@ impl Fetcher {
 
     /// Has the connected devices asked, unless it is known who has it.
     pub(super) fn ask_for_lenders(self: &Arc<Self>) {
-        let version = self.a_version().filter(|version| version.content.is_some());
-        let Some((content, version)) = self.id.zip(version) else { return };
+        let Some(content) = self.id else { return };
         let mut begun = None;
         self.lenders.send_if_modified(|lenders| {
             let now = Instant::now();
@@ -97,12 +98,11 @@ impl Fetcher {
         let mut devices = source.lenders();
         {
             let liars = lock(&self.liars);
-            let lied = |device| liars.iter().any(|(liar, .., lent)| *liar == device && *lent);
-            devices.retain(|device| !failed.contains(device) && !lied(*device));
+            devices.retain(|device| !failed.contains(device) && !liars.contains(&(*device, None)));
         }
         let wanted = Wanted { content, size: self.size };
         let fetcher = Arc::downgrade(self);
-        let question = Question { fetcher, source, wanted, version, number };
+        let question = Question { fetcher, source, wanted, number };
         // With nobody to ask, it ends here.
         if !devices.is_empty() {
             self.content.runtime.spawn(question.ask(devices));
@@ -111,7 +111,7 @@ impl Fetcher {
 
     /// It does not have it any more, or not right: also others are asked for, next time.
     pub(super) fn forget_lender(&self, holder: &Holder) {
-        if holder.lends {
+        if holder.is_lender() {
             self.lenders.send_if_modified(|lenders| lenders.fail(holder.device));
         }
     }
@@ -120,7 +120,7 @@ impl Fetcher {
     pub(super) fn note_ready(&self, device: DeviceId) {
         self.lenders.send_if_modified(|lenders| {
             let known = lenders.holders.iter_mut().find(|lender| lender.device == device);
-            known.is_some_and(|lender| !std::mem::replace(&mut lender.is_ready, true))
+            known.is_some_and(Holder::set_ready)
         });
     }
 }
@@ -130,7 +130,6 @@ struct Question {
     fetcher: Weak<Fetcher>,
     source: Arc<dyn ContentSource>,
     wanted: Wanted,
-    version: Version,
     number: u64,
 }
 
@@ -148,7 +147,7 @@ impl Question {
                 break;
             }
         }
-        self.hear(&mut asked, NOT_LENT_FOR).await;
+        self.hear(&mut asked, LENDERS_LAST).await;
     }
 
     /// Whether one of them has it.
@@ -158,7 +157,7 @@ impl Question {
             let Ok((device, Some(is_ready))) = answered else { continue };
             is_lent = true;
             let Some(fetcher) = self.fetcher.upgrade() else { break };
-            let lender = fetcher.holder(device, self.version.clone(), Is::Lender { is_ready });
+            let lender = fetcher.holder(device, Place::Cache { wanted: self.wanted, is_ready });
             self.tell(&fetcher, |lenders| lenders.holders.push(lender));
         }
         is_lent

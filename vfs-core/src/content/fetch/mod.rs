@@ -37,7 +37,7 @@ use crate::error::{FsError, Kind};
 use crate::model::{ContentId, DeviceId};
 use crate::source::Version;
 use bytes::Bytes;
-use holders::{Holder, HolderId, Is, MAX_HOLDERS};
+use holders::{Holder, HolderId, MAX_HOLDERS, Place};
 use lenders::Lenders;
 use std::collections::HashSet;
 use std::ops::Range;
@@ -141,10 +141,10 @@ impl Fetcher {
 
     /// A place where the version was opened.
     pub(super) fn add_version(&self, owner: DeviceId, version: Version) {
-        let new = self.holder(owner, version, Is::Opened);
+        let new = self.holder(owner, Place::Location { version, is_opened: true });
         let mut versions = lock(&self.versions);
         let is_new =
-            !versions.iter().any(|known| known.device == owner && known.version == new.version);
+            !versions.iter().any(|known| known.device == owner && known.version() == new.version());
         if is_new && versions.len() < MAX_HOLDERS {
             versions.push(new);
             lock(&self.holders).take();
@@ -153,7 +153,7 @@ impl Fetcher {
 
     /// A place where the version was opened, for messages and for the index.
     pub(super) fn a_version(&self) -> Option<Version> {
-        lock(&self.versions).first().map(|holder| holder.version.clone())
+        lock(&self.versions).first().and_then(|holder| holder.version().cloned())
     }
 
     /// Whether another device has given some of it.
@@ -192,7 +192,10 @@ impl Fetcher {
     fn report(&self, holder: &Holder, range: &Range<u64>, what: &str) {
         lock(&self.liars).insert(holder.id());
         let what = format!("what came for the bytes {}..{} {what}", range.start, range.end);
-        self.content.report(holder.device, &holder.version, what);
+        // A cache has no name for the file: it is told by the one under which it was opened.
+        if let Some(version) = holder.version().cloned().or_else(|| self.a_version()) {
+            self.content.report(holder.device, &version, what);
+        }
     }
 }
 

@@ -39,9 +39,10 @@ impl Fetcher {
             let mut holders = fetcher.holders().await.unwrap_or_default();
             // One that has to read its whole file for the first range is asked for that if no other
             // lends it, and one only.
-            let mut may_wait = !holders.iter().any(|holder| holder.lends && holder.is_ready);
+            let mut may_wait =
+                !holders.iter().any(|holder| holder.is_lender() && holder.is_ready());
             let mut is_worth_it =
-                |holder: &Holder| holder.is_ready || std::mem::replace(&mut may_wait, false);
+                |holder: &Holder| holder.is_ready() || std::mem::replace(&mut may_wait, false);
             holders.retain(|holder| fetcher.is_other(holder) && is_worth_it(holder));
             for holder in holders {
                 fetcher.probe(&holder, start..start + PROBE_BYTES).await;
@@ -55,7 +56,7 @@ impl Fetcher {
 
     async fn probe(self: &Arc<Self>, holder: &Holder, range: Range<u64>) {
         let may_probe = lock(&holder.supply.pace).may_probe(Instant::now());
-        if !may_probe && holder.is_ready {
+        if !may_probe && holder.is_ready() {
             return;
         }
         // What is read is not wanted: these bytes come from elsewhere.

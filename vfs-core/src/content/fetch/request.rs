@@ -1,13 +1,13 @@
 //! One request to one holder, and the check of what comes.
 
 use super::hedge::LOOK_EVERY;
-use super::holders::Holder;
+use super::holders::{Holder, Place};
 use super::supply::UnderWay;
 use super::{Ask, Failure, Fetcher};
 use crate::content::choice::{Landed, late_after};
 use crate::content::lock;
 use crate::content::manifest::verify;
-use crate::source::{FetchError, Fetched, MAX_FETCH_BYTES, Version, Wanted};
+use crate::source::{FetchError, Fetched, MAX_FETCH_BYTES, Version};
 use bytes::Bytes;
 use std::ops::Range;
 use std::sync::Arc;
@@ -41,8 +41,9 @@ impl Fetcher {
         ask: &Ask<'_>,
         has_another: &AtomicBool,
     ) -> Result<Answer, Failure> {
-        if holder.device == self.content.index.me() {
-            return match self.read_own(holder.version.clone(), ask.range.clone()).await {
+        let own = holder.version().filter(|_| holder.device == self.content.index.me());
+        if let Some(version) = own {
+            return match self.read_own(version.clone(), ask.range.clone()).await {
                 Ok(fetched) => self.check(fetched, ask.range.clone()).await,
                 Err(refusal) => Ok(Answer::Refusal(refusal)),
             };
@@ -78,7 +79,7 @@ impl Fetcher {
                 let answer = self.check(fetched, ask.range.clone()).await?;
                 if matches!(answer, Answer::Right(_)) {
                     lock(&holder.supply.pace).landed(landed, Instant::now());
-                    if !holder.is_ready {
+                    if !holder.is_ready() {
                         self.note_ready(holder.device);
                     }
                     return Ok(answer);
@@ -111,7 +112,7 @@ impl Fetcher {
         let give_up = || {
             let deadline = self.deadline(ask.started);
             match has_another.load(Ordering::Relaxed) {
-                true => deadline.min(lose_patience(holder, ask.len(), asked)),
+                true => deadline.min(self.lose_patience(holder, ask.len(), asked)),
                 // Other ranges may arrive meanwhile: the link is slow then, not dead.
                 false => deadline,
             }
@@ -128,6 +129,18 @@ impl Fetcher {
         }
     }
 
+    /// When a device is not waited for any more that did not answer while there is another.
+    fn lose_patience(&self, holder: &Holder, bytes: u64, asked: Instant) -> Instant {
+        let now = Instant::now();
+        let rtt = self.rtt(holder.device);
+        let pace = lock(&holder.supply.pace);
+        // A device that answers other requests meanwhile is slow, not silent, but a file may be out
+        // of its reach.
+        let heard = pace.last_heard().map_or(asked, |at| at.max(asked));
+        let most = (2 * PATIENCE).max(late_after(pace.expected(bytes, rtt, now)));
+        (asked + most.min(MOST_PATIENCE)).min(heard + PATIENCE)
+    }
+
     /// The request itself, when there is room for its answer.
     async fn request(&self, holder: &Holder, ask: &Ask<'_>) -> Result<Answered, Failure> {
         let kib = ask.len().min(MAX_FETCH_BYTES).div_ceil(1024) as u32;
@@ -138,14 +151,12 @@ impl Fetcher {
         };
         let under_way = UnderWay::begin(&holder.supply.pace, ask.len());
         let source = &self.content.source;
-        let fetched = match self.id.filter(|_| holder.lends) {
-            Some(content) => {
-                let wanted = Wanted { content, size: self.size };
-                source.borrow(holder.device, wanted, ask.range.clone()).await
-            }
-            None => source.fetch(holder.device, &holder.version, ask.range.clone()).await,
+        let (device, range) = (holder.device, ask.range.clone());
+        let fetched = match &holder.at {
+            Place::Location { version, .. } => source.fetch(device, version, range).await,
+            Place::Cache { wanted, .. } => source.borrow(device, *wanted, range).await,
         };
-        Ok(fetched.map(|fetched| (fetched, under_way.landed(holder.rtt), permit)))
+        Ok(fetched.map(|fetched| (fetched, under_way.landed(self.rtt(device)), permit)))
     }
 
     async fn check(
@@ -172,15 +183,4 @@ impl Fetcher {
             false => Answer::Wrong("does not have the content id of the file"),
         })
     }
-}
-
-/// When a device is not waited for any more that did not answer while there is another.
-fn lose_patience(holder: &Holder, bytes: u64, asked: Instant) -> Instant {
-    let now = Instant::now();
-    let pace = lock(&holder.supply.pace);
-    // A device that answers other requests meanwhile is slow, not silent, but a file may be out of
-    // its reach.
-    let heard = pace.last_heard().map_or(asked, |at| at.max(asked));
-    let most = (2 * PATIENCE).max(late_after(pace.expected(bytes, holder.rtt, now)));
-    (asked + most.min(MOST_PATIENCE)).min(heard + PATIENCE)
 }

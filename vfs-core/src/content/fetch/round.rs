@@ -1,7 +1,7 @@
 //! One holder after the other, in the order of what is known of them then, until one has given
 //! the range; and all of them again while there is hope.
 
-use super::holders::{Holder, HolderId};
+use super::holders::Holder;
 use super::request::Answer;
 use super::{Ask, Failure, Fetcher};
 use crate::content::choice::Rank;
@@ -26,13 +26,13 @@ pub(super) struct Round {
     /// To be asked again in the next one.
     pub(super) again: Vec<Holder>,
     /// Those that lend it and were ever among them.
-    lenders: Vec<HolderId>,
+    lenders: Vec<DeviceId>,
     heard: Heard,
 }
 
 impl Round {
     fn of(left: Vec<Holder>) -> Self {
-        let lenders = left.iter().filter(|holder| holder.lends).map(Holder::id).collect();
+        let lenders = left.iter().filter(|holder| holder.is_lender()).map(|l| l.device).collect();
         Self { left, again: Vec::new(), lenders, heard: Heard::default() }
     }
 }
@@ -107,8 +107,9 @@ impl Fetcher {
         if holder.device == self.content.index.me() {
             return Rank::Own;
         }
-        match lock(&holder.supply.pace).rank(bytes, holder.rtt, now) {
-            Rank::Expected(_) | Rank::Unknown(_) if !holder.is_ready => Rank::Unready(holder.rtt),
+        let rtt = self.rtt(holder.device);
+        match lock(&holder.supply.pace).rank(bytes, rtt, now) {
+            Rank::Expected(_) | Rank::Unknown(_) if !holder.is_ready() => Rank::Unready(rtt),
             rank => rank,
         }
     }
@@ -128,10 +129,10 @@ impl Fetcher {
                 self.report(&holder, &ask.range, what);
                 self.forget_lender(&holder);
             }
-            Answer::Refusal(FetchError::Stale | FetchError::Refused) if holder.lends => {
+            Answer::Refusal(FetchError::Stale | FetchError::Refused) if holder.is_lender() => {
                 self.forget_lender(&holder);
             }
-            Answer::Refusal(FetchError::Stale) => heard.stale |= holder.opened,
+            Answer::Refusal(FetchError::Stale) => heard.stale |= holder.is_opened(),
             Answer::Refusal(FetchError::Refused) => heard.refused = true,
             Answer::Refusal(FetchError::Unreachable | FetchError::NotNow) => {
                 heard.unreachable = true;
@@ -158,9 +159,8 @@ impl Fetcher {
     pub(super) fn join_lenders(&self, round: &mut Round) {
         let liars = lock(&self.liars);
         for lender in &self.lenders.borrow().holders {
-            let id = lender.id();
-            if !round.lenders.contains(&id) && !liars.contains(&id) {
-                round.lenders.push(id);
+            if !round.lenders.contains(&lender.device) && !liars.contains(&lender.id()) {
+                round.lenders.push(lender.device);
                 round.left.push(lender.clone());
             }
         }
