@@ -13,7 +13,7 @@
 //! within it, the cached file's own short lock.
 
 use super::cache::{CachedFile, Key};
-use super::fetch::{Ask, Failure, Fetcher};
+use super::fetch::{Failure, Fetcher, RangeRequest};
 use super::manifest::{GROUP_BYTES, groups_of};
 use super::window::Pattern;
 use super::{Content, lock};
@@ -409,9 +409,8 @@ impl State {
 async fn fly(pinned: Weak<Pinned>, fetcher: Arc<Fetcher>, flight: Arc<Flight>) {
     // Whatever ends this task, also a panic, ends the waiting for it.
     let mut ending = Ending { flight: &flight, pinned: &pinned, failure: Failure::Postponed };
-    let waited_for = || flight.wanted.load(Ordering::Relaxed);
-    let ask = Ask::new(flight.range.clone(), flight.ahead, &waited_for);
-    match fetcher.fetch(&ask).await {
+    let request = RangeRequest::new(flight.range.clone(), flight.ahead, &flight.wanted);
+    match fetcher.fetch(&request).await {
         Err(failure) => ending.failure = failure,
         Ok(bytes) => {
             // Before the news: who waits may close the last handle at once, and what was

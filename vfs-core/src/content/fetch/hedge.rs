@@ -3,13 +3,12 @@
 use super::holders::Holder;
 use super::request::Answer;
 use super::round::Round;
-use super::{Ask, Failure, Fetcher};
+use super::{Failure, Fetcher, RangeRequest};
 use crate::content::choice::late_after;
 use crate::content::lock;
 use bytes::Bytes;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Poll;
 use std::time::Duration;
 use tokio::time::{Instant, timeout};
@@ -17,11 +16,13 @@ use tokio::time::{Instant, timeout};
 /// How often it is looked whether somebody waits for a late flight by now.
 pub(super) const LOOK_EVERY: Duration = Duration::from_millis(50);
 
-/// One of several holders that are asked for the same range.
-struct Racer<'a> {
+/// A holder that is asked for the range, perhaps beside another one.
+struct Attempt<'a> {
     holder: Holder,
     asked: Instant,
-    /// What was under way from it then, with this range.
+    /// After so long it is late.
+    late: Duration,
+    /// What was under way from it when it was asked, with this range.
     under_way_bytes: u64,
     answer: Pin<Box<dyn Future<Output = Result<Answer, Failure>> + Send + 'a>>,
 }
@@ -33,65 +34,69 @@ impl Fetcher {
         self: &Arc<Self>,
         first: Holder,
         round: &mut Round,
-        ask: &Ask<'_>,
+        request: &RangeRequest<'_>,
     ) -> Result<Option<Bytes>, Failure> {
-        let has_another = AtomicBool::new(self.has_another(round));
-        let asked = Instant::now();
-        let rtt = self.rtt(first.device);
-        let (late, under_way_bytes) = {
-            let pace = lock(&first.supply.pace);
-            let expected = pace.expected(ask.len(), rtt, asked);
-            (late_after(expected), pace.under_way_bytes() + ask.len())
-        };
-        let asking = self.ask(&first, ask, &has_another);
-        tokio::pin!(asking);
-        if let Some(answer) = until_late(asking.as_mut(), late, ask).await {
-            return Ok(match answer? {
-                Answer::Right(bytes) => Some(bytes),
-                answer => {
-                    self.note(first.clone(), answer, round, ask);
-                    None
-                }
-            });
+        request.set_has_another(self.has_another(round));
+        let mut first = self.attempt(first, request);
+        match until_late(&mut first.answer, first.late, request).await {
+            None => self.hedge(first, round, request).await,
+            Some(Ok(Answer::Right(bytes))) => Ok(Some(bytes)),
+            Some(Ok(answer)) => {
+                self.note(first.holder, answer, round, request);
+                Ok(None)
+            }
+            Some(Err(failure)) => Err(failure),
         }
-        let holder = first.clone();
-        let first = Racer { holder, asked, under_way_bytes, answer: Box::pin(asking) };
-        self.race(first, round, ask, &has_another).await
+    }
+
+    fn attempt<'a>(
+        self: &'a Arc<Self>,
+        holder: Holder,
+        request: &'a RangeRequest<'_>,
+    ) -> Attempt<'a> {
+        let (asked, rtt) = (Instant::now(), self.rtt(holder.device));
+        let (late, under_way_bytes) = {
+            let pace = lock(&holder.supply.pace);
+            let expected = pace.expected(request.len(), rtt, asked);
+            (late_after(expected), pace.under_way_bytes() + request.len())
+        };
+        let to = holder.clone();
+        let answer = Box::pin(async move { self.ask(&to, request).await });
+        Attempt { holder, asked, late, under_way_bytes, answer }
     }
 
     /// Asks another holder beside one that is late, and the next when one of the two fails, so that
     /// two are asked for as long as there are so many. The first right bytes are enough; what is
     /// not answered then is cancelled.
-    async fn race<'a>(
+    async fn hedge<'a>(
         self: &'a Arc<Self>,
-        first: Racer<'a>,
+        first: Attempt<'a>,
         round: &mut Round,
-        ask: &'a Ask<'_>,
-        has_another: &'a AtomicBool,
+        request: &'a RangeRequest<'_>,
     ) -> Result<Option<Bytes>, Failure> {
         let mut lenders = self.lenders.subscribe();
-        let mut racers = vec![first];
+        let mut attempts = vec![first];
         loop {
             lenders.mark_unchanged();
             self.join_lenders(round);
-            self.start_another(&mut racers, round, ask, has_another);
-            if racers.is_empty() {
+            self.start_another(&mut attempts, round, request);
+            if attempts.is_empty() {
                 return Ok(None);
             }
-            let is_alone = racers.len() == 1;
-            let (racer, answer) = tokio::select! {
-                answered = first_of(&mut racers) => answered,
+            let is_alone = attempts.len() == 1;
+            let (attempt, answer) = tokio::select! {
+                answered = first_of(&mut attempts) => answered,
                 _ = lenders.changed(), if is_alone => continue,
             };
             match answer {
                 Ok(Answer::Right(bytes)) => {
-                    overtake(&racers, racer.asked);
+                    overtake(&attempts, attempt.asked);
                     return Ok(Some(bytes));
                 }
-                Ok(answer) => self.note(racer.holder, answer, round, ask),
-                Err(failure) if racers.is_empty() => return Err(failure),
+                Ok(answer) => self.note(attempt.holder, answer, round, request),
+                Err(failure) if attempts.is_empty() => return Err(failure),
                 // There is no room for its answer now.
-                Err(_) => round.again.push(racer.holder),
+                Err(_) => round.again.push(attempt.holder),
             }
         }
     }
@@ -99,71 +104,58 @@ impl Fetcher {
     /// Asks another holder, unless two are asked. With none known, who lends it is asked for.
     fn start_another<'a>(
         self: &'a Arc<Self>,
-        racers: &mut Vec<Racer<'a>>,
+        attempts: &mut Vec<Attempt<'a>>,
         round: &mut Round,
-        ask: &'a Ask<'_>,
-        has_another: &'a AtomicBool,
+        request: &'a RangeRequest<'_>,
     ) {
-        if racers.len() < 2 {
-            let late: Vec<_> = racers.iter().map(|racer| racer.holder.device).collect();
-            match self.take_next(round, ask, &late) {
+        if attempts.len() < 2 {
+            let late: Vec<_> = attempts.iter().map(|attempt| attempt.holder.device).collect();
+            match self.take_next(round, request, &late) {
                 Some(holder) => {
                     tracing::debug!(?late, asked = %holder.device, "another holder is asked");
-                    racers.push(self.racer(holder, ask, has_another));
+                    attempts.push(self.attempt(holder, request));
                 }
                 None => self.ask_for_lenders(),
             }
         }
-        has_another.store(racers.len() > 1 || self.has_another(round), Ordering::Relaxed);
-    }
-
-    fn racer<'a>(
-        self: &'a Arc<Self>,
-        holder: Holder,
-        ask: &'a Ask<'_>,
-        has_another: &'a AtomicBool,
-    ) -> Racer<'a> {
-        let under_way_bytes = lock(&holder.supply.pace).under_way_bytes() + ask.len();
-        let asked = holder.clone();
-        let answer = Box::pin(async move { self.ask(&asked, ask, has_another).await });
-        Racer { holder, asked: Instant::now(), under_way_bytes, answer }
+        request.set_has_another(attempts.len() > 1 || self.has_another(round));
     }
 }
 
-/// The first answer, with its racer, which is out of the race.
-async fn first_of<'a>(racers: &mut Vec<Racer<'a>>) -> (Racer<'a>, Result<Answer, Failure>) {
+/// The first answer, with its attempt, which is over.
+async fn first_of<'a>(attempts: &mut Vec<Attempt<'a>>) -> (Attempt<'a>, Result<Answer, Failure>) {
     let (n, answer) = std::future::poll_fn(|cx| {
-        for (n, racer) in racers.iter_mut().enumerate() {
-            if let Poll::Ready(answer) = racer.answer.as_mut().poll(cx) {
+        for (n, attempt) in attempts.iter_mut().enumerate() {
+            if let Poll::Ready(answer) = attempt.answer.as_mut().poll(cx) {
                 return Poll::Ready((n, answer));
             }
         }
         Poll::Pending
     })
     .await;
-    (racers.remove(n), answer)
+    (attempts.remove(n), answer)
 }
 
 /// Notes that these were asked earlier than the one that was first.
-fn overtake(slower: &[Racer<'_>], asked: Instant) {
+fn overtake(slower: &[Attempt<'_>], asked: Instant) {
     let now = Instant::now();
-    for racer in slower.iter().filter(|racer| racer.asked < asked) {
-        lock(&racer.holder.supply.pace).overtaken(racer.under_way_bytes, racer.asked, now);
+    for attempt in slower.iter().filter(|attempt| attempt.asked < asked) {
+        lock(&attempt.holder.supply.pace).overtaken(attempt.under_way_bytes, attempt.asked, now);
     }
 }
 
 /// The answer, unless it is late and somebody waits for it.
 async fn until_late<T>(
-    mut asking: Pin<&mut impl Future<Output = T>>,
+    answer: &mut (impl Future<Output = T> + Unpin),
     late: Duration,
-    ask: &Ask<'_>,
+    request: &RangeRequest<'_>,
 ) -> Option<T> {
     let mut wait = late;
     loop {
-        if let Ok(answer) = timeout(wait, &mut asking).await {
+        if let Ok(answer) = timeout(wait, &mut *answer).await {
             return Some(answer);
         }
-        if ask.is_waited_for() {
+        if request.is_wanted() {
             return None;
         }
         wait = LOOK_EVERY;

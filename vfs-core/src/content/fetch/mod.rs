@@ -73,31 +73,38 @@ impl From<Failure> for FsError {
     }
 }
 
-/// What is asked for.
-pub(super) struct Ask<'a> {
+/// A range that is asked for, of whoever has it.
+pub(super) struct RangeRequest<'a> {
     range: Range<u64>,
     /// It was planned before anybody read it.
     ahead: bool,
     started: Instant,
-    waited_for: &'a (dyn Fn() -> bool + Send + Sync),
+    /// Somebody waits for it.
+    wanted: &'a AtomicBool,
+    /// Somebody else than those that are asked may give it.
+    has_another: AtomicBool,
 }
 
-impl<'a> Ask<'a> {
-    /// Begins now; `waited_for` says whether somebody waits for it by now.
-    pub(super) fn new(
-        range: Range<u64>,
-        ahead: bool,
-        waited_for: &'a (dyn Fn() -> bool + Send + Sync),
-    ) -> Self {
-        Self { range, ahead, started: Instant::now(), waited_for }
+impl<'a> RangeRequest<'a> {
+    /// Begins now; `wanted` says whether somebody waits for it by now.
+    pub(super) fn new(range: Range<u64>, ahead: bool, wanted: &'a AtomicBool) -> Self {
+        Self { range, ahead, started: Instant::now(), wanted, has_another: AtomicBool::new(false) }
     }
 
     fn len(&self) -> u64 {
         self.range.end - self.range.start
     }
 
-    fn is_waited_for(&self) -> bool {
-        !self.ahead || (self.waited_for)()
+    fn is_wanted(&self) -> bool {
+        self.wanted.load(Ordering::Relaxed)
+    }
+
+    fn has_another(&self) -> bool {
+        self.has_another.load(Ordering::Relaxed)
+    }
+
+    fn set_has_another(&self, has_another: bool) {
+        self.has_another.store(has_another, Ordering::Relaxed);
     }
 }
 
@@ -166,17 +173,20 @@ impl Fetcher {
     }
 
     /// The bytes of a fetchable range, right ones.
-    pub(super) async fn fetch(self: &Arc<Self>, ask: &Ask<'_>) -> Result<Bytes, Failure> {
-        let len = ask.len();
+    pub(super) async fn fetch(
+        self: &Arc<Self>,
+        request: &RangeRequest<'_>,
+    ) -> Result<Bytes, Failure> {
+        let len = request.len();
         let under_way = self.under_way_bytes.fetch_add(len, Ordering::Relaxed) + len;
         let _less = Less(&self.under_way_bytes, len);
         self.content.flying.fetch_add(1, Ordering::Relaxed);
         let _landed = Less(&self.content.flying, 1);
-        let bytes = self.ask_holders(ask).await?;
-        lock(&self.link).note(under_way, ask.started.elapsed());
+        let bytes = self.ask_holders(request).await?;
+        lock(&self.link).note(under_way, request.started.elapsed());
         *lock(&self.progress) = Instant::now();
         self.content.cache.count_fetched(bytes.len());
-        self.look_for_more(ask);
+        self.look_for_more(request);
         Ok(bytes)
     }
 

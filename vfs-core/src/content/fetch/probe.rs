@@ -2,7 +2,7 @@
 
 use super::holders::Holder;
 use super::request::Answer;
-use super::{Ask, Fetcher};
+use super::{Fetcher, RangeRequest};
 use crate::content::lock;
 use std::ops::Range;
 use std::sync::Arc;
@@ -20,8 +20,12 @@ const PROBE_BYTES: u64 = 256 << 10;
 impl Fetcher {
     /// While a large file is read in its order: finds out who else has it, and what those can do
     /// of whom nothing is known, with a range that nobody waits for.
-    pub(super) fn look_for_more(self: &Arc<Self>, ask: &Ask<'_>) {
-        if !ask.ahead || self.size < LARGE_BYTES || ask.len() < PROBE_BYTES || self.id.is_none() {
+    pub(super) fn look_for_more(self: &Arc<Self>, request: &RangeRequest<'_>) {
+        if !request.ahead
+            || self.size < LARGE_BYTES
+            || request.len() < PROBE_BYTES
+            || self.id.is_none()
+        {
             return;
         }
         let now = Instant::now();
@@ -32,7 +36,7 @@ impl Fetcher {
             }
             *looked = Some(now);
         }
-        let (fetcher, start) = (Arc::downgrade(self), ask.range.start);
+        let (fetcher, start) = (Arc::downgrade(self), request.range.start);
         self.content.runtime.spawn(async move {
             let Some(fetcher) = fetcher.upgrade() else { return };
             fetcher.find_lenders().await;
@@ -60,10 +64,12 @@ impl Fetcher {
             return;
         }
         // What is read is not wanted: these bytes come from elsewhere.
-        let ask = Ask::new(range, true, &|| false);
-        let answer = self.ask_remote(holder, &ask, &AtomicBool::new(true)).await;
+        let wanted = AtomicBool::new(false);
+        let request = RangeRequest::new(range, true, &wanted);
+        request.set_has_another(true);
+        let answer = self.ask_remote(holder, &request).await;
         if let Ok(Answer::Wrong(what)) = answer {
-            self.report(holder, &ask.range, what);
+            self.report(holder, &request.range, what);
             self.forget_lender(holder);
         }
     }

@@ -3,7 +3,7 @@
 use super::hedge::LOOK_EVERY;
 use super::holders::{Holder, Place};
 use super::supply::UnderWay;
-use super::{Ask, Failure, Fetcher};
+use super::{Failure, Fetcher, RangeRequest};
 use crate::content::choice::{Landed, late_after};
 use crate::content::lock;
 use crate::content::manifest::verify;
@@ -11,7 +11,7 @@ use crate::source::{FetchError, Fetched, MAX_FETCH_BYTES, Version};
 use bytes::Bytes;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, timeout_at};
@@ -38,17 +38,16 @@ impl Fetcher {
     pub(super) async fn ask(
         self: &Arc<Self>,
         holder: &Holder,
-        ask: &Ask<'_>,
-        has_another: &AtomicBool,
+        request: &RangeRequest<'_>,
     ) -> Result<Answer, Failure> {
         let own = holder.version().filter(|_| holder.device == self.content.index.me());
         if let Some(version) = own {
-            return match self.read_own(version.clone(), ask.range.clone()).await {
-                Ok(fetched) => self.check(fetched, ask.range.clone()).await,
+            return match self.read_own(version.clone(), request.range.clone()).await {
+                Ok(fetched) => self.check(fetched, request.range.clone()).await,
                 Err(refusal) => Ok(Answer::Refusal(refusal)),
             };
         }
-        let answer = self.ask_remote(holder, ask, has_another).await?;
+        let answer = self.ask_remote(holder, request).await?;
         if matches!(answer, Answer::Right(_)) {
             self.is_from_afar.store(true, Ordering::Relaxed);
         }
@@ -70,13 +69,12 @@ impl Fetcher {
     pub(super) async fn ask_remote(
         self: &Arc<Self>,
         holder: &Holder,
-        ask: &Ask<'_>,
-        has_another: &AtomicBool,
+        request: &RangeRequest<'_>,
     ) -> Result<Answer, Failure> {
-        let answered = self.request_in_time(holder, ask, has_another).await?;
+        let answered = self.request_in_time(holder, request).await?;
         let answer = match answered {
             Ok((fetched, landed, _permit)) => {
-                let answer = self.check(fetched, ask.range.clone()).await?;
+                let answer = self.check(fetched, request.range.clone()).await?;
                 if matches!(answer, Answer::Right(_)) {
                     lock(&holder.supply.pace).landed(landed, Instant::now());
                     if !holder.is_ready() {
@@ -105,23 +103,22 @@ impl Fetcher {
     async fn request_in_time(
         &self,
         holder: &Holder,
-        ask: &Ask<'_>,
-        has_another: &AtomicBool,
+        request: &RangeRequest<'_>,
     ) -> Result<Answered, Failure> {
         let asked = Instant::now();
         let give_up = || {
-            let deadline = self.deadline(ask.started);
-            match has_another.load(Ordering::Relaxed) {
-                true => deadline.min(self.lose_patience(holder, ask.len(), asked)),
+            let deadline = self.deadline(request.started);
+            match request.has_another() {
+                true => deadline.min(self.lose_patience(holder, request.len(), asked)),
                 // Other ranges may arrive meanwhile: the link is slow then, not dead.
                 false => deadline,
             }
         };
-        let request = self.request(holder, ask);
-        tokio::pin!(request);
+        let answer = self.request(holder, request);
+        tokio::pin!(answer);
         loop {
             let until = give_up().min(Instant::now() + LOOK_EVERY);
-            match timeout_at(until, &mut request).await {
+            match timeout_at(until, &mut answer).await {
                 Ok(answered) => return answered,
                 Err(_) if Instant::now() < give_up() => {}
                 Err(_) => return Ok(Err(FetchError::Unreachable)),
@@ -142,16 +139,20 @@ impl Fetcher {
     }
 
     /// The request itself, when there is room for its answer.
-    async fn request(&self, holder: &Holder, ask: &Ask<'_>) -> Result<Answered, Failure> {
-        let kib = ask.len().min(MAX_FETCH_BYTES).div_ceil(1024) as u32;
+    async fn request(
+        &self,
+        holder: &Holder,
+        request: &RangeRequest<'_>,
+    ) -> Result<Answered, Failure> {
+        let kib = request.len().min(MAX_FETCH_BYTES).div_ceil(1024) as u32;
         let room = holder.supply.room.clone();
-        let permit = match ask.ahead {
+        let permit = match request.ahead {
             true => room.try_acquire_many_owned(kib).map_err(|_| Failure::Postponed)?,
             false => room.acquire_many_owned(kib).await.map_err(|_| Failure::Postponed)?,
         };
-        let under_way = UnderWay::begin(&holder.supply.pace, ask.len());
+        let under_way = UnderWay::begin(&holder.supply.pace, request.len());
         let source = &self.content.source;
-        let (device, range) = (holder.device, ask.range.clone());
+        let (device, range) = (holder.device, request.range.clone());
         let fetched = match &holder.at {
             Place::Location { version, .. } => source.fetch(device, version, range).await,
             Place::Cache { wanted, .. } => source.borrow(device, *wanted, range).await,

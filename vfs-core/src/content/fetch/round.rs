@@ -3,7 +3,7 @@
 
 use super::holders::Holder;
 use super::request::Answer;
-use super::{Ask, Failure, Fetcher};
+use super::{Failure, Fetcher, RangeRequest};
 use crate::content::choice::Rank;
 use crate::content::lock;
 use crate::model::DeviceId;
@@ -59,24 +59,27 @@ impl Heard {
 }
 
 impl Fetcher {
-    pub(super) async fn ask_holders(self: &Arc<Self>, ask: &Ask<'_>) -> Result<Bytes, Failure> {
+    pub(super) async fn ask_holders(
+        self: &Arc<Self>,
+        request: &RangeRequest<'_>,
+    ) -> Result<Bytes, Failure> {
         let mut round = Round::of(self.holders().await?);
         if !self.has_another(&round) {
-            self.add_lenders(&mut round, ask).await;
+            self.add_lenders(&mut round, request).await;
         }
         let mut pause = *PAUSES.start();
         loop {
             round.heard.unreachable = false;
-            while let Some(holder) = self.take_next(&mut round, ask, &[]) {
-                if let Some(bytes) = self.ask_with_another(holder, &mut round, ask).await? {
+            while let Some(holder) = self.take_next(&mut round, request, &[]) {
+                if let Some(bytes) = self.ask_with_another(holder, &mut round, request).await? {
                     return Ok(bytes);
                 }
             }
             round.heard.unreachable |= !round.left.is_empty();
             round.left.append(&mut round.again);
-            self.add_lenders(&mut round, ask).await;
+            self.add_lenders(&mut round, request).await;
             let hope = self.has_another(&round);
-            if ask.ahead || !hope || Instant::now() + pause >= self.deadline(ask.started) {
+            if request.ahead || !hope || Instant::now() + pause >= self.deadline(request.started) {
                 return Err(round.heard.failure());
             }
             tokio::time::sleep(pause).await;
@@ -89,7 +92,7 @@ impl Fetcher {
     pub(super) fn take_next(
         &self,
         round: &mut Round,
-        ask: &Ask<'_>,
+        request: &RangeRequest<'_>,
         late: &[DeviceId],
     ) -> Option<Holder> {
         let now = Instant::now();
@@ -97,7 +100,7 @@ impl Fetcher {
             !late.contains(&holder.device) && self.may_answer(holder)
         };
         let ranked = round.left.iter().enumerate().filter(may_be_asked);
-        let ranked = ranked.map(|(n, holder)| (self.rank(holder, ask.len(), now), n));
+        let ranked = ranked.map(|(n, holder)| (self.rank(holder, request.len(), now), n));
         let (rank, n) = ranked.min()?;
         let is_useful = late.is_empty() || !matches!(rank, Rank::Silent(_));
         is_useful.then(|| round.left.remove(n))
@@ -120,13 +123,19 @@ impl Fetcher {
     }
 
     /// What came of a question that brought no bytes.
-    pub(super) fn note(&self, holder: Holder, answer: Answer, round: &mut Round, ask: &Ask<'_>) {
+    pub(super) fn note(
+        &self,
+        holder: Holder,
+        answer: Answer,
+        round: &mut Round,
+        request: &RangeRequest<'_>,
+    ) {
         let heard = &mut round.heard;
         match answer {
             Answer::Right(_) => {}
             Answer::Wrong(what) => {
                 heard.wrong = true;
-                self.report(&holder, &ask.range, what);
+                self.report(&holder, &request.range, what);
                 self.forget_lender(&holder);
             }
             Answer::Refusal(FetchError::Stale | FetchError::Refused) if holder.is_lender() => {
@@ -140,7 +149,7 @@ impl Fetcher {
             }
             Answer::Refusal(FetchError::Failed(why)) => {
                 tracing::debug!(device = %holder.device, "a range could not be had: {why}");
-                if ask.started.elapsed() < FAILED_PATIENCE {
+                if request.started.elapsed() < FAILED_PATIENCE {
                     round.again.push(holder);
                 }
             }
@@ -148,8 +157,8 @@ impl Fetcher {
     }
 
     /// Has those asked besides that have it in a cache.
-    async fn add_lenders(self: &Arc<Self>, round: &mut Round, ask: &Ask<'_>) {
-        if !ask.ahead || ask.is_waited_for() {
+    async fn add_lenders(self: &Arc<Self>, round: &mut Round, request: &RangeRequest<'_>) {
+        if request.is_wanted() {
             self.find_lenders().await;
             self.join_lenders(round);
         }
