@@ -142,15 +142,9 @@ async fn serve_fetch(
     fetch: Fetch,
     send: &mut SendStream,
 ) -> Result<(), WireError> {
-    let Some(range) = range_of(fetch.offset, fetch.len) else {
-        return reply(send, &Response::Refused(Refusal::Malformed)).await;
-    };
     let (own, asker, version) = (shared.own.clone(), peer.id, Version::from(fetch.version));
-    let read = {
-        let range = range.clone();
-        move || own.read(asker, &version, range)
-    };
-    send_range(peer, link, range, read, send).await
+    let read = move |range| own.read(asker, &version, range);
+    send_range(peer, link, (fetch.offset, fetch.len), read, send).await
 }
 
 async fn serve_borrow(
@@ -160,18 +154,12 @@ async fn serve_borrow(
     borrow: Borrow,
     send: &mut SendStream,
 ) -> Result<(), WireError> {
-    let Some(range) = range_of(borrow.offset, borrow.len) else {
-        return reply(send, &Response::Refused(Refusal::Malformed)).await;
+    let (lender, asker) = (shared.lender.clone(), peer.id);
+    let read = move |range| match lender {
+        Some(lender) => lender.read(asker, borrow.wanted, range),
+        None => Err(FetchError::Refused),
     };
-    let Some(lender) = shared.lender.clone() else {
-        return reply(send, &Response::Refused(Refusal::NotShared)).await;
-    };
-    let asker = peer.id;
-    let read = {
-        let range = range.clone();
-        move || lender.read(asker, borrow.wanted, range)
-    };
-    send_range(peer, link, range, read, send).await
+    send_range(peer, link, (borrow.offset, borrow.len), read, send).await
 }
 
 async fn serve_lends(
@@ -195,19 +183,23 @@ async fn serve_lends(
     reply(send, &Response::Lends(lent)).await
 }
 
-/// Answers with the bytes of a range.
+/// Answers with the bytes of a range, as `read` gives them.
 async fn send_range(
     peer: &Arc<Peer>,
     link: &Arc<Link>,
-    range: Range<u64>,
-    read: impl FnOnce() -> Result<Fetched, FetchError> + Send + 'static,
+    (offset, len): (u64, u32),
+    read: impl FnOnce(Range<u64>) -> Result<Fetched, FetchError> + Send + 'static,
     send: &mut SendStream,
 ) -> Result<(), WireError> {
+    let Some(range) = range_of(offset, len) else {
+        return reply(send, &Response::Refused(Refusal::Malformed)).await;
+    };
     // Held until the bytes are gone: it is what bounds the memory of a connection. A read that
     // has begun goes on when its asker gives up, and keeps it: it bounds the threads as well.
     let Ok(permit) = link.fetches.clone().acquire_owned().await else { return Ok(()) };
     let _ = send.set_priority(BULK);
-    let work = tokio::task::spawn_blocking(move || (read(), permit));
+    let asked = range.clone();
+    let work = tokio::task::spawn_blocking(move || (read(asked), permit));
     let done = tokio::select! {
         done = work => done,
         _ = send.stopped() => return Ok(()),
