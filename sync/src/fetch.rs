@@ -50,9 +50,8 @@ impl ContentSource for Source {
     }
 
     fn lenders(&self) -> Vec<DeviceId> {
-        let can_lend =
-            |peer: &Peer| peer.is_online() && peer.link().is_some_and(|link| link.version >= LENDS);
-        let peers: Vec<_> = self.0.peers().values().filter(|p| can_lend(p)).cloned().collect();
+        let can_lend = |peer: &&Arc<Peer>| peer.link_since(LENDS).is_some();
+        let peers: Vec<_> = self.0.peers().values().filter(can_lend).cloned().collect();
         peers.into_iter().map(|peer| peer.id).filter(|id| self.0.is_peer(*id)).collect()
     }
 
@@ -126,7 +125,7 @@ impl Source {
     ) -> Result<Vec<Lent>, FetchError> {
         let contents = &contents[..contents.len().min(MAX_LENT)];
         let peer = self.0.peer(device).ok_or(FetchError::Unreachable)?;
-        let link = peer.link().filter(|_| peer.is_online()).ok_or(FetchError::Unreachable)?;
+        let link = peer.link_since(OLDEST).ok_or(FetchError::Unreachable)?;
         if link.version < LENDS {
             return Err(FetchError::Refused);
         }

@@ -25,7 +25,7 @@ pub(crate) struct Owners(pub(crate) Arc<Shared>);
 impl Owners {
     fn link(&self, owner: DeviceId) -> Option<Arc<Link>> {
         let peer = self.0.peer(owner).filter(|_| self.0.is_peer(owner))?;
-        peer.link().filter(|link| peer.is_online() && link.version >= LOCKS)
+        peer.link_since(LOCKS)
     }
 
     async fn ask_now(&self, owner: DeviceId, request: LockRequest) -> Option<LockAnswer> {

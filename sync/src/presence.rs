@@ -238,6 +238,11 @@ impl Peer {
         self.link().is_some_and(|l| l.is_alive())
     }
 
+    /// The connection there is, if it is alive and speaks this version or a later one.
+    pub(crate) fn link_since(&self, version: u16) -> Option<Arc<Link>> {
+        self.link().filter(|link| link.is_alive() && link.version >= version)
+    }
+
     /// How much longer a dial may well succeed.
     fn hope(&self) -> Option<Duration> {
         self.knowledge().hope?.checked_duration_since(Instant::now())
