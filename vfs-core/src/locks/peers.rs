@@ -136,7 +136,12 @@ impl PeerLocks {
             }
             // Deleted while it is locked, as any file may be; or its disk is away for now.
             Err(FetchError::Refused) => false,
-            Err(_) => true,
+            Err(
+                FetchError::Stale
+                | FetchError::Unreachable
+                | FetchError::NotNow
+                | FetchError::Failed(_),
+            ) => true,
         }
     }
 
