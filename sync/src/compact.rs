@@ -20,11 +20,8 @@ pub(crate) async fn keep(shared: Arc<Shared>) {
         tokio::time::sleep(EVERY).await;
         for location in shared.index.locations() {
             let follows = {
-                let (shared, with) = (shared.clone(), location.shared_with.clone());
-                move |member| {
-                    shared.is_peer(member)
-                        && with.as_ref().is_none_or(|with| with.contains(&member))
-                }
+                let (shared, location) = (shared.clone(), location.clone());
+                move |member| shared.is_peer(member) && location.is_shared_with(member)
             };
             let no = location.no;
             let compact = move |index: &Index| match index.compactable(no, follows, now_ms())? {

@@ -43,8 +43,7 @@ fn shared_location(shared: &Shared, peer: DeviceId, id: LocationId) -> Option<Ar
 }
 
 pub(crate) fn is_shared(shared: &Shared, peer: DeviceId, location: &Location) -> bool {
-    location.owner == shared.me
-        && location.shared_with.as_ref().is_none_or(|with| with.contains(&peer))
+    location.owner == shared.me && location.is_shared_with(peer)
 }
 
 /// Tells a peer which locations it may see, now and after every change.

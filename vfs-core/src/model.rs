@@ -293,6 +293,11 @@ impl Entry {
         Stamp { disk_ino: self.disk_ino, size, mtime, ctime }
     }
 
+    /// Whether its bytes are known to be this content.
+    pub fn has(&self, content: ContentId, size: u64) -> bool {
+        self.content == Some(content) && self.attr.size == size
+    }
+
     /// Whether its bytes are those of an earlier row of the same file, and more.
     pub fn is_grown(&self, before: &Self) -> bool {
         let is_same = (self.file_id, self.disk_ino) == (before.file_id, before.disk_ino);
@@ -335,4 +340,16 @@ pub struct Location {
     pub read_only: bool,
     /// The devices that may see it; `None` is all members.
     pub shared_with: Option<Vec<DeviceId>>,
+}
+
+impl Location {
+    /// Whether its owner lets another device see it.
+    pub fn is_shared_with(&self, device: DeviceId) -> bool {
+        includes(&self.shared_with, device)
+    }
+}
+
+/// Whether a device is among those that may see a location; `None` is all members.
+pub(crate) fn includes(shared_with: &Option<Vec<DeviceId>>, device: DeviceId) -> bool {
+    shared_with.as_ref().is_none_or(|with| with.contains(&device))
 }

@@ -4,7 +4,7 @@
 //! which holder is asked, and whether the bytes are right, is decided here in
 //! `vfs-core` ([`crate::content`]).
 
-use crate::model::{ContentId, DeviceId, FileId, LocationId, Stamp};
+use crate::model::{ContentId, DeviceId, Entry, FileId, LocationId, Stamp};
 use crate::ops::bounded;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -27,6 +27,14 @@ pub struct Version {
     pub stamp: Stamp,
     /// The id of its bytes, once hashed.
     pub content: Option<ContentId>,
+}
+
+impl Version {
+    /// That of a file as a row of its location has it.
+    pub fn of(location: LocationId, entry: &Entry) -> Self {
+        let (file, stamp, content) = (entry.file_id, entry.stamp(), entry.content);
+        Self { location, file, stamp, content }
+    }
 }
 
 /// Bytes of a range, with what proves them.

@@ -186,12 +186,7 @@ impl Daemon {
         });
         let name = path.last().map_or(location.name.clone(), |n| n.display().into_owned());
         let is_file = entry.attr.file_type == FileType::File;
-        let version = Version {
-            location: location.id,
-            file: entry.file_id,
-            stamp: entry.stamp(),
-            content: entry.content,
-        };
+        let version = Version::of(location.id, entry);
         let attr = &entry.attr;
         Ok(InfoReply {
             owner: member,

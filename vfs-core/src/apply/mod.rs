@@ -284,8 +284,7 @@ impl Site<'_> {
         let view = self.applier.index.view()?;
         for (no, file) in view.holders(id)? {
             let Some(location) = self.applier.index.location(no) else { continue };
-            let shared = location.shared_with.as_ref();
-            let readable = shared.is_none_or(|with| with.contains(&self.writer.id));
+            let readable = location.is_shared_with(self.writer.id);
             if location.owner != self.applier.index.me() || !readable {
                 continue;
             }

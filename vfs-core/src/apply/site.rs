@@ -120,10 +120,8 @@ impl<'a> Site<'a> {
     ) -> Result<Self, Fail> {
         let location = applier.index.location_by_id(location);
         let me = applier.index.me();
-        let location = location.filter(|l| {
-            let shared = l.shared_with.as_ref().is_none_or(|with| with.contains(&writer.id));
-            l.owner == me && !l.read_only && shared
-        });
+        let location =
+            location.filter(|l| l.owner == me && !l.read_only && l.is_shared_with(writer.id));
         let location = location.ok_or(Fail::Refused(Refusal::ReadOnly))?;
         let root = applier.indexer.root(location.no).map_err(|_| Fail::Later(Obstacle::Offline))?;
         if !root.is_current().unwrap_or(false) {

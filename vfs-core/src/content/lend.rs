@@ -16,14 +16,14 @@
 //! after the other; each asker may have one waiting, and few requests wait for theirs. What is lent
 //! is checked against it first: a disk that lies must not make a liar of this device.
 
+use super::answer::{check_range, prove, read};
 use super::cache::{Cache, Key};
-use super::disk::read_range;
-use super::manifest::{GROUP_BYTES, is_fetchable, verify};
+use super::manifest::{GROUP_BYTES, verify};
 use super::manifests::Manifests;
-use super::trees::{Trees, unreadable};
+use super::trees::Trees;
 use crate::index::{Index, IndexError};
-use crate::model::{DeviceId, Entry, Location, LocationNo};
-use crate::source::{FetchError, Fetched, Lent, MAX_FETCH_BYTES, Wanted};
+use crate::model::{DeviceId, Location, LocationNo};
+use crate::source::{FetchError, Fetched, Lent, Wanted};
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -76,22 +76,16 @@ impl Lender {
         range: Range<u64>,
     ) -> Result<Fetched, FetchError> {
         let Wanted { content, size } = wanted;
-        if !is_fetchable(&range, size) || range.end - range.start > MAX_FETCH_BYTES {
-            return Err(FetchError::Failed("the range is not one that may be asked for".into()));
-        }
+        check_range(&range, size)?;
         if !self.may_have(asker, wanted).map_err(|e| FetchError::Failed(e.to_string()))? {
             return Err(FetchError::Refused);
         }
         // The same answer as to those who may not have it.
         let file = self.cache.whole_content(content, size).ok_or(FetchError::Refused)?;
-        let bytes = read_range(&file, range.clone()).map_err(unreadable)?;
+        let bytes = read(&file, range.clone())?;
         let proof = match range == (0..size) {
             true => Vec::new(),
-            false => {
-                let read = &mut |near| read_range(&file, near).map(|bytes| bytes.to_vec());
-                let tree = self.trees.get(asker, wanted, &file)?;
-                tree.proof_with(range.clone(), read).map_err(unreadable)?
-            }
+            false => prove(&*self.trees.get(asker, wanted, &file)?, &file, range.clone())?,
         };
         if !verify(content, size, range, &bytes, &proof) {
             tracing::warn!(%content, "a cached content is damaged and is dropped");
@@ -118,9 +112,7 @@ impl Lender {
                 continue;
             }
             let entry = view.node(no, file)?.map(|node| node.entry);
-            let has_it =
-                |e: &Entry| e.content == Some(wanted.content) && e.attr.size == wanted.size;
-            if entry.as_ref().is_some_and(has_it) {
+            if entry.is_some_and(|entry| entry.has(wanted.content, wanted.size)) {
                 return Ok(true);
             }
             looked_at += 1;
@@ -137,7 +129,7 @@ impl Lender {
             return Ok(false);
         }
         if location.owner == self.index.me() {
-            return Ok(location.shared_with.as_ref().is_none_or(|with| with.contains(&asker)));
+            return Ok(location.is_shared_with(asker));
         }
         self.index.may_be_shown(location, asker)
     }

@@ -6,6 +6,7 @@
 //! | [`manifests`] | the trees of own files and of what is lent, stored |
 //! | [`serve`] | ranges of own files, for peers and for this device |
 //! | [`lend`] | ranges of cached contents, for members that may read them |
+//! | `answer` | what these two have in common |
 //! | `trees` | the trees of what is lent, built when they are needed |
 //! | [`cache`] | fetched bytes on disk, within a limit |
 //! | `fetch` | one range from the first holder that has it right |
@@ -19,6 +20,7 @@
 //! there; otherwise from a fetch, its own or one already under way, whose bytes
 //! were checked against the content id before anyone sees them.
 
+mod answer;
 pub mod cache;
 mod choice;
 mod crowd;
@@ -56,7 +58,7 @@ use dashmap::DashMap;
 use fetch::Supply;
 use reader::Pinned;
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicU64, AtomicUsize};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -117,7 +119,7 @@ pub struct Content {
     hydration: Hydration,
     /// Ranges that are being fetched for anybody; and how many of them were begun for pins.
     flying: AtomicU64,
-    brought: AtomicUsize,
+    brought: AtomicU64,
 }
 
 impl Content {
@@ -171,12 +173,7 @@ impl Content {
 
     /// How many bytes of a file are not in the cache.
     pub fn missing_bytes(&self, location: &Location, entry: &Entry) -> u64 {
-        let version = Version {
-            location: location.id,
-            file: entry.file_id,
-            stamp: entry.stamp(),
-            content: entry.content,
-        };
+        let version = Version::of(location.id, entry);
         entry.attr.size.saturating_sub(self.cache.cached_bytes(&version))
     }
 
@@ -201,12 +198,7 @@ impl Content {
         let Some(location) = self.index.location(location) else {
             return Err(FsError::new(Kind::Stale, "open a file of a location that was removed"));
         };
-        let version = Version {
-            location: location.id,
-            file: entry.file_id,
-            stamp: entry.stamp(),
-            content: entry.content,
-        };
+        let version = Version::of(location.id, entry);
         let pinned = self.pin(&version);
         pinned.add_version(location.owner, version);
         Ok(Reader::new(pinned))
@@ -281,6 +273,27 @@ impl Content {
     fn supply_of(&self, device: DeviceId) -> Arc<Supply> {
         let new = || Arc::new(Supply::new(UNDER_WAY_KIB));
         self.supplies.entry(device).or_insert_with(new).clone()
+    }
+}
+
+/// Adds to a number for as long as it lives.
+struct Counted<'a> {
+    number: &'a AtomicU64,
+    by: u64,
+    /// The number when that was added.
+    with_it: u64,
+}
+
+impl<'a> Counted<'a> {
+    fn new(number: &'a AtomicU64, by: u64) -> Self {
+        let with_it = number.fetch_add(by, Ordering::Relaxed) + by;
+        Self { number, by, with_it }
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.number.fetch_sub(self.by, Ordering::Relaxed);
     }
 }
 

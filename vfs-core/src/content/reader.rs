@@ -16,7 +16,7 @@ use super::cache::{CachedFile, Key};
 use super::fetch::{Failure, Fetcher, RangeRequest};
 use super::manifest::{GROUP_BYTES, groups_of};
 use super::window::Pattern;
-use super::{Content, lock};
+use super::{Content, Counted, lock};
 use crate::error::{FsError, FsResult};
 use crate::model::{DeviceId, FileId, LocationNo};
 use crate::source::{MAX_FETCH_BYTES, Version};
@@ -24,7 +24,7 @@ use bytes::{Bytes, BytesMut};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fs::File;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
@@ -587,7 +587,7 @@ impl Reader {
     /// `request`, which is a multiple of a group; whether the cache took them.
     pub(super) async fn bring(&self, most: u64, request: u64) -> Result<bool, Failure> {
         let (flights, new) = self.pinned.plan_missing(most, request);
-        let _brought = Counted::new(&self.pinned.content.brought, new);
+        let _brought = Counted::new(&self.pinned.content.brought, new as u64);
         let mut kept = true;
         for flight in flights {
             kept &= flight.is_kept().await?;
@@ -622,22 +622,6 @@ impl Reader {
 impl Drop for Reader {
     fn drop(&mut self) {
         lock(&self.pinned.state).patterns.remove(&self.id);
-    }
-}
-
-/// Adds to a number for as long as it lives.
-struct Counted<'a>(&'a AtomicUsize, usize);
-
-impl<'a> Counted<'a> {
-    fn new(count: &'a AtomicUsize, by: usize) -> Self {
-        count.fetch_add(by, Ordering::Relaxed);
-        Self(count, by)
-    }
-}
-
-impl Drop for Counted<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(self.1, Ordering::Relaxed);
     }
 }
 

@@ -7,8 +7,8 @@
 //! the bytes are checked against the content id that was asked for, and the file
 //! may have changed, grown for example.
 
-use super::disk::read_range;
-use super::manifest::{ChainingValue, GROUP_BYTES, Manifest, is_fetchable, verify};
+use super::answer::{check_range, prove, read, unreadable};
+use super::manifest::{ChainingValue, GROUP_BYTES, Manifest, verify};
 use super::manifests::Manifests;
 use crate::error::{FsError, FsResult, Kind};
 use crate::index::{Index, IndexError, Node};
@@ -17,7 +17,7 @@ use crate::local::{Root, stamp_of};
 use crate::model::{
     ContentId, DeviceId, FileId, FileType, Location, LocationId, LocationNo, Name, Stamp,
 };
-use crate::source::{FetchError, Fetched, MAX_FETCH_BYTES, Version};
+use crate::source::{FetchError, Fetched, Version};
 use std::collections::HashSet;
 use std::fs::File;
 use std::ops::Range;
@@ -78,12 +78,10 @@ impl OwnFiles {
         range: Range<u64>,
     ) -> Result<Fetched, FetchError> {
         let size = version.stamp.size;
-        if !is_fetchable(&range, size) || range.end - range.start > MAX_FETCH_BYTES {
-            return Err(FetchError::Failed("the range is not one that may be asked for".into()));
-        }
+        check_range(&range, size)?;
         let location = self.location_for(asker, version.location)?;
         let opened = self.open(&location, version)?;
-        let bytes = read_range(&opened.file, range.clone()).map_err(unreadable)?;
+        let bytes = read(&opened.file, range.clone())?;
         let proof = match version.content {
             None => Vec::new(),
             Some(content) => self.proof(&opened, content, size, &range)?,
@@ -107,7 +105,7 @@ impl OwnFiles {
     ) -> Result<File, FetchError> {
         let location = self.location_for(asker, location)?;
         let (_, path) = self.find(location.no, file)?;
-        let root = (self.roots)(location.no).map_err(|_| FetchError::Unreachable)?;
+        let root = (self.roots)(location.no).map_err(|_| FetchError::NotNow)?;
         let gone = |e: FsError| match e.kind() {
             Kind::NotFound | Kind::NotADirectory | Kind::IsADirectory | Kind::Loop => {
                 FetchError::Stale
@@ -127,9 +125,9 @@ impl OwnFiles {
         location: LocationId,
     ) -> Result<Arc<Location>, FetchError> {
         let location = self.index.location_by_id(location).ok_or(FetchError::Refused)?;
-        let shared = location.shared_with.as_ref().is_none_or(|with| with.contains(&asker));
         let own = location.owner == self.index.me();
-        (own && (shared || asker == location.owner)).then_some(location).ok_or(FetchError::Refused)
+        let may_read = own && (location.is_shared_with(asker) || asker == location.owner);
+        may_read.then_some(location).ok_or(FetchError::Refused)
     }
 
     fn open(&self, location: &Location, version: &Version) -> Result<Opened, FetchError> {
@@ -147,9 +145,8 @@ impl OwnFiles {
         })?;
         let stamp = stamp_of(&file).map_err(failed)?;
         let is_indexed = node.entry.stamp() == stamp;
-        let content_is_claimed = version.content.is_some()
-            && node.entry.content == version.content
-            && node.entry.attr.size == version.stamp.size;
+        let content_is_claimed =
+            version.content.is_some_and(|content| node.entry.has(content, version.stamp.size));
         let content_is_known = is_indexed && content_is_claimed;
         // Another stamp may still have the same bytes (a chmod, a touch), or begin with them (a log
         // that grows): then the index says so already, or the proof will show it.
@@ -180,9 +177,7 @@ impl OwnFiles {
         if size <= GROUP_BYTES {
             return Ok(Vec::new());
         }
-        let manifest = self.manifest(opened, content, size)?;
-        let read = &mut |near| read_range(&opened.file, near).map(|bytes| bytes.to_vec());
-        manifest.proof_with(range.clone(), read).map_err(unreadable)
+        prove(&*self.manifest(opened, content, size)?, &opened.file, range.clone())
     }
 
     fn manifest(
@@ -263,12 +258,4 @@ fn is_unchanged(opened: &Opened) -> Result<bool, FetchError> {
 
 fn failed(error: FsError) -> FetchError {
     FetchError::Failed(error.to_string())
-}
-
-/// A file that ends early was cut while it was read.
-fn unreadable(error: std::io::Error) -> FetchError {
-    match error.kind() {
-        std::io::ErrorKind::UnexpectedEof => FetchError::Stale,
-        _ => FetchError::Failed(error.to_string()),
-    }
 }

@@ -4,6 +4,7 @@
 //! for, and stored. One thread of low priority builds them, one after the other; each asker may
 //! have one waiting, and few requests wait for theirs.
 
+use super::answer::unreadable;
 use super::cache::{Cache, Key};
 use super::lock;
 use super::manifest::Manifest;
@@ -168,14 +169,6 @@ impl Drop for Ended<'_> {
             drop(queue);
             self.0.built.notify_all();
         }
-    }
-}
-
-/// A file that ends early was cut beneath the cache.
-pub(super) fn unreadable(error: io::Error) -> FetchError {
-    match error.kind() {
-        io::ErrorKind::UnexpectedEof => FetchError::Stale,
-        _ => FetchError::Failed(error.to_string()),
     }
 }
 

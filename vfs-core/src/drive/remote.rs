@@ -222,12 +222,7 @@ impl Remote {
         if self.outbox.has_bytes(location.no, entry.file_id) {
             return "pending";
         }
-        let version = Version {
-            location: location.id,
-            file: entry.file_id,
-            stamp: entry.stamp(),
-            content: entry.content,
-        };
+        let version = Version::of(location.id, entry);
         match self.content.cache().cached_bytes(&version) {
             n if n >= entry.attr.size => "cached",
             0 => "remote",

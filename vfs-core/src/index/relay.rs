@@ -23,7 +23,7 @@ use super::store::{Snapshot, StoreError, Table};
 use super::sweep;
 use super::tx::{Place, Tx};
 use super::{Index, IndexError, LogRow, ROOT_PARENT, View};
-use crate::model::{DeviceId, Location, LocationId, LocationNo, Seq};
+use crate::model::{DeviceId, Location, LocationId, LocationNo, Seq, includes};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Read, Seek, Write};
@@ -346,10 +346,6 @@ fn has_no_others(tx: &mut Tx<'_>, no: LocationNo, log: LogDigest) -> Result<bool
 /// What is older than a row that the replica has already is not taken: that row would stay.
 fn is_news(from: &dyn Snapshot, no: LocationNo, log: LogDigest) -> Result<(), IndexError> {
     if log.head < beyond(from, no)? { Err(IndexError::NotAsStated) } else { Ok(()) }
-}
-
-fn includes(shared_with: &Option<Vec<DeviceId>>, device: DeviceId) -> bool {
-    shared_with.as_ref().is_none_or(|with| with.contains(&device))
 }
 
 fn sharing(from: &dyn Snapshot, id: LocationId) -> Result<Option<Sharing>, IndexError> {

@@ -234,12 +234,7 @@ impl Content {
         if entry.attr.file_type != FileType::File || !is_small(entry.attr.size) {
             return false;
         }
-        let version = Version {
-            location: location.id,
-            file: entry.file_id,
-            stamp: entry.stamp(),
-            content: entry.content,
-        };
+        let version = Version::of(location.id, entry);
         let written_here = self.crowds.written_here.get();
         self.cache.cached_bytes(&version) < entry.attr.size
             && !written_here.is_some_and(|is| is(location.no, entry.file_id))

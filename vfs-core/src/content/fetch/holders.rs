@@ -143,11 +143,10 @@ impl Fetcher {
                 continue;
             }
             let Some(node) = view.node(no, file)? else { continue };
-            let entry = node.entry;
-            if entry.content == Some(id) && entry.attr.size == self.size {
-                let (location, device) = (location.id, location.owner);
-                let version = Version { location, file, stamp: entry.stamp(), content: Some(id) };
-                holders.push(self.holder(device, Place::Location { version, is_opened: false }));
+            if node.entry.has(id, self.size) {
+                let version = Version::of(location.id, &node.entry);
+                let at = Place::Location { version, is_opened: false };
+                holders.push(self.holder(location.owner, at));
             }
         }
         Ok(holders)

@@ -32,7 +32,7 @@ mod supply;
 pub(super) use supply::Supply;
 
 use super::window::Link;
-use super::{Content, lock};
+use super::{Content, Counted, lock};
 use crate::error::{FsError, Kind};
 use crate::model::{ContentId, DeviceId};
 use crate::source::Version;
@@ -177,13 +177,10 @@ impl Fetcher {
         self: &Arc<Self>,
         request: &RangeRequest<'_>,
     ) -> Result<Bytes, Failure> {
-        let len = request.len();
-        let under_way = self.under_way_bytes.fetch_add(len, Ordering::Relaxed) + len;
-        let _less = Less(&self.under_way_bytes, len);
-        self.content.flying.fetch_add(1, Ordering::Relaxed);
-        let _landed = Less(&self.content.flying, 1);
+        let under_way = Counted::new(&self.under_way_bytes, request.len());
+        let _flying = Counted::new(&self.content.flying, 1);
         let bytes = self.ask_holders(request).await?;
-        lock(&self.link).note(under_way, request.started.elapsed());
+        lock(&self.link).note(under_way.with_it, request.started.elapsed());
         *lock(&self.progress) = Instant::now();
         self.content.cache.count_fetched(bytes.len());
         self.look_for_more(request);
@@ -206,13 +203,5 @@ impl Fetcher {
         if let Some(version) = holder.version().cloned().or_else(|| self.a_version()) {
             self.content.report(holder.device, &version, what);
         }
-    }
-}
-
-struct Less<'a>(&'a AtomicU64, u64);
-
-impl Drop for Less<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(self.1, Ordering::Relaxed);
     }
 }

@@ -1,13 +1,13 @@
 //! Fetching what pins miss.
 
 use super::lane::{FILES, Lane};
-use super::pass::version_of;
 use super::walk::Walk;
 use super::{Found, Obstacle, Pin, PinKey, Pins, Progress};
 use crate::content::fetch::Failure;
 use crate::content::lock;
 use crate::index::IndexError;
 use crate::model::{DeviceId, Entry, Location, LocationNo};
+use crate::source::Version;
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -217,7 +217,7 @@ impl Pins {
         for _ in 0..STEPS {
             let more = walk.step(&view, &mut |entry| {
                 let is_here = entry.attr.size == 0
-                    || self.content.cache.kept(&version_of(location.id, entry)).is_whole;
+                    || self.content.cache.kept(&Version::of(location.id, entry)).is_whole;
                 if !is_here {
                     found.push(entry.clone());
                 }
@@ -266,7 +266,7 @@ struct File {
 impl File {
     async fn bring(&self, entry: &Entry) {
         let content = &self.pins.content;
-        let version = version_of(self.location.id, entry);
+        let version = Version::of(self.location.id, entry);
         let Ok(reader) = content.open_quietly(self.location.no, entry) else { return };
         let missing = reader.missing_bytes().await;
         if missing == 0 {

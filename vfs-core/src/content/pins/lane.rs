@@ -126,5 +126,5 @@ impl Lane {
 /// Whether no program, nor what is read ahead of one, waits for bytes.
 fn is_quiet(content: &Content) -> bool {
     let flying = content.flying.load(Ordering::Relaxed);
-    flying <= content.brought.load(Ordering::Relaxed) as u64
+    flying <= content.brought.load(Ordering::Relaxed)
 }

@@ -37,8 +37,8 @@ use super::{Content, lock};
 use crate::changes::{Change, Next};
 use crate::index::IndexError;
 use crate::model::{DeviceId, FileId, FileType, LocationId, LocationNo, Time};
+use crate::source::Version;
 use lru::LruCache;
-use pass::version_of;
 use std::collections::{HashMap, HashSet};
 use std::num::NonZeroUsize;
 use std::sync::atomic::AtomicU64;
@@ -325,7 +325,7 @@ impl Pins {
         let Some(node) = view.node(no, file)? else { return Ok(evicted) };
         let mut walk = Walk::begin(no, &node.entry);
         while walk.step(&view, &mut |entry| {
-            let one = self.content.cache.evict(&version_of(location.id, entry), dry_run);
+            let one = self.content.cache.evict(&Version::of(location.id, entry), dry_run);
             evicted.freed_bytes += one.freed_bytes;
             evicted.pinned_bytes += one.pinned_bytes;
             evicted.open_bytes += one.open_bytes;

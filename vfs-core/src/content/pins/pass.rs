@@ -4,7 +4,7 @@ use super::walk::Walk;
 use super::{Found, Pin, PinError, PinKey, Pins, Progress, Tally};
 use crate::content::lock;
 use crate::index::{IndexError, View};
-use crate::model::{Entry, FileId, LocationId, LocationNo, Seq};
+use crate::model::{Entry, LocationId, LocationNo, Seq};
 use crate::source::Version;
 use std::collections::HashMap;
 use std::sync::MutexGuard;
@@ -186,15 +186,10 @@ impl Pins {
                 tally.here_files += 1;
                 return;
             }
-            let kept = self.content.cache.hold(&version_of(location, entry));
+            let kept = self.content.cache.hold(&Version::of(location, entry));
             tally.here_files += u64::from(kept.is_whole);
             tally.here_bytes += kept.bytes;
         })? {}
         Ok(tally)
     }
-}
-
-pub(super) fn version_of(location: LocationId, entry: &Entry) -> Version {
-    let (file, content): (FileId, _) = (entry.file_id, entry.content);
-    Version { location, file, stamp: entry.stamp(), content }
 }

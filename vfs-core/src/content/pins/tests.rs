@@ -255,7 +255,7 @@ impl World {
     }
 
     fn is_here(&self, pins: &Pins, entry: &Entry) -> bool {
-        pins.content.cache.kept(&version_of(LOCATION, entry)).is_whole
+        pins.content.cache.kept(&Version::of(LOCATION, entry)).is_whole
     }
 
     /// What is read passes through the cache, twice as much as it may keep.
@@ -452,7 +452,7 @@ fn where_not_everything_fits_what_fits_is_kept_and_the_rest_comes_when_there_is_
     wait_until("it is told by how much", || pins.excess() == excess);
     wait_until("the others came", || files.iter().all(|file| world.is_here(&pins, file)));
     wait_until("it is told", || standing(&pins) == Standing::CacheFull);
-    assert!(pins.content.cache.kept(&version_of(LOCATION, &large)).bytes == 0);
+    assert!(pins.content.cache.kept(&Version::of(LOCATION, &large)).bytes == 0);
     world.churn(&pins);
     assert!(pins.content.cache.stats().bytes <= 5 * SIZE);
     assert_eq!(world.read(&pins, &large).unwrap(), bytes_of(9, 8 * SIZE));
