@@ -303,7 +303,8 @@ pub enum Refusal {
     NotShared,
     /// The version is gone.
     Stale,
-    /// The disk with the location is not there now.
+    /// It cannot be had now, but may be later: the disk with the location is away, or the hash
+    /// tree of what is lent is not built yet, or too many wait for one.
     Offline,
     /// Its disk or index failed.
     Failed,

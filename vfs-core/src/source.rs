@@ -53,7 +53,8 @@ pub enum FetchError {
     /// It is offline, or did not answer within its deadline.
     #[error("the device cannot be reached")]
     Unreachable,
-    /// It is there, but cannot give it now: its disk is away, or has to be read for it first.
+    /// It is there, but cannot give it now: its disk is away, or what it would lend has to be read
+    /// for it first.
     #[error("the device cannot give it now")]
     NotNow,
     /// It no longer has this version.
@@ -62,7 +63,7 @@ pub enum FetchError {
     /// It does not let this device read the location, or does not know the file.
     #[error("the device refused")]
     Refused,
-    /// It could not read its own disk, or broke the protocol.
+    /// It could not read its own disk, has to hash a file of its own first, or broke the protocol.
     #[error("the device failed: {0}")]
     Failed(String),
 }
@@ -129,7 +130,8 @@ pub struct Lent {
     /// The ranges that are there and may be had; none, if it is not there or not for the asker.
     #[serde(deserialize_with = "bounded::<_, _, MAX_LENT_RANGES>")]
     pub ranges: Vec<Range<u64>>,
-    /// Its hash tree is there. Otherwise the whole file is read before the first range is given.
+    /// Its hash tree is there, or it has none because it is one group. Otherwise the whole file is
+    /// read before the first range is given, unless all of it is asked for at once.
     pub is_ready: bool,
 }
 

@@ -299,12 +299,12 @@ fn indexer_config(config: &Config) -> IndexerConfig {
     }
 }
 
-/// Before any location is watched: it ends what a crash cut off.
 fn open_manifests(dir: &DataDir, path: PathBuf) -> Outcome<Manifests> {
     Manifests::open(&dir.subdirectory(path.clone())?)
         .map_err(|e| Failure::io(format!("cannot use {}", path.display()), e))
 }
 
+/// Before any location is watched: it ends what a crash cut off.
 fn open_applier(
     dir: &DataDir,
     index: &Index,

@@ -7,14 +7,13 @@
 //! **Who may have it.** A content id is no permission. A content is lent to a member only if
 //! somebody else than that member has a file with these bytes in a location that the member may
 //! see: one of this device's own that is shared with it, or one of which this device keeps a
-//! statement with the owner's signature that names the member (or all members). What the asker
-//! says of its own locations does not count, or it could claim any id it heard of. "Not here"
-//! and "not for you" are one answer.
+//! statement with the owner's signature that names the member (or all members), and knows of no
+//! newer one that does not ([`Index::may_be_shown`]). What the asker says of its own locations does
+//! not count, or it could claim any id it heard of. "Not here" and "not for you" are one answer.
 //!
-//! **What proves it.** The cache keeps no hash trees, so that of a content is built by hashing
-//! its file when it is first asked for, and stored. One thread of low priority builds them, one
-//! after the other; each asker may have one waiting, and few requests wait for theirs. What is lent
-//! is checked against it first: a disk that lies must not make a liar of this device.
+//! **What proves it.** The cache keeps no hash trees: that of a content is built when it is first
+//! asked for (`trees`). What is lent is checked against the content id first: a disk that
+//! lies must not make a liar of this device.
 
 use super::answer::{check_range, prove, read};
 use super::cache::{Cache, Key};

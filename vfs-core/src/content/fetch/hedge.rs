@@ -13,7 +13,8 @@ use std::task::Poll;
 use std::time::Duration;
 use tokio::time::{Instant, timeout};
 
-/// How often it is looked whether somebody waits for a late flight by now.
+/// How often it is looked whether somebody waits for a late flight by now, and whether there is
+/// another holder by now.
 pub(super) const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// A holder that is asked for the range, perhaps beside another one.

@@ -84,7 +84,7 @@ impl Fetcher {
         self.content.source.rtt(device).unwrap_or_default()
     }
 
-    /// Who may have the bytes, the nearest first.
+    /// Who may have the bytes: in a location, in the order of [`Self::look_up`], then in a cache.
     pub(super) async fn holders(self: &Arc<Self>) -> Result<Vec<Holder>, Failure> {
         let known = lock(&self.holders).clone();
         let known = known.filter(|(at, _)| at.elapsed() < LOOK_UP_AFTER);
@@ -104,7 +104,7 @@ impl Fetcher {
         Ok(holders)
     }
 
-    /// Blocks on the index.
+    /// Who has the bytes in a location. Blocks on the index.
     fn look_up(&self) -> Vec<Holder> {
         let me = self.content.index.me();
         let mut holders = lock(&self.versions).clone();
@@ -115,8 +115,9 @@ impl Fetcher {
         }
         let mut seen = HashSet::new();
         holders.retain(|holder| seen.insert((holder.device, holder.version().cloned())));
-        // This device's own, the owners as opened, then the others; of each device one before
-        // another one of any, so that a silent device costs its patience once.
+        // This device's own come first, then one place of each device, as opened or else as the
+        // index has it, then the second ones and so on. That decides who is left out when there
+        // are too many, and who of equals is asked first.
         let mut of_device: HashMap<DeviceId, usize> = HashMap::new();
         let mut place = |holder: &Holder| {
             let count = of_device.entry(holder.device).or_default();

@@ -1,12 +1,13 @@
 //! One range of a version, from the first holder that has it right.
 //!
 //! Holders are this device's own locations, the owner, other devices whose locations
-//! have the same content, and, when none of these answers or much is read, devices
-//! that have it in their cache, which are asked for that. Which of them is asked first
-//! is decided for each range ([`super::choice`]). One that is late while somebody waits
-//! is not left: another is asked besides, and whoever is first wins. What comes for a
-//! known content id is checked before it leaves here; a holder whose bytes are wrong is
-//! reported and not asked again for this version.
+//! have the same content, and devices that have it in their cache, which are asked for
+//! that when none of these gives it, when one is late and no other is known, or when
+//! much is read. Which of them is asked first is decided for each range
+//! ([`super::choice`]). One that is late while somebody waits is not left: another is
+//! asked besides, and whoever is first wins. One that stays silent is given up while
+//! there is another. What comes for a known content id is checked before it leaves here;
+//! a holder whose bytes are wrong is reported and not asked again for this version.
 //!
 //! | module | what it is |
 //! |---|---|
