@@ -8,7 +8,7 @@
 
 mod take;
 
-pub(crate) use take::{fetch_anew, stated, take};
+pub(crate) use take::{fetch_anew, note_sharing, stated, take};
 
 use crate::members::push;
 use crate::node::Shared;

@@ -565,6 +565,7 @@ async fn live(shared: &Arc<Shared>, peer: &Arc<Peer>, link: &Arc<Link>, hello: H
     tasks.spawn(replicate::announce(shared.clone(), peer.clone(), link.clone()));
     tasks.spawn(replicate::follow(shared.clone(), peer.clone(), link.clone()));
     tasks.spawn(pass_on::offer(shared.clone(), peer.clone(), link.clone()));
+    tasks.spawn(pass_on::note_sharing(shared.clone(), peer.clone(), link.clone()));
     tasks.spawn(pass_on::take(shared.clone(), peer.clone(), link.clone()));
     tasks.spawn(deliver::keep(shared.clone(), peer.clone(), link.clone()));
     let closed = tokio::select! {

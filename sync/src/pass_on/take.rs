@@ -82,6 +82,50 @@ pub(crate) async fn take(shared: Arc<Shared>, peer: Arc<Peer>, link: Arc<Link>) 
     }
 }
 
+/// Notes who may see a location by what a peer offers, as soon as it is offered: who was excluded
+/// is so at once, also while rows are on their way.
+pub(crate) async fn note_sharing(shared: Arc<Shared>, peer: Arc<Peer>, link: Arc<Link>) {
+    let mut offers = link.offered.subscribe();
+    let mut locations = shared.locations.subscribe();
+    let mut noted: HashMap<LocationId, Signed> = HashMap::new();
+    loop {
+        locations.mark_unchanged();
+        let offered = offers.borrow_and_update().clone();
+        let offered = offered.iter().flat_map(|list| &list.0);
+        let ids: HashSet<_> = offered.clone().map(|signed| signed.statement.location).collect();
+        noted.retain(|id, _| ids.contains(id));
+        for signed in offered {
+            let location = signed.statement.location;
+            if noted.get(&location) == Some(signed) {
+                continue;
+            }
+            let is_known = shared.index.location_by_id(location).is_some();
+            let owner = owner_of(&shared, &signed.statement).filter(|_| is_known);
+            if let Some(owner) = owner.filter(|owner| is_signed_by(*owner, signed)) {
+                let (peer, link, stated) = (peer.clone(), link.clone(), signed.statement.clone());
+                // The last word on a connection that is over is not the owner's word of now.
+                let is_owners = move || {
+                    peer.id == owner && peer.link().is_some_and(|now| Arc::ptr_eq(&now, &link))
+                };
+                let note = move |index: &Index| index.note_sharing(&stated, is_owners);
+                if let Err(error) = at_the_disk(&shared.index, note).await {
+                    tracing::warn!(%error, "who may see a location is not noted");
+                    continue;
+                }
+            }
+            if is_known {
+                noted.insert(location, signed.clone());
+            }
+            tokio::task::yield_now().await;
+        }
+        tokio::select! {
+            changed = offers.changed() => if changed.is_err() { return },
+            _ = locations.changed() => {}
+        }
+        sleep(GATHER).await;
+    }
+}
+
 async fn judge(
     shared: &Arc<Shared>,
     peer: &Arc<Peer>,
@@ -101,7 +145,6 @@ async fn judge(
             Some(format!("location {}: a false signature", stated.location));
         return Verdict::Done;
     }
-    note_sharing(shared, stated, owner == peer.id).await;
     if owner == peer.id {
         return compare(shared, peer, link, signed).await;
     }
@@ -115,16 +158,6 @@ async fn judge(
         TakeError::NotAsStated => Verdict::Done,
         TakeError::Wire(error) if error.is_breach() => Verdict::Done,
         TakeError::Wire(_) | TakeError::Index(_) => Verdict::Later,
-    }
-}
-
-/// Who was excluded is so at once, also while rows are on their way.
-async fn note_sharing(shared: &Arc<Shared>, stated: &Statement, is_owners_word: bool) {
-    let stated = stated.clone();
-    let noted =
-        at_the_disk(&shared.index, move |index| index.note_sharing(&stated, is_owners_word)).await;
-    if let Err(error) = noted {
-        tracing::warn!(%error, "who may see a location is not noted");
     }
 }
 

@@ -711,14 +711,14 @@ fn a_cached_content_is_lent_to_those_who_may_see_a_file_with_it() {
     let mut newer = statement(&world, OWNER, Some(vec![OTHER, ME]));
     newer.log.head.0 += 1;
     newer.made_ms = 0;
-    world.index.note_sharing(&newer, false).unwrap();
+    world.index.note_sharing(&newer, || false).unwrap();
     assert!(is_lent(LENDER), "it could be an old one");
     newer.made_ms = 2;
-    world.index.note_sharing(&newer, false).unwrap();
+    world.index.note_sharing(&newer, || false).unwrap();
     assert!(!is_lent(LENDER) && is_lent(OTHER), "who was excluded is so at once");
-    world.index.note_sharing(&statement(&world, OWNER, None), false).unwrap();
+    world.index.note_sharing(&statement(&world, OWNER, None), || false).unwrap();
     assert!(!is_lent(LENDER), "an older statement says nothing");
-    world.index.note_sharing(&statement(&world, OWNER, None), true).unwrap();
+    world.index.note_sharing(&statement(&world, OWNER, None), || true).unwrap();
     assert!(is_lent(LENDER), "its owner says so itself");
 
     let size = wanted.size;

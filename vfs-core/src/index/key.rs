@@ -57,6 +57,11 @@ const CONTENT_BYTES: usize = 32;
 pub(super) type ContentKey = [u8; CONTENT_BYTES + LOCATION_BYTES + FILE_BYTES];
 
 /// Content: a file that has these bytes.
+/// What the keys begin with of one location's files that have these bytes.
+pub(super) fn content_in(content: ContentId, no: LocationNo) -> Vec<u8> {
+    [&content.0[..], &location(no)].concat()
+}
+
 pub(super) fn content(content: ContentId, no: LocationNo, file: FileId) -> ContentKey {
     let mut key = [0; CONTENT_BYTES + LOCATION_BYTES + FILE_BYTES];
     let (id, rest) = key.split_at_mut(CONTENT_BYTES);

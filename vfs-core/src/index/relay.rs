@@ -158,30 +158,36 @@ impl Index {
     /// Keeps who may see a replica, also if its rows are not those of the statement. The signature
     /// is known to be right; `is_owners_word`: the owner itself says so at this moment, so that it
     /// counts whatever its clock has been before.
-    pub fn note_sharing(&self, stated: &Statement, is_owners_word: bool) -> Result<(), IndexError> {
+    pub fn note_sharing(
+        &self,
+        stated: &Statement,
+        is_owners_word: impl FnOnce() -> bool,
+    ) -> Result<(), IndexError> {
         let location = self.location_by_id(stated.location);
         let Some(replica) = location.filter(|l| l.owner != self.me()) else { return Ok(()) };
         let Statement { shared_with, made_ms, .. } = stated.clone();
         let new = Sharing { shared_with, made_ms };
-        let snapshot = self.store().snapshot()?;
-        let last = sharing(&*snapshot, stated.location)?;
-        let kept = statement(&*snapshot, replica.no)?.map(|signed| signed.statement);
-        let kept = kept.filter(|kept| kept.location == stated.location);
-        let newest =
-            last.iter().map(|last| last.made_ms).chain(kept.map(|kept| kept.made_ms)).max();
-        let is_newer = newest.is_none_or(|newest| newest < made_ms);
-        if !is_newer && !is_owners_word || last.as_ref() == Some(&new) {
-            return Ok(());
-        }
+        // Judged where it is written: two that say it at once must not overtake each other.
         self.write(|tx| {
-            tx.batch.put(Table::Meta, key::sharing(stated.location), encode(&new));
+            let last = sharing(tx, stated.location)?;
+            let kept = statement(tx, replica.no)?.map(|signed| signed.statement);
+            let kept = kept.filter(|kept| kept.location == stated.location);
+            let newest =
+                last.iter().map(|last| last.made_ms).chain(kept.map(|kept| kept.made_ms)).max();
+            let is_newer = newest.is_none_or(|newest| newest < made_ms);
+            if (is_newer || is_owners_word()) && last.as_ref() != Some(&new) {
+                tx.batch.put(Table::Meta, key::sharing(stated.location), encode(&new));
+            }
             Ok(())
         })
     }
 
-    /// Whether a third device's location may be shown to a device: its owner has said so of rows
-    /// that were here, and nothing else since.
+    /// Whether a location may be shown to a device, by what its owner says: of an own one that is
+    /// known; the owner of another one has said so of rows that were here, and nothing else since.
     pub fn may_be_shown(&self, location: &Location, to: DeviceId) -> Result<bool, IndexError> {
+        if location.owner == self.me() || location.owner == to {
+            return Ok(location.owner == to || includes(&location.shared_with, to));
+        }
         let snapshot = self.store().snapshot()?;
         let was_for = statement(&*snapshot, location.no)?.is_some_and(|signed| {
             signed.statement.location == location.id && signed.statement.is_for(to)

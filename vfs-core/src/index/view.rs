@@ -166,34 +166,53 @@ impl<'a> View<'a> {
     /// Files that have these bytes, a few of each location: one owner may have listed the
     /// same bytes a million times.
     pub fn holders(&self, content: ContentId) -> Result<Vec<(LocationNo, FileId)>, IndexError> {
-        let end = key::after_prefix(&content.0);
         let mut found = Vec::new();
-        let mut start = content.0.to_vec();
+        let mut from = LocationNo(0);
         loop {
-            let mut few: Vec<(LocationNo, FileId)> = Vec::new();
-            read::scan_range(
-                &*self.snapshot,
-                Table::Content,
-                &start,
-                end.as_deref(),
-                &mut |k, _| {
-                    let no = key::content_location(k).ok_or(IndexError::DamagedRow("a holder"))?;
-                    let file = key::last_file(k).ok_or(IndexError::DamagedRow("a holder"))?;
-                    if few.first().is_some_and(|(first, _)| *first != no) {
-                        return Ok(ControlFlow::Break(()));
-                    }
-                    few.push((no, file));
-                    let more = few.len() < HOLDERS_EACH;
-                    Ok(if more { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
-                },
-            )?;
+            let end = key::after_prefix(&content.0);
+            let mut few = self.first_holders(content, from, end)?;
             let Some((no, _)) = few.first() else { break };
-            start = key::content(content, LocationNo(no.0 + 1), FileId(0)).to_vec();
+            from = LocationNo(no.0 + 1);
             found.append(&mut few);
         }
         // The rows of a removed location go bit by bit.
         found.retain(|(no, _)| self.index.location(*no).is_some());
         Ok(found)
+    }
+
+    /// Files of one location that have these bytes, a few.
+    pub fn holders_in(
+        &self,
+        no: LocationNo,
+        content: ContentId,
+    ) -> Result<Vec<FileId>, IndexError> {
+        let end = key::after_prefix(&key::content_in(content, no));
+        let few = self.first_holders(content, no, end)?;
+        Ok(few.into_iter().map(|(_, file)| file).collect())
+    }
+
+    /// Of the first location from this one on that has any, before the key `end`.
+    fn first_holders(
+        &self,
+        content: ContentId,
+        from: LocationNo,
+        end: Option<Vec<u8>>,
+    ) -> Result<Vec<(LocationNo, FileId)>, IndexError> {
+        let start = key::content(content, from, FileId(0));
+        let mut few: Vec<(LocationNo, FileId)> = Vec::new();
+        let mut take = |k: &[u8]| {
+            let no = key::content_location(k).ok_or(IndexError::DamagedRow("a holder"))?;
+            let file = key::last_file(k).ok_or(IndexError::DamagedRow("a holder"))?;
+            if few.first().is_some_and(|(first, _)| *first != no) {
+                return Ok(ControlFlow::Break(()));
+            }
+            few.push((no, file));
+            let more = few.len() < HOLDERS_EACH;
+            Ok(if more { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
+        };
+        let (snapshot, end) = (&*self.snapshot, end.as_deref());
+        read::scan_range(snapshot, Table::Content, &start, end, &mut |k, _| take(k))?;
+        Ok(few)
     }
 
     /// Where the rows of this log begin for a device that has those of `log_id` up to `after`.
