@@ -21,9 +21,8 @@ use super::manifest::{GROUP_BYTES, verify};
 use super::manifests::Manifests;
 use super::trees::Trees;
 use crate::index::{Index, IndexError};
-use crate::model::{DeviceId, Location, LocationNo};
+use crate::model::{DeviceId, LocationNo};
 use crate::source::{FetchError, Fetched, Lent, Wanted};
-use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -46,21 +45,24 @@ impl Lender {
 
     /// What of each content is here and may be lent to the asker.
     pub fn lends(&self, asker: DeviceId, contents: &[Wanted]) -> Vec<Lent> {
-        let mut said: HashMap<Wanted, Lent> = HashMap::new();
-        let mut say = |wanted: &Wanted| {
-            said.entry(*wanted).or_insert_with(|| self.lent(asker, *wanted)).clone()
+        let visible = match self.visible_to(asker) {
+            Ok(visible) => visible,
+            Err(error) => {
+                tracing::warn!(%error, "cannot find out who may have cached bytes");
+                return vec![Lent::default(); contents.len()];
+            }
         };
-        contents.iter().map(&mut say).collect()
+        contents.iter().map(|wanted| self.lent(&visible, *wanted)).collect()
     }
 
     /// How long it takes must not tell who may not have a content whether it is here: that is
     /// looked at last.
-    fn lent(&self, asker: DeviceId, wanted: Wanted) -> Lent {
-        let may_have = self.may_have(asker, wanted).unwrap_or_else(|error| {
+    fn lent(&self, visible: &[LocationNo], wanted: Wanted) -> Lent {
+        let is_there = self.is_in(visible, wanted).unwrap_or_else(|error| {
             tracing::warn!(%error, "cannot find out who may have cached bytes");
             false
         });
-        if !may_have || !self.cache.has_whole(wanted.content) {
+        if !is_there || !self.cache.has_whole(wanted.content) {
             return Lent::default();
         }
         let is_ready = wanted.size <= GROUP_BYTES || self.trees.has(wanted.content);
@@ -76,7 +78,8 @@ impl Lender {
     ) -> Result<Fetched, FetchError> {
         let Wanted { content, size } = wanted;
         check_range(&range, size)?;
-        if !self.may_have(asker, wanted).map_err(|e| FetchError::Failed(e.to_string()))? {
+        let may_have = self.visible_to(asker).and_then(|visible| self.is_in(&visible, wanted));
+        if !may_have.map_err(|e| FetchError::Failed(e.to_string()))? {
             return Err(FetchError::Refused);
         }
         // The same answer as to those who may not have it.
@@ -94,42 +97,30 @@ impl Lender {
         Ok(Fetched { bytes, proof })
     }
 
-    fn may_have(&self, asker: DeviceId, wanted: Wanted) -> Result<bool, IndexError> {
+    /// Locations of other devices than the asker that are shared with it.
+    fn visible_to(&self, asker: DeviceId) -> Result<Vec<LocationNo>, IndexError> {
+        let others = self.index.locations().into_iter().filter(|l| l.owner != asker);
+        let shown = others.map(|l| Ok(self.index.may_be_shown(&l, asker)?.then_some(l.no)));
+        shown.filter_map(Result::transpose).collect()
+    }
+
+    /// Whether a file in one of these locations has these bytes. What is in others is not looked
+    /// at, and takes no time.
+    fn is_in(&self, visible: &[LocationNo], wanted: Wanted) -> Result<bool, IndexError> {
         let view = self.index.view()?;
-        let mut visible: HashMap<LocationNo, bool> = HashMap::new();
         let mut looked_at = 0;
-        for (no, file) in view.holders(wanted.content)? {
-            let is_visible = match visible.get(&no) {
-                Some(known) => *known,
-                None => {
-                    let location = self.index.location(no);
-                    let sees = location.map(|location| self.may_see(asker, &location));
-                    *visible.entry(no).or_insert(sees.transpose()?.unwrap_or(false))
+        for no in visible {
+            for file in view.holders_in(*no, wanted.content)? {
+                let node = view.node(*no, file)?;
+                if node.is_some_and(|node| node.entry.has(wanted.content, wanted.size)) {
+                    return Ok(true);
                 }
-            };
-            if !is_visible {
-                continue;
-            }
-            let entry = view.node(no, file)?.map(|node| node.entry);
-            if entry.is_some_and(|entry| entry.has(wanted.content, wanted.size)) {
-                return Ok(true);
-            }
-            looked_at += 1;
-            if looked_at == MAX_REASONS {
-                break;
+                looked_at += 1;
+                if looked_at == MAX_REASONS {
+                    return Ok(false);
+                }
             }
         }
         Ok(false)
-    }
-
-    /// Whether a location of another device than the asker is shared with it.
-    fn may_see(&self, asker: DeviceId, location: &Location) -> Result<bool, IndexError> {
-        if location.owner == asker {
-            return Ok(false);
-        }
-        if location.owner == self.index.me() {
-            return Ok(location.is_shared_with(asker));
-        }
-        self.index.may_be_shown(location, asker)
     }
 }
