@@ -44,6 +44,8 @@ pub(crate) const HOPE: Duration = Duration::from_millis(1500);
 const HELLO: Duration = Duration::from_secs(3);
 /// Fetches of one peer served at once; each holds at most 1 MiB.
 const MAX_FETCHES: usize = 16;
+/// Questions of one peer for what is lent that are answered at once.
+const MAX_QUESTIONS: usize = 2;
 /// Requests for staged bytes served at once, and made; each is for at most 1 MiB.
 const MAX_STAGED: usize = 8;
 /// Streams that bring operations, at once.
@@ -63,6 +65,10 @@ pub(crate) struct Peer {
     pub(crate) bytes_in: AtomicU64,
     /// Content sent.
     pub(crate) bytes_out: AtomicU64,
+    /// Ranges that are read for it, whatever connection asked for them.
+    pub(crate) fetches: Arc<Semaphore>,
+    /// Questions of it for what is lent, which wait for the index.
+    pub(crate) questions: Arc<Semaphore>,
     /// Held while its replicas are changed, so that an old connection's last batch and a new
     /// connection's first cannot mix.
     pub(crate) applying: Mutex<()>,
@@ -107,8 +113,6 @@ pub(crate) struct Link {
     pub(crate) offered: watch::Sender<Option<Arc<StatementList>>>,
     /// Held while rows of a third device are on their way to it.
     pub(crate) passing_on: Semaphore,
-    /// Ranges that are read for it, and questions for what is lent.
-    pub(crate) fetches: Arc<Semaphore>,
     /// Staged bytes on their way to the peer.
     pub(crate) staged: Semaphore,
     /// Staged bytes on their way from it.
@@ -139,7 +143,6 @@ impl Link {
             announced: watch::Sender::new(None),
             offered: watch::Sender::new(None),
             passing_on: Semaphore::new(1),
-            fetches: Arc::new(Semaphore::new(MAX_FETCHES)),
             staged: Semaphore::new(MAX_STAGED),
             pulls: Arc::new(Semaphore::new(MAX_STAGED)),
             deliveries: Semaphore::new(MAX_DELIVERIES),
@@ -214,6 +217,8 @@ impl Peer {
             wake: Notify::new(),
             bytes_in: AtomicU64::new(0),
             bytes_out: AtomicU64::new(0),
+            fetches: Arc::new(Semaphore::new(MAX_FETCHES)),
+            questions: Arc::new(Semaphore::new(MAX_QUESTIONS)),
             applying: Mutex::new(()),
             delivering: Arc::default(),
             turns: accept::Turns::default(),

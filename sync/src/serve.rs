@@ -169,8 +169,7 @@ async fn serve_lends(
     contents: Vec<Wanted>,
     send: &mut SendStream,
 ) -> Result<(), WireError> {
-    // Not before the fetches that were asked for earlier: the index is read for it.
-    let Ok(permit) = link.fetches.clone().acquire_owned().await else { return Ok(()) };
+    let Ok(permit) = peer.questions.clone().acquire_owned().await else { return Ok(()) };
     let (lender, asker) = (shared.lender.clone(), peer.id);
     let count = contents.len();
     let find = move || {
@@ -194,9 +193,9 @@ async fn send_range(
     let Some(range) = range_of(offset, len) else {
         return reply(send, &Response::Refused(Refusal::Malformed)).await;
     };
-    // Held until the bytes are gone: it is what bounds the memory of a connection. A read that
-    // has begun goes on when its asker gives up, and keeps it: it bounds the threads as well.
-    let Ok(permit) = link.fetches.clone().acquire_owned().await else { return Ok(()) };
+    // Held until the bytes are gone: it bounds the memory. A read that has begun goes on when its
+    // asker gives up, or connects anew, and keeps it: it bounds the threads as well.
+    let Ok(permit) = peer.fetches.clone().acquire_owned().await else { return Ok(()) };
     let _ = send.set_priority(BULK);
     let asked = range.clone();
     let work = tokio::task::spawn_blocking(move || (read(asked), permit));

@@ -61,12 +61,16 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
+use tokio::sync::Semaphore;
 
 /// How many reports are kept.
 const REPORTS: usize = 100;
 /// The most that may be under way from one device, in KiB: what reading takes of the memory.
 /// By device, so that one that does not answer holds up nobody else's reads.
 const UNDER_WAY_KIB: usize = 32 << 10;
+/// How many ranges are read at once from this device's own locations: a disk that hangs must leave
+/// threads to everything else.
+const MAX_OWN_READS: usize = 16;
 
 /// Settings of reading.
 #[derive(Clone, Debug)]
@@ -120,6 +124,8 @@ pub struct Content {
     /// Ranges that are being fetched for anybody; and how many of them were begun for pins.
     flying: AtomicU64,
     brought: AtomicU64,
+    /// Each is a thread that reads a range from this device's own locations.
+    own_reads: Arc<Semaphore>,
 }
 
 impl Content {
@@ -147,6 +153,7 @@ impl Content {
             hydration,
             flying: 0.into(),
             brought: 0.into(),
+            own_reads: Arc::new(Semaphore::new(MAX_OWN_READS)),
         })
     }
 

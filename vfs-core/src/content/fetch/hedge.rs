@@ -59,7 +59,9 @@ impl Fetcher {
         let (late, under_way_bytes) = {
             let pace = lock(&holder.supply.pace);
             let expected = pace.expected(request.len(), rtt, asked);
-            (late_after(expected), pace.under_way_bytes() + request.len())
+            // One that is known to be slow may hang all the same: there is time to ask another.
+            let most = self.content.config.read_deadline / 2;
+            (late_after(expected).min(most), pace.under_way_bytes() + request.len())
         };
         let to = holder.clone();
         let answer = Box::pin(async move { self.ask(&to, request).await });

@@ -65,11 +65,11 @@ impl Holder {
         !matches!(self.at, Place::Cache { is_ready: false, .. })
     }
 
-    /// It has proved a range: its tree is there. Whether that is news.
-    pub(super) fn set_ready(&mut self) -> bool {
+    /// Notes whether its tree is there. Whether that is news.
+    pub(super) fn set_ready(&mut self, now: bool) -> bool {
         match &mut self.at {
             Place::Location { .. } => false,
-            Place::Cache { is_ready, .. } => !std::mem::replace(is_ready, true),
+            Place::Cache { is_ready, .. } => std::mem::replace(is_ready, now) != now,
         }
     }
 }

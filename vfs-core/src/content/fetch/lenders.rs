@@ -67,13 +67,13 @@ impl Lenders {
 }
 
 impl Fetcher {
-    /// Waits for the first that say they have it in a cache, unless that is known. Others may be
-    /// added later.
-    pub(super) async fn find_lenders(self: &Arc<Self>) {
+    /// Waits for the first that say they have it in a cache, unless that is known, but not longer
+    /// than this. Others may be added later.
+    pub(super) async fn find_lenders(self: &Arc<Self>, at_most_until: Instant) {
         let mut lenders = self.lenders.subscribe();
         self.ask_for_lenders();
         let asked = lenders.borrow().asked;
-        let until = asked.unwrap_or_else(Instant::now) + LENDERS_ANSWER;
+        let until = (asked.unwrap_or_else(Instant::now) + LENDERS_ANSWER).min(at_most_until);
         let some = lenders.wait_for(|lenders| !lenders.is_open || !lenders.holders.is_empty());
         if timeout_at(until, some).await.is_ok() {
             let all = lenders.wait_for(|lenders| !lenders.is_open);
@@ -116,12 +116,38 @@ impl Fetcher {
         }
     }
 
-    /// It has proved a range: its tree is there.
-    pub(super) fn note_ready(&self, device: DeviceId) {
+    /// It has proved a range, so that its tree is there; or it has said that it is not.
+    pub(super) fn note_ready(&self, device: DeviceId, is_ready: bool) {
         self.lenders.send_if_modified(|lenders| {
             let known = lenders.holders.iter_mut().find(|lender| lender.device == device);
-            known.is_some_and(Holder::set_ready)
+            known.is_some_and(|lender| lender.set_ready(is_ready))
         });
+    }
+
+    /// Whether more may say that they have it.
+    pub(super) fn is_asking(&self) -> bool {
+        self.lenders.borrow().is_open
+    }
+
+    /// Of these devices those that may see a location in which this one knows the content. Blocks
+    /// on the index.
+    fn who_may_know(&self, mut devices: Vec<DeviceId>) -> Result<Vec<DeviceId>, String> {
+        let index = &self.content.index;
+        let opened = lock(&self.versions).clone();
+        let opened = opened.iter().filter_map(|holder| holder.version());
+        let mut locations: Vec<_> =
+            opened.filter_map(|version| index.location_by_id(version.location)).collect();
+        if let Some(content) = self.id {
+            let holders = index.view().and_then(|view| view.holders(content));
+            let holders = holders.map_err(|e| e.to_string())?;
+            locations.extend(holders.iter().filter_map(|(no, _)| index.location(*no)));
+        }
+        locations.sort_by_key(|location| location.no.0);
+        locations.dedup_by_key(|location| location.no);
+        devices.retain(|device| {
+            locations.iter().any(|location| index.may_be_shown(location, *device).unwrap_or(false))
+        });
+        Ok(devices)
     }
 }
 
@@ -134,33 +160,38 @@ struct Question {
 }
 
 impl Question {
-    /// Asks some of the devices, and more of them while none has it.
+    /// Asks some of the devices at a time. Also when some have it: one that only says so must not
+    /// keep the others from being found.
     async fn ask(self, devices: Vec<DeviceId>) {
         let mut asked = JoinSet::new();
-        let mut is_lent = false;
-        for some in devices.chunks(MAX_LENDERS) {
+        for some in self.who_may_know(devices).await.chunks(MAX_LENDERS) {
             for device in some {
                 asked.spawn(lends(self.source.clone(), *device, self.wanted));
             }
-            is_lent |= self.hear(&mut asked, LENDERS_ANSWER).await;
-            if is_lent {
-                break;
-            }
+            self.hear(&mut asked, LENDERS_ANSWER).await;
         }
         self.hear(&mut asked, LENDERS_LAST).await;
     }
 
-    /// Whether one of them has it.
-    async fn hear(&self, asked: &mut JoinSet<(DeviceId, Option<bool>)>, time: Duration) -> bool {
-        let (mut is_lent, until) = (false, Instant::now() + time);
+    /// Who is asked learns that somebody reads this content.
+    async fn who_may_know(&self, devices: Vec<DeviceId>) -> Vec<DeviceId> {
+        let Some(fetcher) = self.fetcher.upgrade() else { return Vec::new() };
+        let runtime = fetcher.content.runtime.clone();
+        let may_know = runtime.spawn_blocking(move || fetcher.who_may_know(devices)).await;
+        may_know.unwrap_or_else(|e| Err(e.to_string())).unwrap_or_else(|error| {
+            tracing::warn!(error, "cannot find out who may know of a content");
+            Vec::new()
+        })
+    }
+
+    async fn hear(&self, asked: &mut JoinSet<(DeviceId, Option<bool>)>, time: Duration) {
+        let until = Instant::now() + time;
         while let Ok(Some(answered)) = timeout_at(until, asked.join_next()).await {
             let Ok((device, Some(is_ready))) = answered else { continue };
-            is_lent = true;
             let Some(fetcher) = self.fetcher.upgrade() else { break };
             let lender = fetcher.holder(device, Place::Cache { wanted: self.wanted, is_ready });
             self.tell(&fetcher, |lenders| lenders.holders.push(lender));
         }
-        is_lent
     }
 
     /// What is heard of an earlier question counts no more.

@@ -39,7 +39,7 @@ impl Fetcher {
         let (fetcher, start) = (Arc::downgrade(self), request.range.start);
         self.content.runtime.spawn(async move {
             let Some(fetcher) = fetcher.upgrade() else { return };
-            fetcher.find_lenders().await;
+            fetcher.find_lenders(now + LOOK_FOR_MORE_EVERY).await;
             let mut holders = fetcher.holders().await.unwrap_or_default();
             // One that has to read its whole file for the first range is asked for that if no other
             // lends it, and one only.

@@ -42,7 +42,14 @@ impl Fetcher {
     ) -> Result<Answer, Failure> {
         let own = holder.version().filter(|_| holder.device == self.content.index.me());
         if let Some(version) = own {
-            return match self.read_own(version.clone(), request.range.clone()).await {
+            let fetched = self.read_own(version.clone(), request).await;
+            match &fetched {
+                Err(FetchError::Unreachable) => {
+                    lock(&holder.supply.pace).stayed_silent(Instant::now());
+                }
+                _ => lock(&holder.supply.pace).heard(Instant::now()),
+            }
+            return match fetched {
                 Ok(fetched) => self.check(fetched, request.range.clone()).await,
                 Err(refusal) => Ok(Answer::Refusal(refusal)),
             };
@@ -54,15 +61,26 @@ impl Fetcher {
         Ok(answer)
     }
 
+    /// A disk that hangs takes no more than its share of the threads, and no longer than the
+    /// deadline of who waits for it.
     async fn read_own(
         self: &Arc<Self>,
         version: Version,
-        range: Range<u64>,
+        request: &RangeRequest<'_>,
     ) -> Result<Fetched, FetchError> {
-        let content = self.content.clone();
-        let read = move || content.own.read(content.index.me(), &version, range);
-        let read = self.content.runtime.spawn_blocking(read).await;
-        read.unwrap_or_else(|e| Err(FetchError::Failed(e.to_string())))
+        let (content, range) = (self.content.clone(), request.range.clone());
+        let read = async {
+            let turn = content.own_reads.clone().acquire_owned().await;
+            let read = move || {
+                // Whatever becomes of who waits: the thread is taken for as long as this runs.
+                let _turn = turn;
+                content.own.read(content.index.me(), &version, range)
+            };
+            let read = self.content.runtime.spawn_blocking(read).await;
+            read.unwrap_or_else(|e| Err(FetchError::Failed(e.to_string())))
+        };
+        let read = timeout_at(self.deadline(request.started), read).await;
+        read.unwrap_or(Err(FetchError::Unreachable))
     }
 
     /// Asks another device, checks what comes, and notes what that says of the device.
@@ -78,7 +96,7 @@ impl Fetcher {
                 if matches!(answer, Answer::Right(_)) {
                     lock(&holder.supply.pace).landed(landed, Instant::now());
                     if !holder.is_ready() {
-                        self.note_ready(holder.device);
+                        self.note_ready(holder.device, true);
                     }
                     return Ok(answer);
                 }

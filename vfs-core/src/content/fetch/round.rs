@@ -78,7 +78,7 @@ impl Fetcher {
             round.heard.unreachable |= !round.left.is_empty();
             round.left.append(&mut round.again);
             self.add_lenders(&mut round, request).await;
-            let hope = self.has_another(&round);
+            let hope = self.has_another(&round) || self.is_asking();
             if request.ahead || !hope || Instant::now() + pause >= self.deadline(request.started) {
                 return Err(round.heard.failure());
             }
@@ -107,25 +107,26 @@ impl Fetcher {
     }
 
     fn rank(&self, holder: &Holder, bytes: u64, now: Instant) -> Rank {
-        if holder.device == self.content.index.me() {
-            return Rank::Own;
-        }
         let rtt = self.rtt(holder.device);
         match lock(&holder.supply.pace).rank(bytes, rtt, now) {
+            // Unless its disk hangs.
+            Rank::Expected(_) | Rank::Unknown(_) if holder.device == self.content.index.me() => {
+                Rank::Own
+            }
             Rank::Expected(_) | Rank::Unknown(_) if !holder.is_ready() => Rank::Unready(rtt),
             rank => rank,
         }
     }
 
-    /// Whether there is one to ask that was not asked in this round.
+    /// Whether there is one to ask, in this round or once more in the next.
     pub(super) fn has_another(&self, round: &Round) -> bool {
-        round.left.iter().any(|holder| self.may_answer(holder))
+        round.left.iter().chain(&round.again).any(|holder| self.may_answer(holder))
     }
 
     /// What came of a question that brought no bytes.
     pub(super) fn note(
         &self,
-        holder: Holder,
+        mut holder: Holder,
         answer: Answer,
         round: &mut Round,
         request: &RangeRequest<'_>,
@@ -143,12 +144,16 @@ impl Fetcher {
             }
             Answer::Refusal(FetchError::Stale) => heard.stale |= holder.is_opened(),
             Answer::Refusal(FetchError::Refused) => heard.refused = true,
-            Answer::Refusal(FetchError::Unreachable | FetchError::NotNow) => {
+            Answer::Refusal(refusal @ (FetchError::Unreachable | FetchError::NotNow)) => {
                 heard.unreachable = true;
+                if matches!(refusal, FetchError::NotNow) && holder.set_ready(false) {
+                    self.note_ready(holder.device, false);
+                }
                 round.again.push(holder);
             }
             Answer::Refusal(FetchError::Failed(why)) => {
                 tracing::debug!(device = %holder.device, "a range could not be had: {why}");
+                self.forget_lender(&holder);
                 if request.started.elapsed() < FAILED_PATIENCE {
                     round.again.push(holder);
                 }
@@ -159,7 +164,7 @@ impl Fetcher {
     /// Has those asked besides that have it in a cache.
     async fn add_lenders(self: &Arc<Self>, round: &mut Round, request: &RangeRequest<'_>) {
         if request.is_wanted() {
-            self.find_lenders().await;
+            self.find_lenders(self.deadline(request.started)).await;
             self.join_lenders(round);
         }
     }
