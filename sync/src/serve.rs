@@ -95,7 +95,7 @@ async fn answer(
         }
         Request::Fetch(fetch) => {
             ignore_rest(recv);
-            serve_fetch(shared, peer, link, fetch, send).await
+            serve_fetch(shared, peer, fetch, send).await
         }
         Request::Deliver(deliver) => accept::serve(shared, peer, link, deliver, send, recv).await,
         Request::Staged(staged) => {
@@ -118,11 +118,11 @@ async fn answer(
         }
         Request::Lends(contents) => {
             ignore_rest(recv);
-            serve_lends(shared, peer, link, contents, send).await
+            serve_lends(shared, peer, contents, send).await
         }
         Request::Borrow(borrow) => {
             ignore_rest(recv);
-            serve_borrow(shared, peer, link, borrow, send).await
+            serve_borrow(shared, peer, borrow, send).await
         }
         // Said already, when the connection began.
         Request::Hello(_) => reply(send, &Response::Refused(Refusal::Malformed)).await,
@@ -138,19 +138,17 @@ fn ignore_rest(recv: &mut RecvStream) {
 async fn serve_fetch(
     shared: &Arc<Shared>,
     peer: &Arc<Peer>,
-    link: &Arc<Link>,
     fetch: Fetch,
     send: &mut SendStream,
 ) -> Result<(), WireError> {
     let (own, asker, version) = (shared.own.clone(), peer.id, Version::from(fetch.version));
     let read = move |range| own.read(asker, &version, range);
-    send_range(peer, link, (fetch.offset, fetch.len), read, send).await
+    send_range(peer, (fetch.offset, fetch.len), read, send).await
 }
 
 async fn serve_borrow(
     shared: &Arc<Shared>,
     peer: &Arc<Peer>,
-    link: &Arc<Link>,
     borrow: Borrow,
     send: &mut SendStream,
 ) -> Result<(), WireError> {
@@ -159,13 +157,12 @@ async fn serve_borrow(
         Some(lender) => lender.read(asker, borrow.wanted, range),
         None => Err(FetchError::Refused),
     };
-    send_range(peer, link, (borrow.offset, borrow.len), read, send).await
+    send_range(peer, (borrow.offset, borrow.len), read, send).await
 }
 
 async fn serve_lends(
     shared: &Arc<Shared>,
     peer: &Arc<Peer>,
-    link: &Arc<Link>,
     contents: Vec<Wanted>,
     send: &mut SendStream,
 ) -> Result<(), WireError> {
@@ -185,7 +182,6 @@ async fn serve_lends(
 /// Answers with the bytes of a range, as `read` gives them.
 async fn send_range(
     peer: &Arc<Peer>,
-    link: &Arc<Link>,
     (offset, len): (u64, u32),
     read: impl FnOnce(Range<u64>) -> Result<Fetched, FetchError> + Send + 'static,
     send: &mut SendStream,

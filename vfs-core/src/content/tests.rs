@@ -335,6 +335,12 @@ impl World {
         location.no
     }
 
+    /// These lend the file, which every member may see.
+    fn lend(&self, devices: &[DeviceId]) {
+        state(self, OWNER, None);
+        lock(&self.net.lenders).extend(devices);
+    }
+
     fn cache_dir(&self) -> std::path::PathBuf {
         self.dir.path().join("cache")
     }
@@ -519,7 +525,7 @@ fn a_silent_device_that_lists_the_bytes_often_does_not_crowd_out_another() {
 #[test]
 fn what_no_location_can_give_is_borrowed_from_a_cache() {
     let world = World::new(40 * GROUP);
-    lock(&world.net.lenders).push(LENDER);
+    world.lend(&[LENDER]);
     let content = world.content();
     let reader = world.open(&content);
     assert_eq!(world.read(&reader, 0, 10).unwrap(), world.bytes[..10]);
@@ -535,7 +541,7 @@ fn holders_that_are_stale_or_silent_are_left_for_a_cache() {
     for gone in [Behaviour::IsStale, Behaviour::Refuses, Behaviour::Stalls] {
         let mut world = World::new(3 * GROUP);
         world.config.read_deadline = Duration::from_secs(5);
-        lock(&world.net.lenders).push(LENDER);
+        world.lend(&[LENDER]);
         world.net.behave_all(gone);
         let content = world.content();
         let reader = world.open(&content);
@@ -547,7 +553,7 @@ fn holders_that_are_stale_or_silent_are_left_for_a_cache() {
 fn a_cache_that_lends_wrong_bytes_is_reported_and_left_for_another() {
     let world = World::new(3 * GROUP);
     let honest = DeviceId([5; 32]);
-    lock(&world.net.lenders).extend([LENDER, honest]);
+    world.lend(&[LENDER, honest]);
     world.net.behave_all(Behaviour::Unreachable);
     world.net.behave(LENDER, Behaviour::FlipsABit);
     let content = world.content();
@@ -564,7 +570,7 @@ fn the_third_holder_is_asked_when_two_give_nothing() {
         let mut world = World::new(3 * GROUP);
         world.config.read_deadline = Duration::from_secs(12);
         let honest = DeviceId([5; 32]);
-        lock(&world.net.lenders).extend([LENDER, honest]);
+        world.lend(&[LENDER, honest]);
         world.net.behave(OWNER, Behaviour::Stalls);
         world.net.behave(OTHER, Behaviour::Unreachable);
         world.net.behave(LENDER, behaviour);
@@ -583,7 +589,7 @@ fn a_near_lender_of_no_use_does_not_hide_another_one() {
     for behaviour in [Behaviour::FlipsABit, Behaviour::IsStale] {
         let world = World::new(3 * GROUP);
         let honest = DeviceId([5; 32]);
-        lock(&world.net.lenders).extend([LENDER, honest]);
+        world.lend(&[LENDER, honest]);
         world.net.behave_all(Behaviour::Unreachable);
         world.net.behave(LENDER, behaviour);
         world.net.delay(honest, Duration::from_millis(400));
@@ -597,7 +603,7 @@ fn a_near_lender_of_no_use_does_not_hide_another_one() {
 #[test]
 fn a_late_refusal_does_not_end_the_question_for_lenders() {
     let world = World::new(3 * GROUP);
-    lock(&world.net.lenders).push(LENDER);
+    world.lend(&[LENDER]);
     world.net.behave(OTHER, Behaviour::Unreachable);
     // It is late after one second; the lenders are asked then, and answer after it.
     world.net.behave(OWNER, Behaviour::IsStale);
@@ -630,11 +636,74 @@ fn more_devices_are_asked_while_none_has_it() {
         world.net.behave(*device, Behaviour::Refuses);
     }
     world.net.behave(devices[39], Behaviour::Serves);
-    *lock(&world.net.lenders) = devices;
+    world.lend(&devices);
     world.net.behave_all(Behaviour::Unreachable);
     let content = world.content();
     let reader = world.open(&content);
     assert_eq!(world.read(&reader, 0, 10).unwrap(), world.bytes[..10]);
+}
+
+#[test]
+fn who_may_not_see_a_file_is_not_asked_for_it() {
+    let world = World::new(3 * GROUP);
+    let stranger = DeviceId([5; 32]);
+    lock(&world.net.lenders).extend([stranger, LENDER]);
+    state(&world, OWNER, Some(vec![ME, LENDER]));
+    world.net.behave_all(Behaviour::Unreachable);
+    let content = world.content();
+    let reader = world.open(&content);
+    assert_eq!(world.read(&reader, 0, 10).unwrap(), world.bytes[..10]);
+    assert_eq!(world.net.questions.load(Ordering::Relaxed), 1);
+    assert!(world.net.asked().iter().all(|(device, _)| *device == LENDER));
+}
+
+#[test]
+fn a_lender_that_is_ready_late_is_asked_again_although_the_owner_stalls() {
+    let mut world = World::new(3 * GROUP);
+    world.config.read_deadline = Duration::from_secs(12);
+    world.lend(&[LENDER]);
+    world.net.behave(OWNER, Behaviour::Stalls);
+    world.net.behave(OTHER, Behaviour::Unreachable);
+    world.net.behave(LENDER, Behaviour::IsNotReady);
+    let net = world.net.clone();
+    world.runtime.spawn(async move {
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        net.behave(LENDER, Behaviour::Serves);
+    });
+    let content = world.content();
+    let reader = world.open(&content);
+    let asked = Instant::now();
+    assert_eq!(world.read(&reader, 0, 10).unwrap(), world.bytes[..10]);
+    assert!(asked.elapsed() < Duration::from_secs(8), "{:?}", asked.elapsed());
+}
+
+#[test]
+fn a_lender_that_answers_late_is_waited_for() {
+    let world = World::new(3 * GROUP);
+    world.lend(&[LENDER]);
+    world.net.behave_all(Behaviour::Unreachable);
+    world.net.delay(LENDER, Duration::from_millis(1400));
+    let content = world.content();
+    let reader = world.open(&content);
+    assert_eq!(world.read(&reader, 0, 10).unwrap(), world.bytes[..10]);
+}
+
+#[test]
+fn one_that_only_says_that_it_lends_does_not_hide_those_asked_after_it() {
+    let world = World::new(3 * GROUP);
+    let devices: Vec<_> = (10..40).map(|n| DeviceId([n; 32])).collect();
+    for device in &devices {
+        world.net.behave(*device, Behaviour::Refuses);
+    }
+    world.net.behave(devices[0], Behaviour::Hangs);
+    world.net.behave(devices[29], Behaviour::Serves);
+    world.lend(&devices);
+    world.net.behave_all(Behaviour::Unreachable);
+    let content = world.content();
+    let reader = world.open(&content);
+    let asked = Instant::now();
+    assert_eq!(world.read(&reader, 0, 10).unwrap(), world.bytes[..10]);
+    assert!(asked.elapsed() < Duration::from_secs(6), "{:?}", asked.elapsed());
 }
 
 #[test]
@@ -786,7 +855,7 @@ fn time_to_read(links: &[(DeviceId, f64)]) -> (Duration, World) {
         world.net.give_link(*device, *mib);
     }
     if links.iter().any(|(device, _)| *device == LENDER) {
-        lock(&world.net.lenders).push(LENDER);
+        world.lend(&[LENDER]);
     }
     let content = world.content();
     let reader = world.open(&content);
@@ -826,7 +895,7 @@ fn a_read_goes_on_from_another_holder_in_the_middle_of_a_file() {
         world.net.give_link(other, link);
         if other == LENDER {
             world.net.behave(OTHER, Behaviour::Unreachable);
-            lock(&world.net.lenders).push(LENDER);
+            world.lend(&[LENDER]);
         }
         let content = world.content();
         let reader = world.open(&content);
@@ -1390,6 +1459,15 @@ impl Crowd {
         assert!(read == self.world.bytes, "wrong bytes of {n}");
     }
 
+    /// Each when what was done before is known: what is here before it is known that the one before
+    /// it was read, does not count as the next.
+    fn read_in_turn(&self, files: Range<u64>) {
+        for n in files {
+            self.settle();
+            self.read(n);
+        }
+    }
+
     fn settle(&self) {
         wait_until("all that is fetched ahead has landed", || self.content.crowd_is_quiet());
     }
@@ -1411,8 +1489,7 @@ impl Crowd {
 #[test]
 fn after_three_small_files_in_order_the_next_ones_come_by_themselves() {
     let crowd = Crowd::new();
-    crowd.read(10);
-    crowd.read(11);
+    crowd.read_in_turn(10..12);
     assert_eq!(crowd.here(), [10, 11]);
     crowd.read(12);
     assert_eq!(crowd.here(), (10..17).collect::<Vec<_>>());
@@ -1427,7 +1504,7 @@ fn after_three_small_files_in_order_the_next_ones_come_by_themselves() {
 #[test]
 fn a_file_that_is_opened_while_it_is_fetched_ahead_is_not_fetched_again() {
     let crowd = Crowd::new();
-    (0..3).for_each(|n| crowd.read(n));
+    crowd.read_in_turn(0..3);
     crowd.settle();
     crowd.world.net.shut.send_replace(true);
     // Opening what came widens the window: more is asked for, and does not come.
@@ -1451,18 +1528,18 @@ fn a_file_that_is_opened_while_it_is_fetched_ahead_is_not_fetched_again() {
 fn nothing_is_fetched_ahead_that_is_written_here_or_finds_no_room() {
     let crowd = Crowd::with_limit(64 << 10);
     crowd.content.attach(Box::new(|_, file| file == FileId(1003)));
-    (0..3).for_each(|n| crowd.read(n));
+    crowd.read_in_turn(0..3);
     // A quarter of the cache: four files.
     assert_eq!(crowd.here(), [0, 1, 2, 4, 5, 6, 7]);
     let tiny = Crowd::with_limit(12 << 10);
-    (0..3).for_each(|n| tiny.read(n));
+    tiny.read_in_turn(0..3);
     assert_eq!(tiny.here(), [0, 1, 2]);
 }
 
 #[test]
 fn an_owner_that_fails_is_not_asked_for_more_than_is_read() {
     let crowd = Crowd::new();
-    (0..3).for_each(|n| crowd.read(n));
+    crowd.read_in_turn(0..3);
     crowd.settle();
     crowd.world.net.behave_all(Behaviour::Refuses);
     (3..7).for_each(|n| crowd.read(n));
