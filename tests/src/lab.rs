@@ -109,6 +109,24 @@ impl Lab {
     }
 }
 
+/// Removes what is left of the lab of a process that was killed, unless somebody else has the
+/// machine by now, who has done so: its mounts, its folder, its namespaces.
+pub fn remove_what_was_killed() {
+    let Some(_machine) = crate::machine::machine_if_free() else { return };
+    remove_leftovers();
+    for namespace in namespaces() {
+        let path = Path::new("/run/netns").join(&namespace);
+        let _ = rustix::mount::unmount(&path, rustix::mount::UnmountFlags::DETACH);
+        let _ = std::fs::remove_file(path);
+        let _ = std::fs::remove_file(format!("/tmp/netlab.{namespace}.ctl"));
+    }
+}
+
+/// Of the two ends of a link.
+fn namespaces() -> [String; 2] {
+    ["a", "b"].map(|end| format!("{PREFIX}{end}"))
+}
+
 impl Drop for Lab {
     fn drop(&mut self) {
         // A folder with a mount in it must not be emptied: that would delete the files beneath.
@@ -147,7 +165,7 @@ impl Link {
     /// Makes the namespaces and the link; `options` as `netlab.c` lists them.
     pub fn up(options: &[&str]) -> Self {
         let program = compiled();
-        let namespaces = ["a", "b"].map(|end| format!("{PREFIX}{end}"));
+        let namespaces = namespaces();
         let mut command = Command::new(&program);
         command.arg("up").arg("--ns").arg(namespaces.join(",")).arg("--replace").args(options);
         let mut emulator = proc::spawn(command.stdout(Stdio::piped()).stdin(Stdio::null()));

@@ -100,9 +100,20 @@ pub fn machine(needs: &[Need]) -> Option<Machine> {
         }
         return None;
     }
-    let lock = File::create(work_dir().join("sd-e2e.lock")).expect("the lock file");
+    let lock = lock_file();
     flock(&lock, FlockOperation::LockExclusive).expect("the machine's lock");
     Some(Machine { _lock: lock })
+}
+
+/// The machine, if nobody else has it.
+pub fn machine_if_free() -> Option<Machine> {
+    let lock = lock_file();
+    flock(&lock, FlockOperation::NonBlockingLockExclusive).ok()?;
+    Some(Machine { _lock: lock })
+}
+
+fn lock_file() -> File {
+    File::create(work_dir().join("sd-e2e.lock")).expect("the lock file")
 }
 
 /// Where tests keep their files: on a disk, not in memory, for the 10 GiB file and for xattrs.

@@ -1,10 +1,10 @@
 //! `tar` of many small remote files, none of which is here: each costs a round trip to whoever
 //! fetches them one by one.
 
-use crate::{LONG, ROUNDS, Row, forget_content, lab_or_reason, median_of};
+use crate::{LONG, ROUNDS, Row, forget_content, lab_on, median_of};
 use anyhow::Result;
 use e2e::disk::MemoryDisk;
-use e2e::{Lab, Need, files, proc};
+use e2e::{files, proc};
 use std::fs;
 use std::path::Path;
 use std::process::Command;
@@ -33,17 +33,11 @@ pub fn crowd() -> Result<Vec<Row>> {
 }
 
 fn tar_of_all(link: &[&str]) -> Result<f64> {
-    let needs = [Need::Root, Need::Fuse];
-    let lab = lab_or_reason(match link {
-        [] => Lab::lan(&needs),
-        options => Lab::emulated(&needs, options),
-    })?;
+    let lab = lab_on(link)?;
     let source = lab.folder("source");
     // Devices that are far from each other have a disk each.
     let _owners = [MemoryDisk::mount(&source), MemoryDisk::mount(&lab.folder("owner"))];
-    for n in 0..DIRECTORIES {
-        small_files(&source.join(format!("{n}")), n as u64)?;
-    }
+    small_trees(&source)?;
     let (owner, reader) = lab.owner_and_reader(&source);
     reader.wait_replicated(&owner, "files");
     let archive = lab.dir().join("all.tar");
@@ -53,6 +47,11 @@ fn tar_of_all(link: &[&str]) -> Result<f64> {
         tar.arg("-cf").arg(&archive).arg("-C").arg(reader.at("owner/files")).arg(".");
         Ok(proc::run(&mut tar, LONG).ok().took.as_secs_f64())
     })
+}
+
+/// A directory beside the other, with files that no other has.
+pub fn small_trees(folder: &Path) -> Result<()> {
+    (0..DIRECTORIES).try_for_each(|n| small_files(&folder.join(format!("{n}")), n as u64))
 }
 
 fn small_files(directory: &Path, seed: u64) -> Result<()> {

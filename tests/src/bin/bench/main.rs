@@ -1,11 +1,17 @@
 //! The first rows of the budgets, side by side in one run: the drive, the native file system, a
-//! bare Iroh stream on the same link. Started by `scripts/bench`; needs root.
+//! bare Iroh stream on the same link; and, when asked for, other programs that mount a remote
+//! folder. Started by `scripts/bench`; needs root.
 //!
 //! Every figure is the median of [`ROUNDS`]; what is compared alternates, so that a slow minute
 //! of the machine hits both.
 
+mod compare;
 mod crowd;
+mod peers;
+mod plot;
+mod report;
 mod scale;
+mod supervise;
 mod walks;
 
 use anyhow::{Context, Result, ensure};
@@ -17,7 +23,7 @@ use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::SocketAddr;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 const ROUNDS: usize = 3;
@@ -27,22 +33,64 @@ const ALPN: &[u8] = b"bench/stream";
 const OWNER_IP: &str = "10.77.0.1";
 const LONG: Duration = Duration::from_secs(600);
 
-fn main() -> Result<()> {
+const OPTIONS: [&str; 4] = ["--quick", "--json", "--strict", "--write"];
+/// Where `--write` puts what was compared with other programs.
+const DOCUMENT: &str = "docs/bench";
+
+fn main() -> Result<ExitCode> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        ["serve", at] => serve(at.parse()?),
-        ["pull", key, at, bytes] => pull(key.parse()?, at.parse()?, bytes.parse()?),
-        _ => {
-            let (options, parts): (Vec<_>, Vec<_>) =
-                args.iter().map(String::as_str).partition(|arg| arg.starts_with("--"));
-            let rows = measure(&parts)?;
-            print(&rows, options.contains(&"--json"));
-            let missed = rows.iter().filter(|row| !row.met()).count();
-            let is_strict = options.contains(&"--strict");
-            ensure!(!is_strict || missed == 0, "{missed} of the budgets are missed");
-            Ok(())
-        }
+        ["serve", at] => serve(at.parse()?)?,
+        ["pull", key, at, bytes] => pull(key.parse()?, at.parse()?, bytes.parse()?)?,
+        [supervise::WORKER, ref args @ ..] => work(args)?,
+        ref args => return supervise::run(&asked(args)?.all),
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The command line.
+struct Asked<'a> {
+    all: Vec<&'a str>,
+    options: Vec<&'a str>,
+    parts: Vec<&'a str>,
+    /// Of [`compare`].
+    peers: Vec<&'a str>,
+}
+
+fn asked<'a>(args: &[&'a str]) -> Result<Asked<'a>> {
+    let (options, words): (Vec<_>, Vec<_>) =
+        args.iter().copied().partition(|arg| arg.starts_with("--"));
+    let (peers, parts): (Vec<_>, Vec<_>) =
+        words.into_iter().partition(|word| compare::is_group(word));
+    let unknown = options.iter().find(|option| !OPTIONS.contains(option));
+    ensure!(unknown.is_none(), "an option is one of {}", OPTIONS.join(", "));
+    let is_part = |name: &&str| PARTS.iter().any(|(part, _)| part == name);
+    let known = PARTS.map(|(part, _)| part).join(", ");
+    ensure!(
+        parts.iter().all(is_part),
+        "a part is one of {known}, peers, {}",
+        compare::parts().join(", ")
+    );
+    let writes = options.contains(&"--write");
+    ensure!(!writes || !peers.is_empty(), "--write is for what is compared: name peers as well");
+    Ok(Asked { all: args.to_vec(), options, parts, peers })
+}
+
+fn work(args: &[&str]) -> Result<()> {
+    let asked = asked(args)?;
+    let rows = match asked.parts.is_empty() && !asked.peers.is_empty() {
+        true => vec![],
+        false => measure(&asked.parts)?,
+    };
+    let compared = compare::measure(&asked.peers)?;
+    print(&rows, &compared, asked.options.contains(&"--json"));
+    if asked.options.contains(&"--write") {
+        report::write(compared, Path::new(DOCUMENT))?;
+    }
+    let missed = rows.iter().filter(|row| !row.met()).count();
+    let is_strict = asked.options.contains(&"--strict");
+    ensure!(!is_strict || missed == 0, "{missed} of the budgets are missed");
+    Ok(())
 }
 
 type Part = (&'static str, fn() -> Result<Vec<Row>>);
@@ -116,11 +164,6 @@ impl Row {
 
 /// All parts, or those that are named.
 fn measure(wanted: &[&str]) -> Result<Vec<Row>> {
-    let known = |name: &&str| PARTS.iter().any(|(part, _)| part == name);
-    ensure!(
-        wanted.iter().all(known),
-        "a part is one of own, lan, walk, far, crowd, many, scale, vast"
-    );
     let mut rows = Vec::new();
     let is_wanted = |name| match wanted {
         [] => !ONLY_NAMED.contains(&name),
@@ -135,18 +178,25 @@ fn measure(wanted: &[&str]) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-fn print(rows: &[Row], as_json: bool) {
+fn print(rows: &[Row], compared: &[report::Comparison], as_json: bool) {
     if as_json {
         let rows: Vec<Value> = rows.iter().map(Row::json).collect();
-        println!("{}", json!({ "rounds": ROUNDS, "rows": rows }));
+        println!("{}", json!({ "rounds": ROUNDS, "rows": rows, "peers": compared }));
         return;
     }
-    println!(
-        "{:<52} {:>7} {:>10} {:<16} {:>10} {:>8}  {:<8}",
-        "work", "unit", "reference", "", "drive", "ratio", "must be"
-    );
-    rows.iter().for_each(Row::print);
-    println!("medians of {ROUNDS}, but {}", ONLY_NAMED.join(" and "));
+    if !rows.is_empty() {
+        println!(
+            "{:<52} {:>7} {:>10} {:<16} {:>10} {:>8}  {:<8}",
+            "work", "unit", "reference", "", "drive", "ratio", "must be"
+        );
+        rows.iter().for_each(Row::print);
+        println!("medians of {ROUNDS}, but {}", ONLY_NAMED.join(" and "));
+    }
+    if !compared.is_empty() {
+        print!("{}", report::table(compared));
+        report::reasons(compared).iter().for_each(|line| println!("{line}"));
+        println!("medians of {ROUNDS}");
+    }
 }
 
 /// The median of both, measured in turns.
@@ -203,6 +253,15 @@ fn walk(folder: &Path) -> Result<f64> {
 
 fn lab_or_reason(lab: Option<Lab>) -> Result<Lab> {
     lab.context("this machine cannot run the benchmark; the line above says why")
+}
+
+/// A lab whose link has these options of `netlab.c`; without any, it is as fast as it gets.
+fn lab_on(link: &[&str]) -> Result<Lab> {
+    let needs = [Need::Root, Need::Fuse];
+    lab_or_reason(match link {
+        [] => Lab::lan(&needs),
+        options => Lab::emulated(&needs, options),
+    })
 }
 
 /// A mount that the kernel remembers nothing of.

@@ -1,9 +1,9 @@
 //! `find -ls` of remote trees of several shapes, on fresh mounts: a walk costs a few requests for
 //! each directory, so how many files those have decides what it takes.
 
-use crate::{Row, fresh_mount, lab_or_reason, side_by_side, walk};
+use crate::{Row, fresh_mount, lab_on, side_by_side, walk};
 use anyhow::Result;
-use e2e::{Lab, Need, files};
+use e2e::files;
 use std::fs::{self, File};
 use std::path::Path;
 
@@ -76,11 +76,7 @@ struct Walks {
 
 /// For each shape.
 fn measure(link: &[&str]) -> Result<Vec<Walks>> {
-    let needs = [Need::Root, Need::Fuse];
-    let lab = lab_or_reason(match link {
-        [] => Lab::lan(&needs),
-        options => Lab::emulated(&needs, options),
-    })?;
+    let lab = lab_on(link)?;
     let source = lab.folder("source");
     for shape in &SHAPES {
         (shape.make)(&lab.folder(&format!("source/{}", shape.name)))?;
@@ -106,7 +102,8 @@ fn measure(link: &[&str]) -> Result<Vec<Walks>> {
     SHAPES.iter().map(of_shape).collect()
 }
 
-fn flat_directories(tree: &Path, count: usize) -> Result<()> {
+/// [`FILES`] empty ones, as many in each of so many directories.
+pub fn flat_directories(tree: &Path, count: usize) -> Result<()> {
     for directory in 0..count {
         let directory = tree.join(format!("{}/{directory}", directory / 100));
         fs::create_dir_all(&directory)?;
