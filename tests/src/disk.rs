@@ -3,7 +3,7 @@
 use crate::proc;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 const MAKING: Duration = Duration::from_secs(60);
@@ -57,6 +57,8 @@ impl MemoryDisk {
 
 impl Drop for MemoryDisk {
     fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.mountpoint).status();
+        // One below a device's folder is gone with the device.
+        let _ =
+            Command::new("umount").arg("-l").arg(&self.mountpoint).stderr(Stdio::null()).status();
     }
 }

@@ -85,7 +85,7 @@ const WORKS: [Work; 4] = [
     },
     Work {
         name: "crowd",
-        rows: &[("read uncached files of 4 KiB", "files/s")],
+        rows: &[("read 5,000 uncached files of 4 KiB", "files/s")],
         make: |tree, _| crate::crowd::small_trees(tree),
         run: read_crowd,
     },
@@ -118,14 +118,19 @@ pub fn is_group(word: &str) -> bool {
     parts().iter().any(|part| belongs(part, word))
 }
 
-/// Those of [`parts`] that these words stand for.
-pub fn measure(words: &[&str]) -> Result<Vec<Comparison>> {
+/// Those of [`parts`] that these words stand for; `done` gets the rows of each as soon as it ends.
+pub fn measure(
+    words: &[&str],
+    mut done: impl FnMut(&[Comparison]) -> Result<()>,
+) -> Result<Vec<Comparison>> {
     let is_wanted = |part: &str| words.iter().any(|word| belongs(part, word));
     let wanted: Vec<_> = all().filter(|(link, work)| is_wanted(&name_of(link, work))).collect();
     let mut rows = Vec::new();
     for (nth, (link, work)) in wanted.iter().enumerate() {
         eprintln!("{} ({} of {})", name_of(link, work), nth + 1, wanted.len());
-        rows.extend(compare(link, work)?);
+        let new = compare(link, work)?;
+        done(&new)?;
+        rows.extend(new);
     }
     Ok(rows)
 }
@@ -150,7 +155,8 @@ struct Entrant<'a> {
 }
 
 enum System<'a> {
-    Drive(&'a Device),
+    /// Its owner and its reader.
+    Drive([&'a Device; 2]),
     Peer(Box<Peer<'a>>),
 }
 
@@ -170,7 +176,7 @@ fn compare(link: &Link, work: &'static Work) -> Result<Vec<Comparison>> {
     reader.wait_replicated(&owner, "files");
     let ends = [&owner, &reader];
 
-    let drive = Entrant { name: DRIVE, system: Ok(System::Drive(&reader)), rounds: vec![] };
+    let drive = Entrant { name: DRIVE, system: Ok(System::Drive(ends)), rounds: vec![] };
     let mut entrants = vec![drive];
     for (nth, kind) in KINDS.iter().enumerate() {
         let copy = disk.join(format!("copy-{nth}"));
@@ -243,7 +249,7 @@ impl System<'_> {
         };
         let new = format!("round-{round}");
         let (files, inbox) = match self {
-            Self::Drive(reader) => {
+            Self::Drive([_, reader]) => {
                 forget_content(reader);
                 (reader.at("owner/files"), reader.at("owner/files"))
             }
@@ -255,8 +261,10 @@ impl System<'_> {
         };
         let (inbox, inbox_at_owner) = (inbox.join(&new), export.join(&new));
         let figures = limited(work.run, Site { files, inbox, inbox_at_owner });
-        if let Self::Peer(peer) = self {
-            peer.unmount();
+        match self {
+            // What it indexes of what was written is not to be in the next one's way.
+            Self::Drive([owner, reader]) => reader.wait_replicated(owner, "files"),
+            Self::Peer(peer) => peer.unmount(),
         }
         figures
     }
@@ -342,4 +350,19 @@ fn until_there(folder: &Path, count: usize) -> bool {
         thread::sleep(POLL);
     }
     true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_word_stands_for_whole_words() {
+        let count = |word| parts().iter().filter(|part| belongs(part, word)).count();
+        assert_eq!(count("peers"), LINKS.len() * WORKS.len());
+        assert_eq!(count("peers-far"), WORKS.len());
+        assert_eq!(count("peers-far-walk"), 1);
+        assert!(!is_group("peers-f"));
+        assert!(!is_group("walk"));
+    }
 }

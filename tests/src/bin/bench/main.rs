@@ -82,11 +82,12 @@ fn work(args: &[&str]) -> Result<()> {
         true => vec![],
         false => measure(&asked.parts)?,
     };
-    let compared = compare::measure(&asked.peers)?;
+    let writes = asked.options.contains(&"--write");
+    let compared = compare::measure(&asked.peers, |rows| match writes {
+        true => report::write(rows, Path::new(DOCUMENT)),
+        false => Ok(()),
+    })?;
     print(&rows, &compared, asked.options.contains(&"--json"));
-    if asked.options.contains(&"--write") {
-        report::write(compared, Path::new(DOCUMENT))?;
-    }
     let missed = rows.iter().filter(|row| !row.met()).count();
     let is_strict = asked.options.contains(&"--strict");
     ensure!(!is_strict || missed == 0, "{missed} of the budgets are missed");

@@ -41,7 +41,8 @@ pub const KINDS: [Kind; 4] = [
         name: "sshfs",
         what: "with its defaults, over OpenSSH's `sshd`",
         programs: &["sshfs", "sshd", "ssh-keygen"],
-        version: "sshfs --version",
+        // The programs that it is made of say theirs besides.
+        version: "sshfs --version 2>&1 | grep -i ^sshfs",
         port: 2222,
         own_copy: false,
         prepare: SSH_KEYS,

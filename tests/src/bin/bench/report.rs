@@ -13,7 +13,7 @@ use std::process::Command;
 use std::time::Duration;
 
 /// One line of the table.
-#[derive(Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 pub struct Comparison {
     /// By which it is asked for again.
     pub part: String,
@@ -27,7 +27,7 @@ pub struct Comparison {
 }
 
 /// One cell of the table.
-#[derive(Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 pub struct Outcome {
     pub system: String,
     pub runs: Vec<Figure>,
@@ -144,19 +144,25 @@ struct Kept {
     systems: Vec<String>,
 }
 
+impl Kept {
+    fn replace(&mut self, new: &[Comparison]) {
+        self.rows.retain(|row| new.iter().all(|other| other.part != row.part));
+        self.rows.extend_from_slice(new);
+        let parts = compare::parts();
+        self.rows.sort_by_key(|row| parts.iter().position(|part| *part == row.part));
+    }
+}
+
 /// Writes the figures, the table and the plot into a folder. Rows that were not measured this time
 /// stay as they are there, each with its own date.
-pub fn write(new: Vec<Comparison>, folder: &Path) -> Result<()> {
+pub fn write(new: &[Comparison], folder: &Path) -> Result<()> {
     let raw = folder.join("peers.json");
     let mut kept: Kept = match fs::read(&raw) {
         Ok(json) => serde_json::from_slice(&json)
             .with_context(|| format!("{} is damaged; remove it", raw.display()))?,
         Err(_) => Kept::default(),
     };
-    kept.rows.retain(|row| new.iter().all(|other| other.part != row.part));
-    kept.rows.extend(new);
-    let parts = compare::parts();
-    kept.rows.sort_by_key(|row| parts.iter().position(|part| *part == row.part));
+    kept.replace(new);
     kept.systems = systems();
     fs::create_dir_all(folder)?;
     fs::write(&raw, serde_json::to_string_pretty(&kept)? + "\n")?;
@@ -181,7 +187,8 @@ fn document(kept: &Kept) -> String {
         {}{reasons}\n\
         `>`: it was not waited for any longer. Reading and writing of many small files ends after \
         {} s; the figures are those of the files that were done by then. A close makes a file \
-        durable on the drive, and not with the others.\n\n\
+        durable on the drive; the \
+        others do not promise that.\n\n\
         ![The same as bars](peers.svg)\n\n\
         {systems}\nEvery figure of every run is in [peers.json](peers.json).\n",
         measured.join("; "),
@@ -233,4 +240,67 @@ fn after<'a>(text: &'a str, field: &str) -> Option<&'a str> {
 
 fn said(command: &mut Command) -> String {
     proc::run(command, Duration::from_secs(10)).text().trim().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row() -> Comparison {
+        let outcome = |system: &str, runs: &[f64]| Outcome {
+            system: system.to_owned(),
+            runs: runs.iter().map(|run| Figure::from(*run)).collect(),
+            not_measured: runs.is_empty().then(|| "no <program> here".to_owned()),
+        };
+        Comparison {
+            part: "peers-lan-read".to_owned(),
+            link: "LAN".to_owned(),
+            work: "read".to_owned(),
+            unit: "MiB/s".to_owned(),
+            measured: "today".to_owned(),
+            systems: vec![outcome(DRIVE, &[30.0, 1000.0, 20.0]), outcome("other", &[])],
+        }
+    }
+
+    #[test]
+    fn a_cell_is_the_median_and_what_is_missing_is_said() {
+        let table = table(&[row()]);
+        assert!(table.ends_with("| read | LAN  | MiB/s |      30.0 | not measured |\n"), "{table}");
+        assert_eq!(
+            reasons(&[row(), row()]),
+            ["other, peers-lan-read: not measured: no <program> here"]
+        );
+    }
+
+    #[test]
+    fn a_median_that_was_not_waited_for_says_so() {
+        let mut row = row();
+        row.systems[0].runs[0].at_least = true;
+        assert_eq!(row.systems[0].cell(), "> 30.0");
+    }
+
+    #[test]
+    fn what_is_measured_again_replaces_its_own_rows_alone() {
+        let (far, mut again) = (Comparison { part: "peers-far-read".to_owned(), ..row() }, row());
+        let mut kept = Kept { rows: vec![far, row()], systems: vec![] };
+        again.systems[0].runs.clear();
+        kept.replace(&[again]);
+        let runs: Vec<_> =
+            kept.rows.iter().map(|row| (row.part.as_str(), row.systems[0].runs.len())).collect();
+        assert_eq!(runs, [("peers-lan-read", 0), ("peers-far-read", 3)]);
+    }
+
+    #[test]
+    fn the_fastest_has_the_longest_bar() {
+        let mut row = row();
+        row.unit = "ms".to_owned();
+        row.systems[1].runs = vec![15.0.into()];
+        let picture = plot::svg(&[row]);
+        let lengths = picture.lines().filter_map(|line| line.split("' height='13'").next());
+        let lengths: Vec<&str> = lengths
+            .filter_map(|line| line.split("width='").nth(1))
+            .filter(|w| w.contains('.'))
+            .collect();
+        assert_eq!(lengths, ["115.0", "230.0"]);
+    }
 }
