@@ -8,7 +8,6 @@
 
 use crate::members::Newcomers;
 use crate::node::{Path, PeerStatus, Replica, Shared};
-use crate::pass_on::at_the_disk;
 use crate::wire::{
     self, ALPN_MEMBER, Hello, LocationList, NEWEST, OLDEST, Refusal, Request, Response,
     StatementList, WireError, close,
@@ -24,7 +23,6 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::{Mutex as AsyncMutex, Notify, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
-use vfs_core::index::Index;
 use vfs_core::model::{DeviceId, LocationId, Seq};
 
 /// How often a peer is asked whether it is there.
@@ -372,7 +370,7 @@ pub(crate) async fn keep(shared: Arc<Shared>, peer: Arc<Peer>) {
                 Ok((link, hello)) => {
                     let begun = Instant::now();
                     live(&shared, &peer, &link, hello).await;
-                    keep_rows(&shared).await;
+                    keep_rows(&shared, &peer);
                     if begun.elapsed() > FLEETING {
                         break;
                     }
@@ -476,7 +474,7 @@ pub(crate) async fn accepted(shared: Arc<Shared>, connection: Connection) {
     match timeout(HELLO, welcome(&shared, &peer, &connection)).await {
         Ok(Ok((link, hello))) => {
             live(&shared, &peer, &link, hello).await;
-            keep_rows(&shared).await;
+            keep_rows(&shared, &peer);
         }
         Ok(Err(refusal)) => {
             // The peer reads the refusal and closes; closing first could overtake it.
@@ -585,11 +583,17 @@ async fn live(shared: &Arc<Shared>, peer: &Arc<Peer>, link: &Arc<Link>, hello: H
     members::last_seen(shared, peer).await;
 }
 
-/// Makes durable what is known of a device that has just gone: it cannot be asked again.
-async fn keep_rows(shared: &Shared) {
-    if let Err(error) = at_the_disk(&shared.index, Index::flush).await {
-        tracing::warn!(%error, "the last rows of a device that went are not on the disk");
-    }
+/// Makes durable what is known of a device that has just gone: it cannot be asked again. Nobody
+/// waits for that: the next dial may find it.
+fn keep_rows(shared: &Shared, peer: &Arc<Peer>) {
+    let (index, peer) = (shared.index.clone(), peer.clone());
+    tokio::task::spawn_blocking(move || {
+        // After the last batch that came.
+        let _applying = peer.applying.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Err(error) = index.flush() {
+            tracing::warn!(%error, "the last rows of a device that went are not on the disk");
+        }
+    });
 }
 
 /// Asks whether the peer is there, until it is not.

@@ -658,6 +658,44 @@ fn who_may_not_see_a_file_is_not_asked_for_it() {
 }
 
 #[test]
+fn the_newest_word_of_an_owner_says_who_is_asked() {
+    let world = World::new(3 * GROUP);
+    let stranger = DeviceId([5; 32]);
+    lock(&world.net.lenders).extend([stranger, LENDER]);
+    // Its rows were never compared with those that are here.
+    world.index.note_sharing(&statement(&world, OWNER, Some(vec![LENDER])), || true).unwrap();
+    world.net.behave_all(Behaviour::Unreachable);
+    let content = world.content();
+    let reader = world.open(&content);
+    assert_eq!(world.read(&reader, 0, 10).unwrap(), world.bytes[..10]);
+    assert_eq!(world.net.questions.load(Ordering::Relaxed), 1);
+}
+
+#[test]
+fn a_slow_holder_is_not_given_up_for_one_that_has_nothing_to_give() {
+    let mut world = World::new(3 * GROUP);
+    world.config.read_deadline = Duration::from_secs(8);
+    world.net.delay(OWNER, Duration::from_secs(3));
+    world.net.behave(OTHER, Behaviour::IsNotReady);
+    let content = world.content();
+    let reader = world.open(&content);
+    assert_eq!(world.read(&reader, 0, 10).unwrap(), world.bytes[..10]);
+}
+
+#[test]
+fn a_silent_member_does_not_hold_up_a_read_that_nobody_can_answer() {
+    let world = World::new(3 * GROUP);
+    world.lend(&[LENDER]);
+    world.net.behave_all(Behaviour::Unreachable);
+    world.net.behave(LENDER, Behaviour::Stalls);
+    let content = world.content();
+    let reader = world.open(&content);
+    let asked = Instant::now();
+    assert_eq!(world.read(&reader, 0, 10).unwrap_err().kind(), Kind::HostDown);
+    assert!(asked.elapsed() < Duration::from_secs(6), "{:?}", asked.elapsed());
+}
+
+#[test]
 fn a_lender_that_is_ready_late_is_asked_again_although_the_owner_stalls() {
     let mut world = World::new(3 * GROUP);
     world.config.read_deadline = Duration::from_secs(12);

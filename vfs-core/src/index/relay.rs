@@ -196,6 +196,20 @@ impl Index {
         Ok(was_for && newest.is_none_or(|newest| includes(&newest.shared_with, to)))
     }
 
+    /// Whether a device may know what is in a location, by the newest word of its owner that came
+    /// here, whatever became of the rows since.
+    pub fn may_know(&self, location: &Location, device: DeviceId) -> Result<bool, IndexError> {
+        if location.owner == self.me() || location.owner == device {
+            return self.may_be_shown(location, device);
+        }
+        let snapshot = self.store().snapshot()?;
+        if let Some(newest) = sharing(&*snapshot, location.id)? {
+            return Ok(includes(&newest.shared_with, device));
+        }
+        let kept = statement(&*snapshot, location.no)?.map(|signed| signed.statement);
+        Ok(kept.is_some_and(|kept| kept.location == location.id && kept.is_for(device)))
+    }
+
     /// What this device could use of a log of which there is this statement. The signature is
     /// known to be right, and the location to be the signer's.
     pub fn wants(&self, stated: &Statement) -> Result<Wanted, IndexError> {

@@ -11,11 +11,14 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 /// How often it is looked whether somebody waits for a late flight by now, and whether there is
 /// another holder by now.
 pub(super) const LOOK_EVERY: Duration = Duration::from_millis(50);
+
+/// How soon one that could not give it is asked again, beside one that is late.
+const AGAIN: Duration = Duration::from_millis(500);
 
 /// A holder that is asked for the range, perhaps beside another one.
 struct Attempt<'a> {
@@ -25,6 +28,8 @@ struct Attempt<'a> {
     late: Duration,
     /// What was under way from it when it was asked, with this range.
     under_way_bytes: u64,
+    /// It could not give it a moment ago: whoever is asked beside it is not given up for it.
+    is_again: bool,
     answer: Pin<Box<dyn Future<Output = Result<Answer, Failure>> + Send + 'a>>,
 }
 
@@ -65,7 +70,7 @@ impl Fetcher {
         };
         let to = holder.clone();
         let answer = Box::pin(async move { self.ask(&to, request).await });
-        Attempt { holder, asked, late, under_way_bytes, answer }
+        Attempt { holder, asked, late, under_way_bytes, is_again: false, answer }
     }
 
     /// Asks another holder beside one that is late, and the next when one of the two fails, so that
@@ -90,6 +95,10 @@ impl Fetcher {
             let (attempt, answer) = tokio::select! {
                 answered = first_of(&mut attempts) => answered,
                 _ = lenders.changed(), if is_alone => continue,
+                () = sleep(AGAIN), if is_alone && !round.again.is_empty() => {
+                    self.ask_again(&mut attempts, round, request);
+                    continue;
+                }
             };
             match answer {
                 Ok(Answer::Right(bytes)) => {
@@ -121,7 +130,21 @@ impl Fetcher {
                 None => self.ask_for_lenders(),
             }
         }
-        request.set_has_another(attempts.len() > 1 || self.has_another(round));
+        let asked_first = attempts.iter().filter(|attempt| !attempt.is_again).count();
+        request.set_has_another(asked_first > 1 || self.has_another(round));
+    }
+
+    /// Asks one again beside the one that is late.
+    fn ask_again<'a>(
+        self: &'a Arc<Self>,
+        attempts: &mut Vec<Attempt<'a>>,
+        round: &mut Round,
+        request: &'a RangeRequest<'_>,
+    ) {
+        let late = attempts[0].holder.device;
+        if let Some(holder) = self.take_again(round, late) {
+            attempts.push(Attempt { is_again: true, ..self.attempt(holder, request) });
+        }
     }
 }
 

@@ -15,6 +15,8 @@ use tokio::time::{Instant, timeout, timeout_at};
 /// take after the first one that has it.
 const LENDERS_ANSWER: Duration = Duration::from_secs(1);
 const LENDERS_AFTER_FIRST: Duration = Duration::from_millis(50);
+/// For how long a read waits for them when there is nobody else.
+const LENDERS_HOPE: Duration = Duration::from_secs(2);
 /// How much longer those are listened to that have not said it by then, while nobody waits for it.
 const LENDERS_LAST: Duration = Duration::from_secs(3);
 /// How long it is believed that nobody has it, and that those have it who said so.
@@ -29,6 +31,8 @@ pub(super) struct Lenders {
     pub(super) holders: Vec<Holder>,
     /// When it was asked; none if what was said is not enough any more.
     asked: Option<Instant>,
+    /// When the last answer had come, or was not waited for any more.
+    closed: Option<Instant>,
     /// The number of the question.
     question: u64,
     /// More answers may come.
@@ -40,7 +44,8 @@ pub(super) struct Lenders {
 impl Lenders {
     fn is_known(&self, now: Instant) -> bool {
         let believed_for = if self.holders.is_empty() { NOT_LENT_FOR } else { LENT_FOR };
-        self.asked.is_some_and(|asked| self.is_open || now - asked < believed_for)
+        let said = self.asked.map(|asked| self.closed.map_or(asked, |closed| closed.max(asked)));
+        said.is_some_and(|said| self.is_open || now - said < believed_for)
     }
 
     /// Begins a question; gives its number.
@@ -124,9 +129,11 @@ impl Fetcher {
         });
     }
 
-    /// Whether more may say that they have it.
+    /// Whether more may say soon that they have it.
     pub(super) fn is_asking(&self) -> bool {
-        self.lenders.borrow().is_open
+        let lenders = self.lenders.borrow();
+        let is_new = lenders.asked.is_some_and(|asked| asked.elapsed() < LENDERS_HOPE);
+        lenders.is_open && is_new
     }
 
     /// Of these devices those that may see a location in which this one knows the content. Blocks
@@ -145,7 +152,7 @@ impl Fetcher {
         locations.sort_by_key(|location| location.no.0);
         locations.dedup_by_key(|location| location.no);
         devices.retain(|device| {
-            locations.iter().any(|location| index.may_be_shown(location, *device).unwrap_or(false))
+            locations.iter().any(|location| index.may_know(location, *device).unwrap_or(false))
         });
         Ok(devices)
     }
@@ -209,7 +216,8 @@ impl Question {
 impl Drop for Question {
     fn drop(&mut self) {
         if let Some(fetcher) = self.fetcher.upgrade() {
-            self.tell(&fetcher, |lenders| lenders.is_open = false);
+            let closed = Some(Instant::now());
+            self.tell(&fetcher, |lenders| (lenders.is_open, lenders.closed) = (false, closed));
         }
     }
 }

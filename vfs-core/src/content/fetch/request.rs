@@ -69,8 +69,11 @@ impl Fetcher {
         request: &RangeRequest<'_>,
     ) -> Result<Fetched, FetchError> {
         let (content, range) = (self.content.clone(), request.range.clone());
+        let deadline = self.deadline(request.started);
+        let turn = timeout_at(deadline, content.own_reads.clone().acquire_owned()).await;
+        // Others hold them up: that says nothing of this disk.
+        let Ok(turn) = turn else { return Err(FetchError::NotNow) };
         let read = async {
-            let turn = content.own_reads.clone().acquire_owned().await;
             let read = move || {
                 // Whatever becomes of who waits: the thread is taken for as long as this runs.
                 let _turn = turn;
@@ -79,7 +82,7 @@ impl Fetcher {
             let read = self.content.runtime.spawn_blocking(read).await;
             read.unwrap_or_else(|e| Err(FetchError::Failed(e.to_string())))
         };
-        let read = timeout_at(self.deadline(request.started), read).await;
+        let read = timeout_at(deadline, read).await;
         read.unwrap_or(Err(FetchError::Unreachable))
     }
 

@@ -118,9 +118,16 @@ impl Fetcher {
         }
     }
 
-    /// Whether there is one to ask, in this round or once more in the next.
+    /// Whether there is one to ask that was not asked in this round.
     pub(super) fn has_another(&self, round: &Round) -> bool {
-        round.left.iter().chain(&round.again).any(|holder| self.may_answer(holder))
+        round.left.iter().any(|holder| self.may_answer(holder))
+    }
+
+    /// Takes one out that could not give it a moment ago, and is on another device.
+    pub(super) fn take_again(&self, round: &mut Round, late: DeviceId) -> Option<Holder> {
+        let may_be_asked = |holder: &Holder| holder.device != late && self.may_answer(holder);
+        let at = round.again.iter().position(may_be_asked)?;
+        Some(round.again.remove(at))
     }
 
     /// What came of a question that brought no bytes.

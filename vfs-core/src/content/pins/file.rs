@@ -195,7 +195,15 @@ impl PinFile {
         let mut damaged = lock(&self.damaged);
         if damaged.as_ref().is_some_and(|place| *place == self.path) {
             let aside = unused(&self.path);
-            fs::copy(&self.path, &aside)?;
+            match fs::copy(&self.path, &aside).and_then(|_| fs::File::open(&aside)?.sync_all()) {
+                // Somebody has moved it away, which does not make known what is pinned.
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                Err(e) => {
+                    let _ = fs::remove_file(&aside);
+                    return Err(e);
+                }
+                Ok(()) => {}
+            }
             *damaged = Some(aside);
         }
         Ok(())
