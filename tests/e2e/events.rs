@@ -284,6 +284,8 @@ impl Flood {
         let mut round = 0;
         let writer = Busy::start("a program that writes here", move || {
             round += 1;
+            // Not much faster than it is delivered: in the end all of it must have been.
+            thread::sleep(Duration::from_millis(5));
             churn(&ours.join("own"), round)
         });
         Self(vec![owner, reader, another, writer])
