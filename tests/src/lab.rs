@@ -113,7 +113,11 @@ impl Lab {
 /// machine by now, who has done so: its mounts, its folder, its namespaces.
 pub fn remove_what_was_killed() {
     let Some(_machine) = crate::machine::machine_if_free() else { return };
-    remove_leftovers();
+    // A lab's folder is there before its link. Without one, such a link is of somebody whose labs
+    // are elsewhere.
+    if remove_leftovers() == 0 {
+        return;
+    }
     for namespace in namespaces() {
         let path = Path::new("/run/netns").join(&namespace);
         let _ = rustix::mount::unmount(&path, rustix::mount::UnmountFlags::DETACH);
@@ -138,19 +142,23 @@ impl Drop for Lab {
     }
 }
 
-/// What a test that was killed left behind. Only the holder of the machine may do this.
-fn remove_leftovers() {
-    let Ok(entries) = std::fs::read_dir(work_dir()) else { return };
+/// What a test that was killed left behind; gives how many labs that were. Only the holder of the
+/// machine may do this.
+fn remove_leftovers() -> usize {
+    let mut found = 0;
+    let Ok(entries) = std::fs::read_dir(work_dir()) else { return found };
     for entry in entries.flatten() {
         let path = entry.path();
         if !entry.file_name().to_string_lossy().starts_with(PREFIX) || !path.is_dir() {
             continue;
         }
+        found += 1;
         crate::device::detach_mounts_below(&path);
         if !crate::device::has_mounts_below(&path) {
             let _ = std::fs::remove_dir_all(&path);
         }
     }
+    found
 }
 
 /// The link between two network namespaces; gone with them when dropped.
