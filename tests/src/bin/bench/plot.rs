@@ -22,7 +22,12 @@ pub fn svg(rows: &[Comparison]) -> String {
     for (column, link) in links.iter().enumerate() {
         let x = MARGIN + column * COLUMN;
         let mut y = MARGIN + TITLE;
-        text(&mut body, (x, y - 8), "font-weight='bold' font-size='15'", link);
+        text(
+            &mut body,
+            (x, y - 8),
+            "font-weight='bold' font-size='15'",
+            &format!("{link}: longer is faster"),
+        );
         for row in rows.iter().filter(|row| row.link == *link) {
             y = group(&mut body, (x, y), row);
         }
@@ -38,8 +43,7 @@ pub fn svg(rows: &[Comparison]) -> String {
 
 /// Gives where the next one begins.
 fn group(body: &mut String, (x, mut y): (usize, usize), row: &Comparison) -> usize {
-    let direction = if row.more_is_better() { "more" } else { "less" };
-    let title = format!("{}, {}; {direction} is better", row.work, row.unit);
+    let title = format!("{}, {}", row.work, row.unit);
     text(body, (x, y + TITLE - 8), "font-weight='bold'", &title);
     y += TITLE;
     let speeds = row.systems.iter().filter_map(|outcome| speed(row, outcome.figure()?));
@@ -59,8 +63,9 @@ fn bar(
     fastest: f64,
 ) {
     let figure = outcome.figure();
-    let share = figure.and_then(|figure| speed(row, figure)).unwrap_or(0.0) / fastest;
-    let length = (share * BAR as f64).max(1.0);
+    // Also of the slowest there is something to see.
+    let length = figure.and_then(|figure| speed(row, figure));
+    let length = length.map_or(0.0, |speed| (speed / fastest * BAR as f64).max(1.0));
     let colour = if outcome.system == DRIVE { DRIVE_COLOUR } else { OTHERS_COLOUR };
     let told = figure.map_or("not measured".to_owned(), |figure| figure.short());
     let (left, baseline) = (x + LABELS, y + LINE - 5);

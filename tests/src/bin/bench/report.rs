@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use e2e::{Device, proc};
 use serde::{Deserialize, Serialize};
 use std::fs;
+use std::ops::Not;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -39,6 +40,7 @@ pub struct Outcome {
 pub struct Figure {
     pub value: f64,
     /// It was not waited for any longer.
+    #[serde(default, skip_serializing_if = "Not::not")]
     pub at_least: bool,
 }
 
